@@ -1,0 +1,61 @@
+# Everything runs in .venv, which the first target that needs it makes from pyproject.toml and constraints.txt.
+# pip's own settings (PIP_INDEX_URL, pip.conf, ...) decide where packages come from.
+
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	if $$p -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; \
+	then echo $$p; break; fi; done)
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help demo quick full smoke baseline explore test lint format clean python
+
+help: ## show this list
+	@awk -F ': ## ' '/^[a-z]+: ## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo '  ARGS="..." is passed on, as in make demo ARGS="--force" or make test ARGS="tests/test_runs.py -x"'
+
+demo: ## the whole pipeline on the embedded corpus and model: reports/demo/index.html
+quick: ## a published model on a thousand LibriSpeech utterances
+full: ## a published model on all of train-clean-100 and both test sets
+smoke: ## the whole pipeline on next to nothing, to see that it runs
+baseline: ## train again the small model that the repository ships
+demo quick full smoke baseline: .venv/.installed
+	.venv/bin/python run_all.py $@ $(ARGS)
+
+explore: ## open notebooks/explore.ipynb in JupyterLab
+explore: .venv/.installed
+	.venv/bin/python -m jupyterlab notebooks/explore.ipynb $(ARGS)
+
+# One process a core, each with one thread; four at most, for each holds its own torch. A file stays in one process, so
+# that fixtures made once per file are made once. (-n auto would count physical cores: one on many virtual machines.)
+test: ## run the tests
+test: .venv/.installed
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+
+lint: ## check code and notebooks, change nothing
+lint: .venv/.installed
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m nbstripout --verify --keep-id notebooks/*.ipynb
+
+format: ## put right what lint finds and a tool can mend
+format: .venv/.installed
+	.venv/bin/python -m nbstripout --keep-id notebooks/*.ipynb
+	.venv/bin/python -m ruff check --fix-only .
+	.venv/bin/python -m ruff format .
+
+clean: ## remove .venv and caches; reports stay
+	rm -rf .venv *.egg-info build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.14 with venv on PATH: install one" \
+		"(on Debian and Ubuntu: apt-get install python3 python3-venv)" \
+		"or name one, as in: make demo PYTHON=/path/to/python3.12" >&2; exit 1; }
+
+# The stamp is made last: an installation that was interrupted is taken up again by the next call.
+.venv/.installed: pyproject.toml constraints.txt
+	@$(MAKE) --no-print-directory python
+	.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	.venv/bin/python -m pip install -c constraints.txt -e ".[dev]"
+	@touch $@

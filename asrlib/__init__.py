@@ -1,0 +1,28 @@
+"""Multi-head latent attention for speech recognisers: convert, fine-tune, and measure what it cost.
+
+Importing asrlib is quick and registers the latent model types, so that transformers' `AutoModelForCTC` loads
+a converted model wherever asrlib has been imported.
+"""
+
+from importlib import import_module
+
+_PUBLIC = {
+    "load": "asrlib.models.families",
+    "open_corpus": "asrlib.data.corpus",
+    "analyze_compression_quality": "asrlib.conversion.quality",
+    "convert": "asrlib.conversion.convert",
+    "to_standard_attention": "asrlib.conversion.convert",
+    "evaluate": "asrlib.evaluation",
+    "kv_cache_bytes": "asrlib.attention.cache",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'asrlib' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

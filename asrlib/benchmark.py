@@ -1,0 +1,203 @@
+"""How fast models are, how much memory they take, and how large their key/value caches are.
+
+Systems are measured in one interleaved run, so that whatever else the machine does meets all of them alike.
+Shapes: N utterances, R resamples.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from asrlib.attention.cache import kv_cache_bytes
+from asrlib.data.corpus import SAMPLE_RATE, Corpus
+from asrlib.evaluation import choose_device, inference, interval, resample_sums
+from asrlib.models.families import frames_per_second
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def spread_over_durations(corpus: Corpus, n: int | None) -> Corpus:
+    """`n` utterances evenly spaced over the corpus sorted by duration, shortest and longest among them.
+
+    All, sorted, where n is None or not smaller than the corpus. Raises ValueError for n < 1.
+    """
+    if n is not None and n < 1:
+        raise ValueError(f"a benchmark needs at least one utterance, not {n}; None means all")
+    by_duration = sorted(corpus, key=lambda utterance: utterance.seconds)
+    count = len(by_duration) if n is None else min(n, len(by_duration))
+    # from the longest down, as a single pick should be the longest
+    picks = np.linspace(len(by_duration) - 1, 0, count).round().astype(int)[::-1]
+    return replace(corpus, utterances=tuple(by_duration[i] for i in picks))
+
+
+def benchmark(
+    systems: dict[str, nn.Module],
+    processor,
+    corpus: Corpus,
+    warmup: int = 3,
+    repeats: int = 3,
+    device: str | None = None,
+    precision: str = "fp32",
+) -> dict:
+    """Measures every system on every utterance, one utterance at a time; metrics/benchmark.json holds the result.
+
+    {device, threads, dtype, utterances, seconds_audio, latencies: {name: [ms per utterance]}, systems: {name: {
+    parameters, parameter_bytes, latency_ms_mean, latency_ms_p50, latency_ms_p95, latency_ms_interval (95 %, of the
+    mean), rtfx, speed_ratio, speed_ratio_interval, peak_memory_bytes, cache_bytes_per_second,
+    cache_bytes_1000_frames}}}
+
+    The latency of an utterance is the median of `repeats` passes from normalised samples to token ids, decoding of
+    the audio excluded; `rtfx` is seconds of audio per second of computation; `speed_ratio` how many times as fast as
+    the first system, a paired quantity. `peak_memory_bytes` is what one pass over the longest utterance takes on
+    top of the weights (None where the device cannot tell). `corpus` is taken as it is: see `spread_over_durations`.
+    `device`: see `evaluation.choose_device`. Raises ValueError where there is nothing to measure.
+    """
+    if not systems or not len(corpus) or repeats < 1:
+        raise ValueError("a benchmark needs at least one system, one utterance and one repeat")
+    first = next(iter(systems.values()))
+    device = choose_device(device, first)
+    inputs = [
+        processor(utterance.audio(), sampling_rate=SAMPLE_RATE, return_tensors="pt").input_values.to(device)
+        for utterance in corpus
+    ]
+    longest = max(inputs, key=lambda samples_1S: samples_1S.shape[1])
+    seconds_audio = sum(samples_1S.shape[1] for samples_1S in inputs) / SAMPLE_RATE
+
+    def transcribe(name: str, samples_1S: torch.Tensor) -> torch.Tensor:
+        return systems[name](samples_1S.to(systems[name].dtype)).logits.argmax(-1)
+
+    with inference(*systems.values(), device=device, precision=precision):
+        for name in list(systems) * warmup:
+            transcribe(name, longest)
+        latencies = _interleaved(transcribe, list(systems), inputs, repeats, device)
+        peaks = {name: peak_memory_bytes(lambda: transcribe(name, longest), device) for name in systems}  # noqa: B023
+
+    baseline = next(iter(latencies.values()))
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "dtype": DTYPES[precision],
+        "utterances": len(corpus),
+        "seconds_audio": seconds_audio,
+        "systems": {
+            name: {
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "parameter_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+                **_latency(latencies[name], seconds_audio),
+                **_speed_ratio(baseline, latencies[name]),
+                "peak_memory_bytes": peaks[name],
+                **_cache(model.config, DTYPES[precision]),
+            }
+            for name, model in systems.items()
+        },
+        "latencies": {name: ms_N.tolist() for name, ms_N in latencies.items()},
+    }
+
+
+# ---- time --------------------------------------------------------------------------------------------------
+
+
+def _interleaved(
+    transcribe: Callable[[str, torch.Tensor], torch.Tensor],
+    names: list[str],
+    inputs: list[torch.Tensor],
+    repeats: int,
+    device: torch.device,
+) -> dict[str, np.ndarray]:
+    """Milliseconds of each system for each utterance [N], the median over `repeats`.
+
+    Systems take turns on every utterance, and in turn in going first: who follows whom, with which data still in
+    the processor's cache, evens out.
+    """
+    ms = {name: np.empty((repeats, len(inputs))) for name in names}
+    with tqdm(total=repeats * len(inputs), desc="benchmark", unit="utt") as progress:
+        for repeat in range(repeats):
+            for i, samples_1S in enumerate(inputs):
+                turn = (repeat + i) % len(names)
+                for name in names[turn:] + names[:turn]:
+                    ms[name][repeat, i] = _milliseconds(lambda: transcribe(name, samples_1S), device)  # noqa: B023
+                progress.update()
+    return {name: np.median(values, axis=0) for name, values in ms.items()}
+
+
+def _milliseconds(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end)
+    _synchronize(device)
+    started = perf_counter()
+    work()
+    _synchronize(device)
+    return 1000 * (perf_counter() - started)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _latency(ms_N: np.ndarray, seconds_audio: float) -> dict:
+    means_R = resample_sums(ms_N[:, None])[:, 0] / len(ms_N)
+    return {
+        "latency_ms_mean": float(ms_N.mean()),
+        "latency_ms_p50": float(np.percentile(ms_N, 50)),
+        "latency_ms_p95": float(np.percentile(ms_N, 95)),
+        "latency_ms_interval": list(interval(means_R)),
+        "rtfx": seconds_audio / (float(ms_N.sum()) / 1000),
+    }
+
+
+def _speed_ratio(baseline_ms_N: np.ndarray, ms_N: np.ndarray) -> dict:
+    """Total time of the baseline over that of this system, both on the same resampled utterances."""
+    sums_R2 = resample_sums(np.stack([baseline_ms_N, ms_N], axis=1))
+    return {
+        "speed_ratio": float(baseline_ms_N.sum() / ms_N.sum()),
+        "speed_ratio_interval": list(interval(sums_R2[:, 0] / sums_R2[:, 1])),
+    }
+
+
+# ---- memory ------------------------------------------------------------------------------------------------
+
+
+def peak_memory_bytes(work: Callable[[], object], device: torch.device) -> int | None:
+    """The most bytes of tensors alive at once during `work`, beyond those alive before; None on other devices.
+
+    On the CPU it is counted from torch's own allocations, as its profiler reports them: exact and the same every
+    time, unlike the resident size of the process. Scratch space inside BLAS and oneDNN is not among them.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        return None
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces start and stop on stderr otherwise
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return int(max(np.cumsum([0] + [event.nbytes() for event in events])))
+
+
+def _cache(config, dtype: str) -> dict:
+    """Key/value state under streaming: its growth per second of audio (0 for a state of fixed size), its size."""
+    at_1000 = kv_cache_bytes(config, 1000, dtype)
+    growth = kv_cache_bytes(config, 2000, dtype) - at_1000
+    return {
+        "cache_bytes_per_second": round(growth * frames_per_second(config) / 1000),
+        "cache_bytes_1000_frames": at_1000,
+    }

@@ -1,0 +1,133 @@
+"""MHA → MLA and back, on any model family. The given model is left as it is."""
+
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from asrlib.attention.latent import LatentKV, check_latent_dim, split_ranks
+from asrlib.conversion.factorize import METHODS, Factors, KeyValueSpectrum
+from asrlib.models.families import attention_modules, family_of, is_latent
+
+
+def latent_dim_for(cache_cut: float, hidden_size: int) -> int:
+    """The widest latent that cuts the cache by at least `cache_cut` (0.75: to a quarter of 2·D numbers)."""
+    if not 0 < cache_cut < 1:
+        raise ValueError(f"cache_cut is {cache_cut}: it must lie between 0 and 1 (0.75 keeps a quarter)")
+    # Rounded first: (1 − 0.9) · 20 is 1.9999999999999996, and 2 numbers are meant.
+    return max(1, int(round((1 - cache_cut) * 2 * hidden_size, 6)))
+
+
+def decompose(model: PreTrainedModel, layout: str = "joint") -> list[KeyValueSpectrum]:
+    """The singular value decomposition of every layer's key and value projections, first layer first.
+
+    Computed once, it can be cut at many widths (`convert(..., decomposition=...)`).
+    """
+    if is_latent(model.config):
+        raise ValueError(f"the model is latent already ({model.config.model_type}): decompose the one it came from")
+    family_of(model.config).check_layout(model.config, layout)
+    return [
+        KeyValueSpectrum.of(attention.linear_k.weight.detach(), attention.linear_v.weight.detach(), layout)
+        for attention in tqdm(attention_modules(model), desc="decomposing", unit="layer", leave=False)
+    ]
+
+
+def convert(
+    model: PreTrainedModel,
+    latent_dim: int | Sequence[int] | None = None,
+    cache_cut: float | None = None,
+    layout: str = "joint",
+    method: str = "svd",
+    decomposition: list[KeyValueSpectrum] | None = None,
+) -> PreTrainedModel:
+    """The latent twin of `model`, on the CPU, in evaluation mode.
+
+    `latent_dim` is the width of what is cached per frame and layer, one number or one a layer; `cache_cut`
+    gives a share to save instead. A joint latent as wide as the model is exact, and so is a split one of
+    twice that width. Raises ValueError where the width, the layout or the method is impossible.
+    """
+    if is_latent(model.config):
+        raise ValueError(f"the model is latent already ({model.config.model_type}): convert the one it came from")
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}: choose one of {', '.join(METHODS)}")
+    family, width = family_of(model.config), model.config.hidden_size
+    family.check_layout(model.config, layout)
+    ranks = _one_a_layer(latent_dim, cache_cut, width, model.config.num_hidden_layers)
+    for rank in ranks:
+        check_latent_dim(rank, width, layout)
+    decomposition = decomposition or decompose(model, layout)
+
+    settings = {key: value for key, value in model.config.to_dict().items() if key != "model_type"}
+    config = family.latent_config(**settings, latent_dim=ranks, latent_layout=layout)
+    latent = family.latent_model(config).to(model.dtype)
+    replaced = latent.load_state_dict(model.state_dict(), strict=False)
+    _check_replaced(replaced.missing_keys, replaced.unexpected_keys)
+    for ours, theirs, spectrum in zip(
+        attention_modules(latent), attention_modules(model), decomposition, strict=True
+    ):
+        _fill(ours.latent_kv, spectrum, theirs.linear_k.bias, theirs.linear_v.bias)
+    return latent.eval()
+
+
+def to_standard_attention(latent: PreTrainedModel) -> PreTrainedModel:
+    """The MHA model that computes what `latent` computes: W_k = up_k @ down, W_v = up_v @ down."""
+    if not is_latent(latent.config):
+        raise ValueError(f"the model has standard attention already ({latent.config.model_type})")
+    family = family_of(latent.config)
+    dropped = {"model_type", "latent_dim", "latent_layout", "architectures"}
+    settings = {key: value for key, value in latent.config.to_dict().items() if key not in dropped}
+    model = family.standard_model(family.standard_config(**settings)).to(latent.dtype)
+    replaced = model.load_state_dict(latent.state_dict(), strict=False)
+    _check_replaced(replaced.unexpected_keys, replaced.missing_keys)
+    with torch.no_grad():
+        for ours, theirs in zip(attention_modules(model), attention_modules(latent), strict=True):
+            factors = factors_of(theirs.latent_kv)
+            ours.linear_k.weight.copy_(factors.key_weight)
+            ours.linear_v.weight.copy_(factors.value_weight)
+            ours.linear_k.bias.copy_(theirs.latent_kv.up_k.bias)
+            ours.linear_v.bias.copy_(theirs.latent_kv.up_v.bias)
+    return model.eval()
+
+
+def factors_of(layer: LatentKV) -> Factors:
+    """The factors a latent layer holds, float64."""
+    joint = layer.layout == "joint"
+    down_k, down_v = (layer.down, layer.down) if joint else (layer.down_k, layer.down_v)
+    weights = (down_k.weight, down_v.weight, layer.up_k.weight, layer.up_v.weight)
+    return Factors(*(weight.detach().double().cpu() for weight in weights))
+
+
+def _one_a_layer(latent_dim, cache_cut: float | None, width: int, layers: int) -> list[int]:
+    if (latent_dim is None) == (cache_cut is None):
+        raise ValueError("give latent_dim (a width) or cache_cut (a share to save), one of the two")
+    if cache_cut is not None:
+        latent_dim = latent_dim_for(cache_cut, width)
+    ranks = [latent_dim] * layers if isinstance(latent_dim, int) else list(latent_dim)
+    if len(ranks) != layers:
+        raise ValueError(f"latent_dim has {len(ranks)} widths for {layers} layers: give one number, or one a layer")
+    return ranks
+
+
+def _check_replaced(latent_keys: list[str], standard_keys: list[str]) -> None:
+    """Only keys and values may differ between the two state dicts: nothing else stays at its random start."""
+    strangers = [key for key in latent_keys if ".latent_kv." not in key]
+    strangers += [key for key in standard_keys if ".linear_k." not in key and ".linear_v." not in key]
+    if strangers:
+        raise ValueError(f"the two models differ in more than keys and values: {', '.join(strangers[:5])}")
+
+
+@torch.no_grad()
+def _fill(layer: LatentKV, spectrum: KeyValueSpectrum, key_bias: torch.Tensor, value_bias: torch.Tensor) -> None:
+    rank = layer.up_k.in_features + layer.up_v.in_features if layer.layout == "split" else layer.up_k.in_features
+    factors = spectrum.cut(*(split_ranks(rank) if layer.layout == "split" else (rank, rank)))
+    if layer.layout == "joint":
+        layer.down.weight.copy_(factors.down_k)
+    else:
+        layer.down_k.weight.copy_(factors.down_k)
+        layer.down_v.weight.copy_(factors.down_v)
+    layer.up_k.weight.copy_(factors.up_k)
+    layer.up_v.weight.copy_(factors.up_v)
+    # Softmax cancels b_k, which shifts all scores of a row alike; it is kept so that keys stay comparable.
+    layer.up_k.bias.copy_(key_bias)
+    layer.up_v.bias.copy_(value_bias)

@@ -1,0 +1,1 @@
+"""Corpora, transcripts and batches."""

@@ -1,0 +1,60 @@
+"""Audio in any format soundfile knows, sampling rate and channel count → float32, mono, 16 kHz."""
+
+from collections.abc import Callable
+from typing import BinaryIO
+
+import numpy as np
+import soundfile
+import soxr
+
+SAMPLE_RATE = 16_000  # Hz, of all audio that leaves this room
+BLOCK = 1 << 20  # audio frames decoded at a time
+UNSTATED = 1 << 62  # libsndfile's frame count is at least this where a header (a streamed FLAC's) states none
+
+# What soundfile can open: a path, or a file object. Called once per reading, so nothing is held open.
+Source = Callable[[], bytes | BinaryIO]
+
+
+class UnusableAudio(ValueError):
+    """Audio that cannot be decoded to at least one finite sample; the message is the reason."""
+
+
+def read_audio(source: Source) -> np.ndarray:
+    """float32 [samples] at 16 kHz, channels averaged. Raises UnusableAudio."""
+    samples, rate = _decode(source)
+    if not len(samples):
+        raise UnusableAudio("audio holds no samples")
+    if not np.isfinite(samples).all():
+        raise UnusableAudio("audio holds NaN or infinite samples")
+    return samples if rate == SAMPLE_RATE else soxr.resample(samples, rate, SAMPLE_RATE)
+
+
+def duration(source: Source) -> float:
+    """Seconds as the header states them, or by decoding where it does not. Raises UnusableAudio."""
+    try:
+        with soundfile.SoundFile(source()) as file:
+            frames, rate = file.frames, file.samplerate
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UnusableAudio(f"audio cannot be read: {_words(error)}") from error
+    if frames >= UNSTATED:
+        frames = len(_decode(source)[0])
+    if frames <= 0:
+        raise UnusableAudio("audio holds no samples")
+    return frames / rate
+
+
+def _decode(source: Source) -> tuple[np.ndarray, int]:
+    """float32 [frames] and the sampling rate in Hz."""
+    try:
+        with soundfile.SoundFile(source()) as file:
+            blocks = [np.zeros(0, np.float32)]
+            # By blocks, so that a damaged header that claims a year of audio does not ask for its memory.
+            while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):  # [frames, channels]
+                blocks.append(block.mean(axis=1))
+            return np.concatenate(blocks), file.samplerate
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UnusableAudio(f"audio cannot be decoded: {_words(error)}") from error
+
+
+def _words(error: Exception) -> str:
+    return getattr(error, "error_string", str(error))  # libsndfile's own words, without the path

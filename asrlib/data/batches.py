@@ -1,0 +1,103 @@
+"""Utterances of like length in batches of bounded padded length, and the tensors made of them."""
+
+import math
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from asrlib.data.corpus import SAMPLE_RATE, Corpus
+from asrlib.data.text import normalise_text
+
+BUCKETS = 24  # of a large corpus: few enough to mix widely, enough to pad little
+BATCHES_TO_MIX = 4  # at least so many batches share a bucket, or a small corpus would never be reshuffled
+
+
+class BucketBatchSampler(Sampler[list[int]]):
+    """Index lists whose padded audio (count × longest) never exceeds `batch_seconds`.
+
+    Utterances are sorted into buckets of like length. A batch is drawn at random from one bucket and sized
+    for the bucket's longest, so batches are composed anew in every epoch while their number stays the same.
+    Deterministic in (seed, epoch). Without shuffling: longest first, the same every epoch, least padding.
+
+    An utterance longer than `batch_seconds` is a batch of its own; `.oversized` counts them.
+    Raises ValueError for a duration or a `batch_seconds` that is not positive.
+    """
+
+    def __init__(self, seconds: list[float], batch_seconds: float, seed: int = 0, shuffle: bool = True):
+        if not batch_seconds > 0:
+            raise ValueError(f"batch_seconds must be positive, not {batch_seconds}")
+        if not all(0 < s < math.inf for s in seconds):
+            raise ValueError("every utterance must have a positive duration")
+        self.seed, self.shuffle, self.epoch = seed, shuffle, 0
+        self.oversized = sum(s > batch_seconds for s in seconds)
+        self.buckets: list[tuple[list[int], int]] = []  # indices, how many of them make a batch
+        longest_first = sorted(range(len(seconds)), key=lambda i: -seconds[i])
+        while longest_first:
+            size = _count_that_fits(seconds[longest_first[0]], batch_seconds)
+            batches = max(BATCHES_TO_MIX, math.ceil(len(seconds) / BUCKETS / size)) if shuffle else 1
+            self.buckets.append((longest_first[: size * batches], size))
+            del longest_first[: size * batches]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(math.ceil(len(indices) / size) for indices, size in self.buckets)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = random.Random(f"{self.seed} {self.epoch}")
+        batches = []
+        for indices, size in self.buckets:
+            if self.shuffle:
+                indices = order.sample(indices, len(indices))
+            batches += [indices[start : start + size] for start in range(0, len(indices), size)]
+        if self.shuffle:
+            order.shuffle(batches)
+        return iter(batches)
+
+
+def _count_that_fits(longest: float, batch_seconds: float) -> int:
+    count = max(1, int(batch_seconds / longest))
+    return count - 1 if count > 1 and count * longest > batch_seconds else count  # the quotient may round up
+
+
+class CTCDataset(Dataset):
+    """{"audio": float32 [samples] at 16 kHz, "text": normalised transcript} per utterance."""
+
+    def __init__(self, corpus: Corpus, processor):
+        self.corpus = corpus
+        self.processor = processor
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray | str]:
+        utterance = self.corpus[index]
+        return {"audio": utterance.audio(), "text": normalise_text(utterance.text, self.processor)}
+
+
+class CTCCollator:
+    """Items of CTCDataset → {"input_values" [B, S], "attention_mask" [B, S], "labels" [B, L], padding −100}."""
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __call__(self, items: list[dict[str, np.ndarray | str]]) -> dict[str, torch.Tensor]:
+        inputs = self.processor.feature_extractor(
+            [item["audio"] for item in items],
+            sampling_rate=SAMPLE_RATE,
+            padding=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        labels = self.processor.tokenizer(
+            [item["text"] for item in items], padding=True, add_special_tokens=False, return_tensors="pt"
+        )
+        return {
+            "input_values": inputs.input_values,
+            "attention_mask": inputs.attention_mask,
+            "labels": labels.input_ids.masked_fill(labels.attention_mask == 0, -100),
+        }

@@ -1,0 +1,320 @@
+"""Speech with transcripts behind one interface, whatever it was stored as.
+
+`open_corpus` returns a `Corpus`: a sequence of `Utterance`, and the rows that were left out, each with
+its reason. Opening reads headers only; audio is decoded when `Utterance.audio()` is called, always to
+16 kHz mono, so a corpus of a hundred hours costs a few megabytes until it is used.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from asrlib.data.audio import SAMPLE_RATE, Source, UnusableAudio, duration, read_audio
+from asrlib.data.text import ctc_length, label_ids, normalise_text, unknown_characters
+from asrlib.runs import atomic_write, resolve
+
+AUDIO_SUFFIXES = {".flac", ".ogg", ".opus", ".wav"}  # a LibriSpeech folder is searched for these
+UNKNOWN_SPEAKER = "unknown"
+
+
+@dataclass(frozen=True)
+class Utterance:
+    id: str
+    text: str
+    speaker: str
+    seconds: float  # by the header of the audio
+    where: str  # file, or data set and row: for people
+    source: Source = field(repr=False, compare=False)
+
+    def audio(self) -> np.ndarray:
+        """float32 [samples], mono, 16 kHz. Raises UnusableAudio."""
+        samples = read_audio(self.source)
+        if len(samples) < (self.seconds - 0.1) * SAMPLE_RATE:
+            raise UnusableAudio(
+                f"audio is cut off: {len(samples) / SAMPLE_RATE:.2f} s of the {self.seconds:.2f} s of its header"
+            )
+        return samples
+
+
+@dataclass(frozen=True)
+class Rejected:
+    id: str
+    reason: str
+    where: str
+
+
+@dataclass(frozen=True, repr=False)
+class Corpus(Sequence[Utterance]):
+    name: str
+    split: str
+    utterances: tuple[Utterance, ...]
+    rejected: tuple[Rejected, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    def __getitem__(self, index):
+        """An utterance, or for a slice the corpus of those utterances."""
+        if isinstance(index, slice):
+            return replace(self, utterances=self.utterances[index])
+        return self.utterances[index]
+
+    def __repr__(self) -> str:
+        return (
+            f"Corpus({self.name} {self.split}: {len(self):,} utterances, {self.hours:.2f} h, "
+            f"{len({u.speaker for u in self}):,} speakers, {len(self.rejected):,} rejected)"
+        )
+
+    @property
+    def seconds(self) -> float:
+        return math.fsum(utterance.seconds for utterance in self)
+
+    @property
+    def hours(self) -> float:
+        return self.seconds / 3600
+
+    def sample(self, n: int | None, seed: int = 0) -> "Corpus":
+        """`n` utterances in corpus order, or all where n is None or not smaller than the corpus.
+
+        Chosen by a hash of seed and id: the choice is the same on every machine, and a smaller sample is
+        part of a larger one. Raises ValueError for n < 1.
+        """
+        if n is None or n >= len(self):
+            return self
+        if n < 1:
+            raise ValueError(f"a sample needs at least one utterance, not {n}; None means all")
+        chosen = set(sorted(range(len(self)), key=lambda i: _digest(f"{seed} {self[i].id}"))[:n])
+        return replace(self, utterances=tuple(u for i, u in enumerate(self) if i in chosen))
+
+    def usable(self, processor, frames: Callable[[int], int], check_audio: bool = True) -> "Corpus":
+        """The corpus without the rows that a CTC model with this processor cannot be trained or scored on.
+
+        frames: samples → encoder frames of the model.
+        check_audio: decode everything once; without it the headers are believed.
+        What is dropped joins `.rejected`. Raises ValueError if nothing is left.
+        """
+        check = partial(_problem, processor=processor, frames=frames, check_audio=check_audio)
+        kept, rejected = [], list(self.rejected)
+        for utterance, reason in zip(self, _in_threads(check, self, f"checking {self.split}")):
+            if reason is None:
+                kept.append(utterance)
+            else:
+                rejected.append(Rejected(utterance.id, reason, utterance.where))
+        return _corpus(self.name, self.split, kept, rejected)
+
+    def write_rejected(self, path: str | os.PathLike) -> None:
+        """One JSON object a line: id, reason, where. An empty file says that nothing was rejected."""
+        with atomic_write(path) as file:
+            for row in self.rejected:
+                file.write(_valid_unicode(json.dumps(vars(row), ensure_ascii=False)) + "\n")
+
+    def fingerprint(self) -> str:
+        """sha256 over ids, texts and durations, in order."""
+        return _digest("\n".join(json.dumps([u.id, u.text, round(u.seconds, 3)]) for u in self))
+
+
+def open_corpus(source: str | os.PathLike, split: str | None = None, revision: str | None = None) -> Corpus:
+    """Open one split of a corpus.
+
+    source: "synthetic" · a LibriSpeech folder · a manifest (.jsonl or .csv) or a folder of SPLIT.jsonl or
+        SPLIT.csv · a folder of parquet files or one written by `Dataset.save_to_disk` · otherwise a data set
+        on the hub, `owner/name` or `owner/name:configuration`. Relative paths start at the project root.
+    split: by default the only one there is, otherwise "train".
+    revision: of a data set on the hub.
+    Raises FileNotFoundError or ValueError, saying what was found instead.
+    """
+    if source == "synthetic":
+        from asrlib.data.synthetic import open_synthetic
+
+        return open_synthetic(split or "train")
+
+    path = resolve(source)
+    manifests = [path, *(path / f"{split or 'train'}{suffix}" for suffix in (".jsonl", ".csv"))]
+    if manifest := next(filter(Path.is_file, manifests), None):
+        from asrlib.data.manifest import open_manifest
+
+        return open_manifest(manifest, split)
+    if path.is_dir() and not find_splits(path):
+        from asrlib.data.hub import holds_tables, open_folder
+
+        if holds_tables(path):
+            return open_folder(path, split)
+    if path.is_dir():
+        return open_librispeech(path, split)  # which also says what was looked for
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(source)):
+        from asrlib.data.hub import open_hub
+
+        return open_hub(str(source), split or "train", revision)
+    raise FileNotFoundError(
+        f"no corpus at {source}: give 'synthetic', an existing folder, a .jsonl or .csv manifest, "
+        "or a hub data set as owner/name"
+    )
+
+
+# ---- LibriSpeech folders -----------------------------------------------------------------------------------
+
+
+def open_librispeech(root: str | os.PathLike, split: str | None = None) -> Corpus:
+    """SPEAKER/CHAPTER/*.{flac,ogg,opus,wav} beside *.trans.txt, whose lines are "ID TEXT".
+
+    root: the folder that holds the split (root/SPLIT or root/LibriSpeech/SPLIT), or the split itself.
+    Audio without a transcript and transcripts without audio are rejected rows.
+    Raises FileNotFoundError, naming the splits there are; ValueError if no row is usable.
+    """
+    root = Path(root)
+    splits = find_splits(root)
+    if split is None:
+        split = next(iter(splits)) if len(splits) == 1 else "train"
+    if split not in splits:
+        found = ", ".join(splits) or "none (a split holds SPEAKER/CHAPTER/*.trans.txt)"
+        raise FileNotFoundError(f"no split '{split}' in {root}; splits found: {found}")
+    return gather(splits[split].resolve().parent.name, split, _librispeech_rows(splits[split]))
+
+
+def find_splits(root: Path) -> dict[str, Path]:
+    """Name → folder of the LibriSpeech splits at `root`: `root` alone where it is one itself."""
+    if _is_split(root):
+        return {root.resolve().name: root}
+    folders = [folder for parent in (root, root / "LibriSpeech") for folder in sorted(parent.glob("*/"))]
+    return {folder.name: folder for folder in folders if _is_split(folder)}
+
+
+def _is_split(folder: Path) -> bool:
+    return next(folder.glob("*/*/*.trans.txt"), None) is not None
+
+
+def _librispeech_rows(folder: Path) -> Iterator["Row | Rejected"]:
+    for chapter in sorted(folder.glob("*/*/")):
+        audio: dict[str, Path] = {}
+        texts: dict[str, tuple[str, str]] = {}  # id → text, where
+        for path in sorted(chapter.glob("[!.]*")):
+            if path.suffix.lower() in AUDIO_SUFFIXES:
+                if path.stem in audio:
+                    yield Rejected(path.stem, f"the same utterance as {audio[path.stem].name}", str(path))
+                else:
+                    audio[path.stem] = path
+            elif path.name.endswith(".trans.txt"):
+                for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+                    id, _, text = line.decode("utf-8-sig", "surrogateescape").strip().partition(" ")
+                    if id in texts:
+                        yield Rejected(
+                            id, f"a second transcript, the first is in {texts[id][1]}", f"{path}:{number}"
+                        )
+                    elif id:
+                        texts[id] = text, f"{path}:{number}"
+        for id in sorted(audio.keys() | texts.keys()):
+            if id not in texts:
+                yield Rejected(id, "audio without transcript", str(audio[id]))
+            elif id not in audio:
+                yield Rejected(id, "transcript without audio", texts[id][1])
+            else:
+                path = audio[id]
+                yield Row(id, texts[id][0], chapter.parent.name, str(path), partial(os.fsencode, path))
+
+
+# ---- from rows to a corpus ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """An utterance as an opener found it, nothing checked yet."""
+
+    id: str
+    text: Any
+    speaker: str
+    where: str
+    source: Source
+
+
+def gather(name: str, split: str, rows: Iterable[Row | Rejected]) -> Corpus:
+    """Read the headers of `rows` and sort them into utterances and rejected ones.
+
+    Ids that occur again get a number, so that transcripts can be told apart.
+    Raises ValueError if there is no usable row.
+    """
+    utterances, rejected, taken = [], [], set()
+    for row in _in_threads(_admit, list(rows), f"reading {split}"):
+        if isinstance(row, Rejected):
+            rejected.append(row)
+            continue
+        id, count = row.id, 1
+        while id in taken:
+            count += 1
+            id = f"{row.id}#{count}"
+        taken.add(id)
+        utterances.append(row if id == row.id else replace(row, id=id))
+    return _corpus(name, split, utterances, rejected)
+
+
+def _corpus(name: str, split: str, utterances: list[Utterance], rejected: list[Rejected]) -> Corpus:
+    if not utterances:
+        reasons = "; ".join(f"{row.id}: {row.reason}" for row in rejected[:3])
+        raise ValueError(
+            f"{name} {split} has no usable row: "
+            + (f"{len(rejected):,} rejected, the first: {reasons}" if rejected else "it is empty")
+        )
+    return Corpus(name, split, tuple(utterances), tuple(rejected))
+
+
+def _admit(row: Row | Rejected) -> Utterance | Rejected:
+    if isinstance(row, Rejected):
+        return replace(row, id=_valid_unicode(row.id), where=_valid_unicode(row.where))
+    id, where = _valid_unicode(row.id), _valid_unicode(row.where)
+    if not isinstance(row.text, str) or not row.text.strip():
+        return Rejected(id, "no transcript", where)
+    if row.text != _valid_unicode(row.text):
+        return Rejected(id, "transcript is not valid Unicode", where)
+    try:
+        seconds = duration(row.source)
+    except UnusableAudio as error:
+        return Rejected(id, str(error), where)
+    return Utterance(id, row.text.strip(), _valid_unicode(row.speaker), seconds, where, row.source)
+
+
+def _problem(utterance: Utterance, processor, frames: Callable[[int], int], check_audio: bool) -> str | None:
+    """Why this utterance cannot be used, or None."""
+    text = normalise_text(utterance.text, processor)
+    if not text:
+        return "no transcript"
+    if unknown := unknown_characters(text, processor):
+        return f"characters outside the vocabulary: {', '.join(map(repr, unknown[:10]))}"
+    try:
+        samples = len(utterance.audio()) if check_audio else round(utterance.seconds * SAMPLE_RATE)
+    except UnusableAudio as error:
+        return str(error)
+    needed, available = ctc_length(label_ids(text, processor)), max(0, frames(samples))
+    if needed > available:
+        seconds = samples / SAMPLE_RATE
+        return f"text too long for its audio: CTC needs {needed} frames, {seconds:.2f} s give {available}"
+    return None
+
+
+def _in_threads(function: Callable, items: Sequence, label: str) -> Iterator:
+    """map in threads (decoding releases the GIL), with a bar once it takes longer than a moment."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        yield from tqdm(pool.map(function, items), total=len(items), desc=label, delay=2, leave=False)
+
+
+def named(value: Any, otherwise: str) -> str:
+    """An id or speaker as text; numbers are welcome, what is missing or blank becomes `otherwise`."""
+    return str(value) if value is not None and str(value).strip() else otherwise
+
+
+def _valid_unicode(text: str) -> str:
+    """Lone surrogates (from undecodable file names and bytes) written as \\udcXX: such text fits any file."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()

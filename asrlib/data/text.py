@@ -1,0 +1,50 @@
+"""Transcripts as a CTC tokenizer needs them.
+
+`processor` is a Wav2Vec2Processor, or its tokenizer alone: a vocabulary of single characters, in which a
+special token (usually "|") stands for the space.
+"""
+
+from itertools import pairwise
+
+
+def normalise_text(text: str, processor) -> str:
+    """Fit each character to the vocabulary's case, make every run of white space one space.
+
+    LibriSpeech is upper case, many vocabularies are lower case. A character that fits neither way is
+    left as it is, for `unknown_characters` to name.
+    """
+    known = _characters(processor)
+    return " ".join("".join(_fit(character, known) for character in text).split())
+
+
+def unknown_characters(text: str, processor) -> list[str]:
+    """The characters of normalised text that have no token of their own, sorted, each once."""
+    return sorted(set(text) - _characters(processor) - {" "})
+
+
+def label_ids(text: str, processor) -> list[int]:
+    """Token ids of normalised text, without begin or end marks."""
+    return _tokenizer(processor)(text, add_special_tokens=False).input_ids
+
+
+def ctc_length(ids: list[int]) -> int:
+    """The fewest frames CTC can emit these labels in: one each, and a blank between equal neighbours."""
+    return len(ids) + sum(left == right for left, right in pairwise(ids))
+
+
+def _tokenizer(processor):
+    return getattr(processor, "tokenizer", processor)
+
+
+def _characters(processor) -> set[str]:
+    tokenizer = _tokenizer(processor)
+    # A literal "|" in a transcript is not the space that this token means.
+    special = {*tokenizer.all_special_tokens, getattr(tokenizer, "word_delimiter_token", None)}
+    return {token for token in tokenizer.get_vocab() if len(token) == 1 and token not in special}
+
+
+def _fit(character: str, known: set[str]) -> str:
+    for form in (character, character.upper(), character.lower()):
+        if known.issuperset(form):
+            return form
+    return character

@@ -1,0 +1,327 @@
+"""What a recogniser writes down, and how many of its words are wrong.
+
+Transcripts are greedy CTC. Error rates are fractions over a whole corpus (errors of all utterances divided by
+words of all utterances), with intervals and significance from resampling utterances.
+Shapes: N utterances, R resamples, B batch, S samples of audio, T frames, C channels.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from asrlib.data.batches import BucketBatchSampler, CTCCollator, CTCDataset
+from asrlib.data.corpus import Corpus
+from asrlib.models.families import attention_modules, frame_counts
+from asrlib.runs import atomic_write, resolve
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+RESAMPLES = 10_000
+SEED = 0
+
+
+# ---- running a model ---------------------------------------------------------------------------------------
+
+
+def choose_device(device: str | None, model: nn.Module) -> torch.device:
+    """`auto` is the accelerator where there is one, else the CPU; None is where the model already is."""
+    if device is None:
+        return next(model.parameters()).device
+    if device == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return torch.device(device)
+
+
+@contextmanager
+def inference(*models: nn.Module, device: torch.device, precision: str = "fp32") -> Iterator[None]:
+    """Evaluation mode, on `device`, without gradients; the models leave as they came, but stay on `device`.
+
+    `precision` is fp32, bf16 or fp16, by autocast; anything else raises ValueError.
+    """
+    if precision not in AUTOCAST:
+        raise ValueError(f"precision is {precision!r}: choose one of {', '.join(AUTOCAST)}")
+    for model in models:
+        model.to(device)
+    modules = [module for model in models for module in model.modules()]
+    modes = [(module, module.training) for module in modules]
+    # transformers' Conformer rounds its table of positions to the dtype of the call and keeps the rounded one:
+    # without putting it back, every fp32 call after a bf16 call would be off.
+    buffers = [(module, name, buffer) for module in modules for name, buffer in module.named_buffers(recurse=False)]
+    for model in models:
+        model.eval()
+    dtype = AUTOCAST[precision]
+    try:
+        # no_grad, not inference_mode: position tables cached under the latter could not be trained with later.
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for module, name, buffer in buffers:
+            setattr(module, name, buffer)
+
+
+@contextmanager
+def padding_silenced(model: nn.Module, frames_B: torch.Tensor) -> Iterator[None]:
+    """Zeroes what lies behind the end of each utterance before every convolution over encoder frames.
+
+    transformers' Conformer masks padding in its attention only. Its depthwise convolutions read what the layers
+    before them left there, so that the last frames of an utterance would depend on its neighbours in the batch;
+    zeros are what the convolution reads where the utterance is alone.
+    """
+    longest = int(frames_B.max())
+    beyond_BT = torch.arange(longest, device=frames_B.device) >= frames_B[:, None]
+
+    def silence(convolution: nn.Conv1d, inputs: tuple) -> tuple:
+        x_BCT, *others = inputs
+        if x_BCT.shape[-1] == longest:  # else it works at another rate, as the feature encoder does
+            x_BCT = x_BCT.masked_fill(beyond_BT[:, None], 0)
+        return x_BCT, *others
+
+    wide = [m for m in model.modules() if isinstance(m, nn.Conv1d) and m.kernel_size[0] > 1]
+    handles = [m.register_forward_pre_hook(silence) for m in wide if beyond_BT.any()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def zero_attention(model: nn.Module) -> Iterator[None]:
+    """Replaces the output of every attention module by zeros: what is left is the model without attention."""
+
+    def zeros(module, inputs, output):
+        if isinstance(output, tuple):
+            return torch.zeros_like(output[0]), *output[1:]
+        return torch.zeros_like(output)
+
+    handles = [module.register_forward_hook(zeros) for module in attention_modules(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ---- transcripts -------------------------------------------------------------------------------------------
+
+
+def transcribe(
+    model: nn.Module,
+    processor,
+    corpus: Corpus,
+    batch_seconds: float = 60.0,
+    device: str | None = None,
+    precision: str = "fp32",
+) -> list[dict]:
+    """Greedy transcripts in the order of the corpus: {id, speaker, seconds, reference, hypothesis} each.
+
+    The reference is the text of the corpus as it stands. `batch_seconds` bounds the padded audio in a batch and
+    changes the speed, not the transcripts: each is that of the utterance alone. Raises UnusableAudio where an
+    utterance cannot be decoded.
+    """
+    device = choose_device(device, model)
+    if getattr(model.config, "feat_extract_norm", "layer") == "group":
+        batches = [[i] for i in range(len(corpus))]  # this norm averages over the padding too
+    else:
+        batches = list(BucketBatchSampler([u.seconds for u in corpus], batch_seconds, seed=0, shuffle=False))
+    loader = DataLoader(
+        CTCDataset(corpus, processor),
+        batch_sampler=batches,
+        collate_fn=CTCCollator(processor),
+        num_workers=0 if device.type == "cpu" else 4,  # decode the next batch while the accelerator computes
+    )
+    hypotheses = [""] * len(corpus)
+    with (
+        inference(model, device=device, precision=precision),
+        tqdm(total=len(corpus), desc=f"transcribing {corpus.name}", unit="utt") as progress,
+    ):
+        for indices, batch in zip(batches, loader, strict=True):
+            for i, text in zip(indices, processor.batch_decode(_greedy(model, batch, device)), strict=True):
+                hypotheses[i] = text
+            progress.update(len(indices))
+    return [
+        {"id": u.id, "speaker": u.speaker, "seconds": u.seconds, "reference": u.text, "hypothesis": hypothesis}
+        for u, hypothesis in zip(corpus, hypotheses, strict=True)
+    ]
+
+
+def _greedy(model: nn.Module, batch: dict, device: torch.device) -> list[list[int]]:
+    """Best token of each unpadded frame: B lists of different lengths."""
+    mask_BS = batch["attention_mask"].to(device)
+    frames_B = frame_counts(model, mask_BS.sum(-1))
+    with padding_silenced(model, frames_B):
+        logits_BTV = model(batch["input_values"].to(device, model.dtype), attention_mask=mask_BS).logits
+    return [ids[:n] for ids, n in zip(logits_BTV.argmax(-1).tolist(), frames_B.tolist(), strict=True)]
+
+
+def write_predictions(path: str | Path, predictions: list[dict]) -> None:
+    """One JSON object a line, in one atomic write."""
+    with atomic_write(path) as file:
+        for prediction in predictions:
+            file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
+
+
+def load_predictions(path: str | Path) -> list[dict]:
+    """Reads back what `evaluate` or `write_predictions` wrote; ValueError names the line that is not one of theirs."""
+    predictions = []
+    with open(resolve(path), encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                prediction = json.loads(line)
+                prediction["id"], prediction["reference"], prediction["hypothesis"]  # noqa: B018  are they there?
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"line {number} of {path} is no transcript ({error!r}): evaluate again to write the file anew"
+                ) from None
+            predictions.append(prediction)
+    return predictions
+
+
+# ---- word errors -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationResult:
+    """Errors of one model on one corpus; `as_metrics` is what metrics/*.json holds."""
+
+    wer: float  # fraction of the reference words; above 1 where much is inserted
+    wer_interval: tuple[float, float]  # 95 %, over utterances
+    cer: float  # fraction of the reference characters, spaces between words included
+    substitutions: int  # words
+    deletions: int
+    insertions: int
+    words: int  # in the references
+    utterances: int
+    seconds_audio: float
+    predictions: list[dict] = field(repr=False)
+    errors_N: np.ndarray = field(repr=False)  # word errors of each utterance, in the order of predictions
+    words_N: np.ndarray = field(repr=False)  # reference words of each utterance
+
+    def as_metrics(self) -> dict:
+        arrays = ("predictions", "errors_N", "words_N")
+        values = {name: value for name, value in self.__dict__.items() if name not in arrays}
+        return values | {"wer_interval": list(self.wer_interval)}
+
+
+def score(predictions: list[dict]) -> EvaluationResult:
+    """Corpus WER and CER of transcripts as `transcribe` gives them; case and repeated spaces do not count.
+
+    An utterance with an empty reference counts its insertions, one with an empty hypothesis its deletions.
+    Raises ValueError where there is no reference word at all: error rates are undefined then.
+    """
+    references = [_folded(p["reference"]) for p in predictions]
+    hypotheses = [_folded(p["hypothesis"]) for p in predictions]
+    if not any(references):
+        raise ValueError(f"no word in the references of {len(predictions)} utterances: the WER is undefined")
+    words = jiwer.process_words(references, hypotheses)
+    errors_N = np.array([_word_errors(alignment) for alignment in words.alignments])
+    words_N = np.array([len(reference) for reference in words.references])
+    sums_R2 = resample_sums(np.stack([errors_N, words_N], axis=1))
+    return EvaluationResult(
+        wer=words.wer,
+        wer_interval=interval(_ratio(sums_R2[:, 0], sums_R2[:, 1])),
+        cer=jiwer.process_characters(references, hypotheses).cer,
+        substitutions=words.substitutions,
+        deletions=words.deletions,
+        insertions=words.insertions,
+        words=int(words_N.sum()),
+        utterances=len(predictions),
+        seconds_audio=sum(p["seconds"] for p in predictions),
+        predictions=predictions,
+        errors_N=errors_N,
+        words_N=words_N,
+    )
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _word_errors(alignment: list[jiwer.AlignmentChunk]) -> int:
+    return sum(
+        max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
+        for chunk in alignment
+        if chunk.type != "equal"
+    )
+
+
+def evaluate(
+    model: nn.Module,
+    processor,
+    corpus: Corpus,
+    batch_seconds: float = 60.0,
+    device: str | None = None,
+    precision: str = "fp32",
+    predictions: str | Path | None = None,
+) -> EvaluationResult:
+    """Transcribes the corpus and scores it; `predictions` is the .jsonl the transcripts are written to.
+
+    `device`: see `choose_device`. `precision`: fp32, bf16 or fp16.
+    """
+    transcripts = transcribe(model, processor, corpus, batch_seconds, device, precision)
+    if predictions is not None:
+        write_predictions(predictions, transcripts)
+    return score(transcripts)
+
+
+# ---- intervals and significance ----------------------------------------------------------------------------
+
+
+def resample_sums(columns_NK: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> np.ndarray:
+    """Bootstrap: the sum of each column over N rows drawn with replacement, `resamples` times → [R, K]."""
+    rows = len(columns_NK)
+    generator = np.random.default_rng(seed)
+    block = max(1, 1_000_000 // rows)  # draws at once: bounds the memory, changes no number
+    sums = []
+    for start in range(0, resamples, block):
+        drawn = generator.integers(rows, size=(min(block, resamples - start), rows))
+        sums.append(columns_NK[drawn].sum(axis=1))
+    return np.concatenate(sums)
+
+
+def interval(values_R: np.ndarray) -> tuple[float, float]:
+    """The central 95 % of resampled values."""
+    low, high = np.nanpercentile(values_R, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _ratio(errors_R: np.ndarray, words_R: np.ndarray) -> np.ndarray:
+    """Error rates; NaN for the resamples that drew no reference word."""
+    return np.where(words_R > 0, errors_R / np.maximum(words_R, 1), np.nan)
+
+
+def paired_bootstrap(a: EvaluationResult, b: EvaluationResult) -> dict:
+    """How much more wrong `b` is than `a`, on the same utterances: {difference, interval, p}.
+
+    `difference` is WER(b) − WER(a), `interval` its 95 % interval, `p` two-sided against no difference (Bisani and
+    Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP 2004). Raises
+    ValueError where ids or references differ.
+    """
+    of_b = {p["id"]: i for i, p in enumerate(b.predictions)}
+    ids = [p["id"] for p in a.predictions]
+    if len(ids) != len(of_b) or set(ids) != set(of_b):
+        unpaired = sorted(set(ids) ^ set(of_b)) or ["(repeated ids)"]
+        raise ValueError(f"the two results are not over the same utterances: {unpaired[0]!r} is not in both once")
+    order = [of_b[i] for i in ids]
+    for prediction, j in zip(a.predictions, order, strict=True):
+        if _folded(prediction["reference"]) != _folded(b.predictions[j]["reference"]):
+            raise ValueError(f"the references of {prediction['id']!r} differ: evaluate both models on one corpus")
+    sums_R3 = resample_sums(np.stack([a.errors_N, b.errors_N[order], a.words_N], axis=1))
+    differences_R = _ratio(sums_R3[:, 1] - sums_R3[:, 0], sums_R3[:, 2])
+    # The draw itself counts as one resample, so that p is never 0.
+    tail = 1 + min(np.sum(differences_R <= 0), np.sum(differences_R >= 0))
+    return {
+        "difference": b.wer - a.wer,
+        "interval": list(interval(differences_R)),
+        "p": min(1.0, 2 * float(tail) / (1 + len(differences_R))),
+    }

@@ -1,0 +1,306 @@
+"""HTML for reports: executed notebooks as self-contained pages, escaped tables, marked transcripts.
+
+A page opens from disk with the network off: style and figures are inside it, it has no script, and its
+content security policy forbids the browser to run or to fetch any. Whatever comes from data (transcripts,
+names) is escaped.
+"""
+
+import base64
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup, escape
+
+from asrlib.runs import atomic_write, resolve
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from bs4 import BeautifulSoup
+    from nbformat import NotebookNode
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+# The pages of a run in reading order: stem of notebook and page -> (short name, what the page shows).
+PAGES = {
+    "00_baseline": ("Baseline", "the recogniser as it comes: its word errors, with and without attention"),
+    "01_convert": ("Convert", "keys and values through one latent, and the proof that full width loses nothing"),
+    "02_analyze_svd_error": ("Error by layer", "singular spectra, and what each layer loses at each width"),
+    "03_finetune": ("Fine-tune", "training the converted model: losses, word errors, learning rate"),
+    "04_evaluate": ("Evaluate", "transcripts and word errors of all three models on the same speech"),
+    "05_benchmark": ("Benchmark", "latency, speed, memory and cache, the models taking turns"),
+    "06_compare": ("Compare", "what it cost and what it saved"),
+}
+
+Format = str | Callable[[Any], str]
+
+
+# ---- pages -------------------------------------------------------------------------------------------------
+
+
+def render_notebook(notebook: Path, page: Path, run_dir: Path | None = None, title: str | None = None) -> Path:
+    """Write the executed `notebook` as one HTML file; returns its path.
+
+    Code is folded, parameters become one table, progress bars and messages are reduced to their last state
+    and folded. The page calls itself after the notebook's first heading and the name of `run_dir` (default: the
+    folder of the page).
+    """
+    import nbformat
+    from bs4 import BeautifulSoup
+    from nbconvert import HTMLExporter
+
+    notebook, page = resolve(notebook), resolve(page)
+    node = nbformat.read(notebook, as_version=4)
+    _gather_parameters(node)
+    for cell in node.cells:
+        if cell.cell_type == "code":
+            _tidy_outputs(cell)
+    node.metadata.pop("widgets", None)
+
+    exporter = HTMLExporter(
+        extra_template_basedirs=[str(TEMPLATES)],
+        template_name="report",
+        template_file="notebook.html.j2",
+        embed_images=True,
+        anchor_link_text="#",
+    )
+    facts = page_facts(page, (run_dir or page.parent).name, title or _first_heading(node) or notebook.stem)
+    resources = {"metadata": {"path": str(notebook.parent)}, "page": facts}
+    html, _ = exporter.from_notebook_node(node, resources)
+
+    soup = BeautifulSoup(html, "html.parser")
+    _remove_active_content(soup)
+    _list_sections(soup)
+    with atomic_write(page) as file:
+        file.write(str(soup))
+    return page
+
+
+def render_template(name: str, target: Path, **values: Any) -> Path:
+    """Write the jinja template `name` with `values`, all of them escaped, as `target`; returns its path."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(TEMPLATES / "report")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    text = environment.get_template(name).render(**values)
+    with atomic_write(target) as file:
+        file.write(text)
+    return resolve(target)
+
+
+def page_facts(page: Path, run_name: str, title: str) -> dict:
+    """What the frame around every page needs: title, navigation, neighbours, colours of the code."""
+    stems = list(PAGES)
+    here = stems.index(page.stem) if page.stem in PAGES else None
+    link = {stem: {"href": f"{stem}.html", "number": stem[:2], "name": name} for stem, (name, _) in PAGES.items()}
+    return {
+        "title": title,
+        "run": run_name,
+        "stem": page.stem,
+        "links": link,
+        "previous": link[stems[here - 1]] if here else None,
+        "next": link[stems[here + 1]] if here is not None and here + 1 < len(stems) else None,
+        "code_css": _code_css(),
+    }
+
+
+def _code_css() -> str:
+    from pygments.formatters import HtmlFormatter
+
+    light, dark = (HtmlFormatter(style=style).get_style_defs(".highlight") for style in ("tango", "github-dark"))
+    return f"{light}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}"
+
+
+# ---- tidying an executed notebook --------------------------------------------------------------------------
+
+
+def _gather_parameters(node: "NotebookNode") -> None:
+    """Turn the `parameters` cell and papermill's injected one into one table in the cell's metadata."""
+    from papermill.translators import PythonTranslator
+
+    def tagged(tag: str) -> list:
+        return [cell for cell in node.cells if tag in cell.metadata.get("tags", [])]
+
+    injected = tagged("injected-parameters")
+    given = {p.name: p.default for cell in injected for p in PythonTranslator.inspect(cell)}
+    for cell in tagged("parameters"):
+        defaults = PythonTranslator.inspect(cell)
+        cell.metadata["parameter_rows"] = [
+            {
+                "name": p.name,
+                "value": given.get(p.name, p.default),
+                "default": None if given.get(p.name, p.default) == p.default else p.default,
+                "help": p.help,
+            }
+            for p in defaults
+        ]
+        if given.keys() <= {p.name for p in defaults}:  # everything injected is in the table
+            node.cells = [c for c in node.cells if c not in injected]
+
+
+def _tidy_outputs(cell: "NotebookNode") -> None:
+    """Drop widgets and scripts, join streams, and keep of a progress bar what a terminal would show at the end."""
+    from nbformat.v4 import new_output
+
+    kept, messages = [], ""
+    for output in cell.outputs:
+        if output.output_type == "stream" and output.name == "stderr":
+            messages += output.text
+        elif output.output_type == "stream":
+            if not (kept and kept[-1].output_type == "stream"):
+                kept.append(new_output("stream", name="stdout", text=""))
+            kept[-1].text += output.text
+        elif "data" not in output or not {k for k in output.data if "widget" in k or "javascript" in k}:
+            kept.append(output)
+    for output in kept:
+        if output.output_type == "stream":
+            output.text = final_terminal_text(output.text)
+    kept = [o for o in kept if o.output_type != "stream" or o.text]
+    lines = [line for line in final_terminal_text(messages).split("\n") if line]
+    if lines:  # one folded block at the end: bars and messages of a cell interleave in meaningless ways
+        kept.append(new_output("stream", name="stderr", text="\n".join(lines)))
+    cell.outputs = kept
+
+
+def final_terminal_text(text: str) -> str:
+    """What a terminal shows in the end: carriage returns and cursor-up obeyed (tqdm), colours dropped."""
+    text = re.sub(r"\x1b\[(?!A)[0-9;?]*[A-Za-z]", "", text)
+    lines, row, column = [""], 0, 0
+    for piece in re.split(r"(\r\n|\r|\n|\x1b\[A)", text):
+        if piece in ("\n", "\r\n"):
+            row, column = row + 1, 0
+            if row == len(lines):
+                lines.append("")
+        elif piece == "\r":
+            column = 0
+        elif piece == "\x1b[A":
+            row = max(row - 1, 0)
+        else:
+            line = lines[row].ljust(column)
+            lines[row] = line[:column] + piece + line[column + len(piece) :]
+            column += len(piece)
+    return "\n".join(line.rstrip() for line in lines).strip("\n")
+
+
+def _first_heading(node: "NotebookNode") -> str | None:
+    for cell in node.cells:
+        if cell.cell_type == "markdown" and (found := re.search(r"^# +(.+)$", cell.source, re.MULTILINE)):
+            return re.sub(r"[`*]", "", found[1]).strip()
+    return None
+
+
+def _remove_active_content(soup: "BeautifulSoup") -> None:
+    """Take out of cell outputs what would run or be fetched; links to follow by hand stay."""
+    for element in soup.main.select("script, iframe, object, embed, link, base, meta"):
+        element.decompose()
+    for element in soup.main.find_all(True):
+        for name, value in list(element.attrs.items()):
+            fetched = name in ("src", "srcset", "poster", "data", "background", "xlink:href")
+            fetched = fetched or (name == "href" and element.name != "a")
+            local = str(value).strip().startswith(("data:", "#"))
+            scripted = name.startswith("on") or str(value).strip().lower().startswith("javascript:")
+            if scripted or (fetched and not local):
+                del element[name]
+
+
+def _list_sections(soup: "BeautifulSoup") -> None:
+    """Put a list of the page's sections after its title, where there are enough of them to need one."""
+    headings = [h for h in soup.main.select(".markdown h2[id]")]
+    if len(headings) < 3:
+        return
+    nav = soup.new_tag("nav", attrs={"class": "sections", "aria-label": "Sections of this page"})
+    for heading in headings:
+        anchor = heading.select_one(".anchor-link")
+        name = heading.get_text().removesuffix(anchor.get_text() if anchor else "").strip()
+        link = soup.new_tag("a", href=f"#{heading['id']}")
+        link.string = name
+        nav.append(link)
+    title = soup.main.select_one(".markdown")
+    title.insert_after(nav)
+
+
+# ---- pieces that notebooks display -------------------------------------------------------------------------
+
+
+def table_html(
+    df: "pd.DataFrame", caption: str = "", formats: Mapping[str, Format] | None = None, index: bool = True
+) -> Markup:
+    """Table with every name and cell escaped; numbers right-aligned, missing ones shown as a dash.
+
+    formats: column -> format specification (".1%", ",") or function of the value.
+    """
+    import pandas as pd
+
+    formats = formats or {}
+
+    def text(column: str, value: Any) -> str:
+        if pd.api.types.is_scalar(value) and pd.isna(value):
+            return "–"
+        how = formats.get(column, ".4g" if isinstance(value, float) else "")
+        return how(value) if callable(how) else format(value, how)
+
+    numeric = {c: pd.api.types.is_numeric_dtype(df[c]) or c in formats for c in df.columns}
+    right = {c: Markup(' class="n"') if numeric[c] else "" for c in df.columns}
+    head = Markup("").join(Markup('<th scope="col"{}>{}</th>').format(right[c], c) for c in df.columns)
+    if index:
+        head = Markup("<th>{}</th>").format(df.index.name or "") + head
+    rows = []
+    for label, *values in df.itertuples():
+        first = Markup('<th scope="row">{}</th>').format(label) if index else Markup("")
+        cells = (
+            Markup("<td{}>{}</td>").format(right[c], v if isinstance(v, Markup) else text(c, v))
+            for c, v in zip(df.columns, values, strict=True)
+        )
+        rows.append(Markup("<tr>{}{}</tr>").format(first, Markup("").join(cells)))
+    return Markup(
+        '<div class="table" tabindex="0" role="region" aria-label="{}"><table>{}<thead><tr>{}</tr></thead>'
+        "<tbody>{}</tbody></table></div>"
+    ).format(
+        caption or "table",
+        Markup("<caption>{}</caption>").format(caption) if caption else "",
+        head,
+        Markup("\n").join(rows),
+    )
+
+
+def display_table(
+    df: "pd.DataFrame", caption: str = "", formats: Mapping[str, Format] | None = None, index: bool = True
+) -> None:
+    """Show `table_html` in a notebook."""
+    from IPython.display import display
+
+    display({"text/html": str(table_html(df, caption, formats, index)), "text/plain": df.to_string()}, raw=True)
+
+
+def diff_transcripts(reference: str, hypothesis: str) -> Markup:
+    """The reference as it was heard: deleted words struck through, inserted ones underlined, and
+    a substituted word struck through before what was heard instead. Readable without colour and escaped."""
+    import jiwer
+
+    aligned = jiwer.process_words(reference, hypothesis)
+    said, heard = aligned.references[0], aligned.hypotheses[0]
+    words = []
+    for chunk in aligned.alignments[0]:
+        left = said[chunk.ref_start_idx : chunk.ref_end_idx]
+        right = heard[chunk.hyp_start_idx : chunk.hyp_end_idx]
+        if chunk.type == "equal":
+            words += [escape(word) for word in left]
+        elif chunk.type == "delete":
+            words += [Markup('<del title="deleted">{}</del>').format(word) for word in left]
+        elif chunk.type == "insert":
+            words += [Markup('<ins title="inserted">{}</ins>').format(word) for word in right]
+        else:
+            pair = '<span class="sub" title="substituted"><del>{}</del> <ins>{}</ins></span>'
+            words += [Markup(pair).format(*both) for both in zip(left, right, strict=True)]
+    return Markup('<span class="diff">{}</span>').format(Markup(" ").join(words))
+
+
+def figure_html(png: Path, alt: str | None = None) -> Markup:
+    """`png` as an embedded image; `alt` defaults to the description that `save_figure` left in the file."""
+    from PIL import Image
+
+    with Image.open(png) as image:
+        alt = alt or image.info.get("Description", png.stem.replace("_", " "))
+    data = base64.b64encode(png.read_bytes()).decode()
+    return Markup('<img src="data:image/png;base64,{}" alt="{}">').format(data, alt)

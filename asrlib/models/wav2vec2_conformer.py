@@ -1,0 +1,94 @@
+"""The latent twin of transformers' Wav2Vec2ConformerForCTC.
+
+Only what produces keys and values is replaced; queries, relative positions and everything else are the
+parent's own. In relative-position attention
+
+    score(i, j) = ((q_i + u)·k_j + (q_i + v)·p_{i−j}) / √d_h        (Transformer-XL, arXiv 1901.02860, 3.3)
+
+only k_j and v_j come from x_j, so no decoupled rotary key is needed (unlike DeepSeek-V2, 2.1.3).
+"""
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, AutoModelForCTC, Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
+from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerSelfAttention
+
+from asrlib.attention.latent import LatentKV, check_latent_dim
+
+
+@strict
+class Wav2Vec2ConformerMLAConfig(Wav2Vec2ConformerConfig):
+    """Wav2Vec2ConformerConfig plus `latent_dim`, one cached width per layer, and `latent_layout`.
+
+    An empty `latent_dim` means the uncompressed floor: a joint latent as wide as the model in every layer
+    (split: as wide as keys and values together). Raises ValueError where a width is impossible, or a joint
+    latent is asked of rotary positions.
+    """
+
+    model_type = "wav2vec2-conformer-mla"
+
+    latent_dim: list[int] | tuple[int, ...] = ()
+    latent_layout: str = "joint"
+
+    def __post_init__(self, **kwargs):
+        if not self.latent_dim:
+            exact = self.hidden_size if self.latent_layout == "joint" else 2 * self.hidden_size
+            self.latent_dim = [exact] * self.num_hidden_layers
+        self.latent_dim = list(self.latent_dim)
+        super().__post_init__(**kwargs)
+
+    def validate_latent(self):
+        """Part of `@strict`'s validation."""
+        check_layout(self, self.latent_layout)
+        if len(self.latent_dim) != self.num_hidden_layers:
+            raise ValueError(
+                f"latent_dim has {len(self.latent_dim)} widths for {self.num_hidden_layers} layers: give one a layer"
+            )
+        for width in self.latent_dim:
+            check_latent_dim(width, self.hidden_size, self.latent_layout)
+
+
+def check_layout(config: Wav2Vec2ConformerConfig, layout: str) -> None:
+    """Raises ValueError where keys and values read different inputs, which no joint latent can serve."""
+    if layout == "joint" and config.position_embeddings_type == "rotary":
+        raise ValueError(
+            "rotary positions turn the input of the keys but not that of the values, so one joint latent cannot "
+            "serve both: use layout: split"
+        )
+
+
+class LatentSelfAttention(Wav2Vec2ConformerSelfAttention):
+    """Self-attention whose keys and values come from a latent.
+
+    The parent's forward calls `linear_k` and `linear_v`; here they are methods, so that forward (positions,
+    masks, eager, SDPA) stays the parent's. A joint latent is computed once for each of the two: R·D
+    multiplications per frame more than need be, in exchange for no copy of that forward.
+    """
+
+    def __init__(self, config: Wav2Vec2ConformerMLAConfig, latent_dim: int):
+        super().__init__(config)
+        del self.linear_k, self.linear_v
+        self.latent_kv = LatentKV(config.hidden_size, latent_dim, config.latent_layout)
+
+    def linear_k(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.latent_kv.keys(x_BTD)
+
+    def linear_v(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.latent_kv.values(x_BTD)
+
+
+class Wav2Vec2ConformerMLAForCTC(Wav2Vec2ConformerForCTC):
+    """Wav2Vec2ConformerForCTC with latent keys and values."""
+
+    config_class = Wav2Vec2ConformerMLAConfig
+    config: Wav2Vec2ConformerMLAConfig
+
+    def __init__(self, config: Wav2Vec2ConformerMLAConfig, target_lang: str | None = None):
+        super().__init__(config, target_lang)
+        for layer, latent_dim in zip(self.wav2vec2_conformer.encoder.layers, config.latent_dim, strict=True):
+            layer.self_attn = LatentSelfAttention(config, latent_dim)
+        self.post_init()
+
+
+AutoConfig.register("wav2vec2-conformer-mla", Wav2Vec2ConformerMLAConfig)
+AutoModelForCTC.register(Wav2Vec2ConformerMLAConfig, Wav2Vec2ConformerMLAForCTC)

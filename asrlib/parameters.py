@@ -1,0 +1,282 @@
+"""What may be set in a run: the notebooks' own `parameters` cells, read as one schema.
+
+Types come from the cells (`epochs: int = 4  # passes over the training data`), limits on values from LIMITS.
+A name means the same in every notebook that declares it.
+"""
+
+import ast
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from asrlib.runs import read_json, resolve
+
+TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
+TYPES |= {"List": list, "Dict": dict, "Optional": Optional}
+
+
+class BadParameter(ValueError):
+    """A parameter that cannot be used; the message says which, where it was given, what would be valid."""
+
+
+def one_of(*choices: str) -> AfterValidator:
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in choices:
+            raise ValueError(f"should be one of {', '.join(choices)}{nearest(str(value), choices)}")
+        return value
+
+    return AfterValidator(check)
+
+
+LIMITS: dict[str, Any] = {
+    "train_samples": Field(ge=1),
+    "eval_samples": Field(ge=1),
+    "benchmark_samples": Field(ge=1),
+    "latent_dim": Field(ge=1),
+    "cache_cut": Field(gt=0, lt=1),
+    "layout": one_of("joint", "split"),
+    "method": one_of("svd"),
+    "trainable": one_of("attention", "latent", "all"),
+    "precision": one_of("fp32", "bf16", "fp16"),
+    "device": Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"),
+    "calibration_seconds": Field(gt=0),
+    "epochs": Field(ge=0),
+    "learning_rate": Field(gt=0),
+    "batch_seconds": Field(gt=0),
+    "accumulation": Field(ge=1),
+    "warmup": Field(ge=0),
+    "patience": Field(ge=0),
+    "seed": Field(ge=0),
+}
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`: did you mean 'latent_dim'?`, or nothing where no name is near."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f": did you mean {near[0]!r}?" if near else ""
+
+
+# ---- YAML --------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as a string and takes the last of two equal keys: here a float, and an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} is given twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise BadParameter(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_params_file(path: Path) -> dict[str, Any]:
+    """The flat mapping in a params file; an empty file sets nothing."""
+    values = read_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise BadParameter(f"{path} should be one flat mapping of `name: value`")
+    return values
+
+
+def read_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """`["epochs=2", "learning_rate=1e-4"]` → `{"epochs": 2, "learning_rate": 0.0001}`; values are YAML."""
+    values = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not (name and equals):
+            raise BadParameter(f"{assignment!r} (in --set) should be name=value")
+        values[name] = read_yaml(text, f"the value of {name!r} (in --set)")
+    return values
+
+
+# ---- the notebooks' parameters cells -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parameter:
+    annotation: str  # as written in the notebook
+    default: Any
+    help: str
+
+
+def read_parameters(notebook: Path) -> dict[str, Parameter]:
+    """Parameters of one notebook, as papermill will see them.
+
+    Raises BadParameter where papermill would overlook one (it skips `int | None` and lines with a second
+    `=`), or where a default is no literal.
+    """
+    import papermill
+
+    seen = papermill.inspect_notebook(notebook)
+    for name in _assigned_names(notebook):
+        if name not in seen:
+            raise BadParameter(
+                f"{notebook.name}: papermill does not see parameter {name!r}: write it on one line as "
+                "`name: type = literal  # help`, with Optional[int] for `int | None` and no second `=`"
+            )
+    found = {}
+    for name, facts in seen.items():
+        try:
+            default = ast.literal_eval(facts["default"])
+        except (ValueError, SyntaxError):
+            raise BadParameter(
+                f"{notebook.name}: default of {name!r} is no literal: {facts['default']}"
+            ) from None
+        _type_of(facts["inferred_type_name"], f"{notebook.name}: parameter {name!r}")
+        found[name] = Parameter(facts["inferred_type_name"], default, facts["help"])
+    return found
+
+
+def _assigned_names(notebook: Path) -> list[str]:
+    import nbformat
+
+    cells = nbformat.read(notebook, as_version=4).cells
+    sources = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    names = []
+    for node in ast.parse("\n".join(sources[:1])).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names += [target.id for target in targets if isinstance(target, ast.Name)]
+    return names
+
+
+def _type_of(annotation: str, where: str) -> Any:
+    def build(node: ast.expr) -> Any:
+        match node:
+            case ast.Name(id=name) if name in TYPES:
+                return TYPES[name]
+            case ast.Subscript(value=outer, slice=ast.Tuple(elts=inner)):
+                return build(outer)[*map(build, inner)]
+            case ast.Subscript(value=outer, slice=inner):
+                return build(outer)[build(inner)]
+        raise BadParameter(f"{where} has type {annotation}: annotate it with {', '.join(TYPES)}")
+
+    return build(ast.parse(annotation, mode="eval").body)
+
+
+# ---- one schema for all notebooks --------------------------------------------------------------------------
+
+
+class Schema:
+    """Every parameter of every notebook, and how to check values against them.
+
+    `run_dir` is left out: it is the pipeline that says where a run goes.
+    """
+
+    def __init__(self, notebooks: Mapping[str, Path]):
+        """`notebooks`: step name → notebook. Raises BadParameter where the notebooks disagree."""
+        self.parameters = {step: read_parameters(path) for step, path in notebooks.items()}
+        first: dict[str, tuple[str, Parameter]] = {}
+        for step, declared in self.parameters.items():
+            for name, parameter in declared.items():
+                other, known = first.setdefault(name, (step, parameter))
+                if known.annotation != parameter.annotation:
+                    raise BadParameter(
+                        f"parameter {name!r} is {known.annotation} in {other} "
+                        f"but {parameter.annotation} in {step}"
+                    )
+        first.pop("run_dir", None)
+        self.defaults = {name: parameter.default for name, (_, parameter) in first.items()}
+        fields = {}
+        for name, (step, parameter) in first.items():
+            kind = _type_of(parameter.annotation, step)
+            fields[name] = (Annotated[kind, LIMITS[name]] if name in LIMITS else kind, parameter.default)
+        config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+        self.model: type[BaseModel] = create_model("Parameters", __config__=config, **fields)
+        for step, declared in self.parameters.items():
+            own = {name: parameter.default for name, parameter in declared.items() if name != "run_dir"}
+            self.check(own, dict.fromkeys(own, f"the parameters cell of {step}"))
+
+    def check(self, values: Mapping[str, Any], origin: Mapping[str, str]) -> dict[str, Any]:
+        """The given values with their declared types; `origin[name]` says where a value was given.
+
+        Raises BadParameter with one line for each thing that is wrong.
+        """
+        try:
+            checked = self.model(**values).model_dump(exclude_unset=True)
+        except ValidationError as errors:
+            lines = [self._explain(error, values, origin) for error in errors.errors(include_url=False)]
+            raise BadParameter("\n".join(dict.fromkeys(lines))) from None
+        if checked.get("latent_dim") is not None and checked.get("cache_cut") is not None:
+            raise BadParameter(
+                f"'latent_dim' (in {origin['latent_dim']}) and 'cache_cut' (in {origin['cache_cut']}) say "
+                "the same thing twice: give one and set the other to null"
+            )
+        return checked
+
+    def _explain(self, error: Any, values: Mapping[str, Any], origin: Mapping[str, str]) -> str:
+        name, inside = error["loc"][0], error["loc"][1:]
+        where = f"{name!r} (in {origin[name]})"
+        if name == "run_dir":
+            return f"{where} is set by run_all itself: name the run with --name"
+        if error["type"] == "extra_forbidden":
+            valid = list(self.model.model_fields)
+            return f"unknown parameter {where}{nearest(name, valid) or ': valid are ' + ', '.join(valid)}"
+        message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        item = f" (its item {inside[-1]!r} is {error['input']!r})" if inside else ""
+        return f"parameter {where} is {values[name]!r}{item}, {message}"
+
+    def for_step(self, step: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of `values` that the notebook of `step` declares.
+
+        latent_dim and cache_cut are two ways to say one thing: giving one switches the other's default off.
+        """
+        values = dict(values)
+        for given, other in (("latent_dim", "cache_cut"), ("cache_cut", "latent_dim")):
+            if values.get(given) is not None:
+                values[other] = None
+        return {name: value for name, value in values.items() if name in self.parameters[step]}
+
+
+def check_latent_dim(latent_dim: int, layout: str, hidden_size: int) -> None:
+    """Raises BadParameter where a latent of this width makes no sense in a model of width `hidden_size`."""
+    if latent_dim > 2 * hidden_size:
+        raise BadParameter(
+            f"latent_dim {latent_dim} is wider than the keys and values it replaces: this model allows "
+            f"at most 2·d = {2 * hidden_size}"
+        )
+    if layout == "split" and latent_dim < 2:
+        raise BadParameter(
+            "a split latent needs latent_dim of at least 2: one number for keys, one for values"
+        )
+
+
+def model_width(source: str, revision: str | None = None) -> int | None:
+    """hidden_size of a model folder, a shipped model, or a hub model that was downloaded before; None where
+    only a download would tell."""
+    folder = resolve(source)
+    if not (folder / "config.json").is_file():
+        from asrlib.models.families import resolve_model  # costs the import of torch
+
+        try:
+            folder = Path(resolve_model(source))
+        except FileNotFoundError:
+            return None
+    config = folder / "config.json"
+    if not config.is_file():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(source, "config.json", revision=revision)
+        if not isinstance(cached, str):
+            return None
+        config = Path(cached)
+    return read_json(config).get("hidden_size")

@@ -1,0 +1,384 @@
+"""Execute the notebooks of a run in order, each in a fresh kernel, skipping what is unchanged.
+
+A kernel never outlives what it works for: it ends when this process ends, however it ends, and it holds the
+run folder's lock until then, so that no two kernels ever write to one run.
+"""
+
+import fcntl
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import nbformat
+
+from asrlib.parameters import Schema
+from asrlib.runs import Run, atomic_write, fingerprint, read_json, remove_partial, source_fingerprint
+
+ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+LOCK_WAIT_SECONDS = 10.0  # an orphaned kernel notices within 1 s that its parent is gone
+KERNEL_SHUTDOWN_SECONDS = 2.0  # then it is killed
+PROGRESS_LOG_SECONDS = 10.0  # a progress bar redraws itself ten times a second; the log keeps one line of it
+ENGINE = "asrlib"  # name of our papermill engine
+
+log = logging.getLogger("asrlib.pipeline")
+
+
+class RunLocked(RuntimeError):
+    """Another process works in the run folder."""
+
+
+class StepFailed(RuntimeError):
+    """A notebook stopped with an error; the message shows it and says where the executed notebook is."""
+
+
+# ---- what runs ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One notebook with its parameters. Equal fingerprints: running it again would make the same."""
+
+    name: str
+    notebook: Path
+    parameters: dict[str, Any]
+    fingerprint: str
+
+
+def find_notebooks(root: Path) -> dict[str, Path]:
+    """The notebooks that are steps, in order: notebooks/NN_*.ipynb."""
+    return {path.stem: path for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
+
+
+def plan(root: Path, run: Run, schema: Schema, values: Mapping[str, Any], names: list[str]) -> list[Step]:
+    """The steps called `names`. A step's fingerprint covers its code cells, its parameters, asrlib, the files
+    its parameters point to, and all steps before it."""
+    notebooks = find_notebooks(root)
+    run_dir = str(run.path.relative_to(root) if run.path.is_relative_to(root) else run.path)
+    library = source_fingerprint(root / "asrlib")
+    steps: list[Step] = []
+    for name in names:
+        parameters = schema.for_step(name, values)
+        cells = nbformat.read(notebooks[name], as_version=4).cells
+        code = [cell.source for cell in cells if cell.cell_type == "code"]
+        files = {key: _file_state(root, value) for key, value in parameters.items()}
+        digest = fingerprint(code, parameters, files, library, [step.fingerprint for step in steps])
+        if "run_dir" in schema.parameters[name]:
+            parameters["run_dir"] = run_dir
+        steps.append(Step(name, notebooks[name], parameters, digest))
+    return steps
+
+
+def _file_state(root: Path, value: Any) -> list | None:
+    """Name, size and time of the file or of the folder's entries that a parameter points to, if it does."""
+    if not isinstance(value, str) or not value or len(value) > 255:
+        return None
+    path = root / Path(value).expanduser()
+    if not path.exists():
+        return None
+    files = sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def first_to_run(run: Run, steps: list[Step]) -> int:
+    """Index of the first step that is not done as it stands now; len(steps) where all are."""
+    for index, step in enumerate(steps):
+        if (run.completed(step.name) or {}).get("fingerprint") != step.fingerprint:
+            return index
+    return len(steps)
+
+
+# ---- the run folder while it is worked in ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A run folder that is ours alone, with its log open."""
+
+    root: Path
+    run: Run
+    lock: int  # file descriptor; a kernel inherits it: the folder is locked until the kernel is gone too
+    log_file: TextIO
+
+
+@contextmanager
+def work_in(root: Path, run: Run) -> Iterator[Workplace]:
+    """Raises RunLocked where another run is at work in the folder."""
+    with locked(run) as lock, logged(run) as log_file:
+        remove_partial(run.path)
+        try:
+            yield Workplace(root, run, lock, log_file)
+        except BaseException as error:
+            expected = isinstance(error, StepFailed | KeyboardInterrupt)
+            log.error("%s", type(error).__name__, exc_info=not expected)
+            raise
+
+
+@contextmanager
+def locked(run: Run) -> Iterator[int]:
+    """Hold the run folder's lock; gives its file descriptor. A kernel whose run was killed is waited for."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    with open(run.path / ".lock", "a+", encoding="utf-8") as file:
+        give_up = time.monotonic() + LOCK_WAIT_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                file.seek(0)
+                owner = file.read().strip()
+                if _alive(owner) or time.monotonic() > give_up:
+                    raise RunLocked(
+                        f"{run.path} is in use by another run (process {owner}): wait for it, or name this "
+                        "one differently with --name"
+                    ) from None
+                time.sleep(0.1)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield file.fileno()
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+class _LogFile(logging.FileHandler):
+    """Appends every line with its time; of a progress bar that redraws one line, only a sample."""
+
+    last_progress = 0.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        for line in record.getMessage().splitlines(keepends=True):
+            *redrawn, text = line.rstrip("\r\n").split("\r")
+            if redrawn or line.endswith("\r"):
+                text = text or redrawn[-1]
+                if record.created - self.last_progress < PROGRESS_LOG_SECONDS and not line.endswith("\n"):
+                    continue
+                self.last_progress = record.created
+            if text.strip():
+                stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
+                self.stream.write(f"{stamp} {text.rstrip()}\n")
+        if record.exc_info:
+            self.stream.write(logging.Formatter().formatException(record.exc_info) + "\n")
+        self.flush()
+
+
+@contextmanager
+def logged(run: Run) -> Iterator[TextIO]:
+    """Send our log, papermill's, and what the kernels print, to <run>/pipeline.log; gives the open file."""
+    handler = _LogFile(run.path / "pipeline.log", encoding="utf-8")
+    loggers = [log, logging.getLogger("papermill"), logging.getLogger("py.warnings")]
+    logging.captureWarnings(True)
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    try:
+        yield handler.stream
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+            logger.propagate = True
+        logging.captureWarnings(False)
+        handler.close()
+
+
+# ---- one step ----------------------------------------------------------------------------------------------
+
+
+def execute(step: Step, place: Workplace, title: str = "") -> float:
+    """Run one notebook and render its page; seconds it took. Only then is the step marked as completed.
+
+    `title` labels the progress bar (on a terminal only). Raises StepFailed; a later call then resumes here.
+    """
+    from asrlib.report import render_notebook
+
+    run = place.run
+    folder = run.path / "notebooks"
+    folder.mkdir(exist_ok=True)
+    running, failed = folder / f"{step.name}.running.ipynb", folder / f"{step.name}.failed.ipynb"
+    executed = folder / f"{step.name}.ipynb"
+    run.mark_started(step.name, step.fingerprint)
+    failed.unlink(missing_ok=True)
+    begin = time.monotonic()
+    try:
+        _run_papermill(step, running, place, title)
+    except Exception as error:
+        if running.exists():
+            running.rename(failed)
+        log.info("%s failed", step.name, exc_info=error)
+        raise StepFailed(f"{step.name} failed: {_explain(error)}\nexecuted notebook: {failed}") from error
+    seconds = time.monotonic() - begin
+    notebook = nbformat.read(running, as_version=4)
+    notebook.metadata.papermill.update(
+        input_path=str(step.notebook.relative_to(place.root)), output_path=str(executed.relative_to(run.path))
+    )
+    with atomic_write(executed) as file:
+        nbformat.write(notebook, file)
+    running.unlink()
+    render_notebook(executed, run.path / f"{step.name}.html")
+    run.mark_completed(
+        step.name,
+        step.fingerprint,
+        seconds=round(seconds, 2),
+        time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        parameters=step.parameters,
+        versions=versions(),
+        commit=commit(place.root),
+    )
+    return seconds
+
+
+def _run_papermill(step: Step, output: Path, place: Workplace, title: str) -> None:
+    import papermill
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    _register_engine()
+    with tempfile.TemporaryDirectory(prefix="asr-") as private:  # a socket's path may have 107 bytes
+        kernel = AsyncKernelManager(
+            kernel_name="python3",
+            kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),  # this interpreter, whatever is installed
+            transport="ipc",  # TCP ports are open to all users, and parallel runs race for them
+            connection_file=f"{private}/kernel.json",
+            shutdown_wait_time=KERNEL_SHUTDOWN_SECONDS,
+        )
+        papermill.execute_notebook(
+            step.notebook,
+            output,
+            parameters=step.parameters,
+            engine_name=ENGINE,
+            kernel_name="python3",
+            language="python",
+            progress_bar={"desc": title, "disable": not sys.stderr.isatty(), "leave": False, "ncols": 110},
+            log_output=True,
+            kernel=kernel,
+            start={
+                "cwd": str(place.root),
+                "env": os.environ | ENVIRONMENT | {"IPYTHONDIR": private},
+                "pass_fds": [place.lock],
+                "stdout": place.log_file,  # what is printed past Python: C libraries, crashes
+                "stderr": place.log_file,
+            },
+        )
+
+
+def _register_engine() -> None:
+    """papermill's own engine, with a kernel that we configured."""
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import NBClientEngine, papermill_engines
+    from papermill.log import logger
+
+    class Client(PapermillNotebookClient):
+        def log_output_message(self, output: Any) -> None:
+            super().log_output_message(output)
+            if output.output_type == "stream" and self.nb_man.pbar is not None:
+                lines = re.split(r"[\r\n]+", "".join(output.text).strip())
+                self.nb_man.pbar.set_postfix_str(lines[-1].strip()[:60])
+
+    class Engine(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, *, kernel: Any, start: dict, **_):
+            client = Client(nb_man, km=kernel, log=logger, log_output=True, coalesce_streams=True)
+            client.execute(cleanup_kc=True, **start)
+
+    papermill_engines.register(ENGINE, Engine)
+
+
+def _explain(error: Exception) -> str:
+    """The error of a cell, with those lines of its traceback that say where it went wrong."""
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    if isinstance(error, DeadKernelError):
+        return "its kernel died (killed, or out of memory?); pipeline.log has its last words"
+    if not isinstance(error, PapermillExecutionError):
+        return f"{type(error).__name__}: {error}"
+    text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
+    where = [line for line in text.splitlines() if re.match(r"(File |Cell In|-+> ?\d)", line)]
+    return "\n".join([f"{error.ename}: {error.evalue}", f"in cell {error.exec_count}:", *where[-8:]])
+
+
+# ---- all steps ---------------------------------------------------------------------------------------------
+
+
+def run_steps(steps: list[Step], start: int, place: Workplace, say: Callable[[str], None]) -> None:
+    """Execute `steps[start:]` and write the index page. Raises StepFailed at the first step that fails."""
+    from asrlib.report import write_index
+
+    run = place.run
+    expected = [expected_seconds(place.root, run, step) for step in steps]
+    for step in steps[start:]:  # before the first one runs: whatever happens now, they are out of date
+        run.outdate(step.name)
+    begin = time.monotonic()
+    for index, step in enumerate(steps[start:], start):
+        title = f"[{index + 1}/{len(steps)}] {step.name}"
+        if not sys.stderr.isatty():
+            say(f"{title} ...")
+        seconds = execute(step, place, title)
+        elapsed = clock(time.monotonic() - begin)
+        say(f"{title} took {clock(seconds)} (elapsed {elapsed}{time_left(expected[index + 1 :])})")
+    write_index(run.path)
+
+
+def expected_seconds(root: Path, run: Run, step: Step) -> float | None:
+    """How long the step took here, or else in another run that had the same parameters."""
+    if (seconds := run.seconds(step.name)) is not None:
+        return seconds
+    for marker in (root / "reports").glob(f"*/.completed/{step.name}.json"):
+        facts = read_json(marker)
+        if facts["parameters"] | {"run_dir": None} == step.parameters | {"run_dir": None}:
+            return facts["seconds"]
+    return None
+
+
+def time_left(expected: list[float | None]) -> str:
+    """`, about 3 min 10 s left`; `more than` where some steps were never timed; nothing where none was."""
+    known = [seconds for seconds in expected if seconds is not None]
+    if not known:
+        return ""
+    return f", {'about' if len(known) == len(expected) else 'more than'} {clock(sum(known))} left"
+
+
+def clock(seconds: float) -> str:
+    """`7.3 s`, `4 min 05 s`, `2 h 07 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in ("asrlib", "torch", "transformers", "datasets"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def commit(root: Path) -> str | None:
+    """`git describe` of the project, with -dirty where files differ from it; None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,268 @@
+"""The run folder: where the steps of a run leave what they made, and how it is known that they made it.
+
+    reports/<run>/  metrics/*.json  predictions/*.jsonl  tables/*.csv  figures/*.png  rejected/*.jsonl
+                    models/{baseline,converted,finetuned}  checkpoints/<step>/  notebooks/*.ipynb  *.html
+                    .started/<step>.json  .completed/<step>.json
+
+Nothing here is ever half-written: a file or folder appears under its name when it is whole, or not at all.
+Only a `.completed/<step>.json` marker means that a step is done.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+STEP_OF_METRICS = {
+    "baseline": "00_baseline",
+    "convert": "01_convert",
+    "analyze": "02_analyze_svd_error",
+    "finetune": "03_finetune",
+    "evaluate": "04_evaluate",
+    "benchmark": "05_benchmark",
+    "compare": "06_compare",
+}
+STEP_OF_MODEL = {"baseline": "00_baseline", "converted": "01_convert", "finetuned": "03_finetune"}
+
+
+class MissingStep(FileNotFoundError):
+    """Something an earlier notebook makes is not in the run folder yet; the message says which one to run."""
+
+
+def project_root(start: Path | None = None) -> Path:
+    """Nearest folder at or above `start` (default: the working directory) with notebooks/ and params/.
+
+    JupyterLab runs a notebook in notebooks/, papermill in the project root: both find the same folder.
+    Where there is no such folder, `start` itself.
+    """
+    start = (start or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
+        if (folder / "notebooks").is_dir() and (folder / "params").is_dir():
+            return folder
+    return start
+
+
+def resolve(path: str | os.PathLike) -> Path:
+    """Absolute path; a relative one is taken from the project root, `~` from the home folder."""
+    return project_root() / Path(path).expanduser()
+
+
+# ---- writing whole or not at all ---------------------------------------------------------------------------
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+    """Open a new file that takes the place of `path` when the block ends without an error."""
+    path = resolve(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _beside(path)
+    try:
+        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Give an empty folder to fill; it takes the place of `path` when the block ends without an error."""
+    path = resolve(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, replaced = _beside(path), _beside(path)
+    partial.mkdir()
+    try:
+        yield partial
+        if path.exists():
+            path.rename(replaced)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed process was writing under `folder` (only while nothing else writes there)."""
+    for partial in list(folder.rglob(".tmp-*")):
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """What json cannot write by itself: numpy and torch scalars and arrays, paths."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON: {value!r}")
+
+
+def write_json(path: str | os.PathLike, obj: Any) -> None:
+    text = json.dumps(obj, indent=2, ensure_ascii=False, default=_plain)
+    with atomic_write(path) as file:
+        file.write(text + "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Raises MissingStep where the file is not there, ValueError where it is not JSON."""
+    path = resolve(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        step = STEP_OF_METRICS.get(path.stem) if path.parent.name == "metrics" else None
+        if step is None:
+            raise MissingStep(f"{path} is missing") from None
+        raise _missing(path, path.parent.parent, step) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): delete it and run the step again") from None
+
+
+def _missing(path: Path, run: Path, step: str) -> MissingStep:
+    shown = run.relative_to(project_root()) if run.is_relative_to(project_root()) else run
+    return MissingStep(f"{path.relative_to(run)} is missing in {shown}: run {step} first")
+
+
+# ---- the run folder ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. Its sub-folders are made when they are first asked for."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, run_dir: str | os.PathLike) -> "Run":
+        return cls(resolve(run_dir))
+
+    def _folder(self, name: str) -> Path:
+        folder = self.path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @property
+    def models(self) -> Path:
+        return self._folder("models")
+
+    @property
+    def metrics(self) -> Path:
+        return self._folder("metrics")
+
+    @property
+    def predictions(self) -> Path:
+        return self._folder("predictions")
+
+    @property
+    def tables(self) -> Path:
+        return self._folder("tables")
+
+    @property
+    def figures(self) -> Path:
+        return self._folder("figures")
+
+    @property
+    def rejected(self) -> Path:
+        return self._folder("rejected")
+
+    def write_metrics(self, name: str, values: dict) -> None:
+        """Write metrics/<name>.json."""
+        write_json(self.path / "metrics" / f"{name}.json", values)
+
+    def read_metrics(self, name: str) -> dict:
+        """Read metrics/<name>.json; MissingStep names the notebook that makes it."""
+        return read_json(self.path / "metrics" / f"{name}.json")
+
+    def require_model(self, name: str) -> Path:
+        """Folder of models/<name>; MissingStep names the notebook that makes it."""
+        folder = self.path / "models" / name
+        if not (folder / "config.json").is_file():
+            raise _missing(folder, self.path, STEP_OF_MODEL.get(name, "the step that makes it"))
+        return folder
+
+    # -- markers
+
+    def checkpoints(self, step: str) -> Path:
+        """Where `step` keeps what lets it go on after a kill: only there for the step as it stands now."""
+        folder = self._checkpoints(step)
+        if not self.resumable(step):
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _checkpoints(self, step: str) -> Path:
+        return self.path / "checkpoints" / step
+
+    def started(self, step: str) -> dict | None:
+        return self._marker("started", step)
+
+    def completed(self, step: str) -> dict | None:
+        return self._marker("completed", step)
+
+    def resumable(self, step: str) -> bool:
+        """Was `step` begun by run_all and not finished? Then its checkpoints are of use."""
+        started = self.started(step)
+        return started is not None and started["fingerprint"] is not None and self.completed(step) is None
+
+    def mark_started(self, step: str, fingerprint: str) -> None:
+        """`step` begins. Its checkpoints stay only where they come from the very same, unfinished, step."""
+        if not (self.resumable(step) and self.started(step)["fingerprint"] == fingerprint):
+            self.discard(step)
+        marker = {"fingerprint": fingerprint, "seconds": self.seconds(step)}
+        write_json(self._marker_path("started", step), marker)
+
+    def mark_completed(self, step: str, fingerprint: str, seconds: float, **facts: Any) -> None:
+        write_json(
+            self._marker_path("completed", step), {"fingerprint": fingerprint, "seconds": seconds, **facts}
+        )
+
+    def outdate(self, step: str) -> None:
+        """What `step` made no longer counts. Where it was interrupted, it may still be resumed."""
+        if self.completed(step) is not None:
+            self.discard(step)
+
+    def discard(self, step: str) -> None:
+        """`step` must begin afresh. Its outputs stay until they are written again."""
+        write_json(self._marker_path("started", step), {"fingerprint": None, "seconds": self.seconds(step)})
+        self._marker_path("completed", step).unlink(missing_ok=True)
+        shutil.rmtree(self._checkpoints(step), ignore_errors=True)
+
+    def seconds(self, step: str) -> float | None:
+        """How long `step` took the last time it was completed in this folder."""
+        marker = self.completed(step) or self.started(step) or {}
+        return marker.get("seconds")
+
+    def _marker_path(self, kind: str, step: str) -> Path:
+        return self.path / f".{kind}" / f"{step}.json"
+
+    def _marker(self, kind: str, step: str) -> dict | None:
+        path = self._marker_path(kind, step)
+        return read_json(path) if path.is_file() else None
+
+
+# ---- fingerprints ------------------------------------------------------------------------------------------
+
+
+def fingerprint(*parts: Any) -> str:
+    """sha256 over plain data; the order of a mapping's keys does not matter."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def source_fingerprint(folder: Path) -> str:
+    """Fingerprint of every Python file under `folder`, names included."""
+    digests = {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.rglob("*.py")
+    }
+    return fingerprint(digests)

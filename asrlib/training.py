@@ -1,0 +1,262 @@
+"""CTC training and fine-tuning on transformers' Trainer."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from asrlib.attention.latent import LatentKV
+from asrlib.data.batches import BucketBatchSampler, CTCCollator, CTCDataset
+from asrlib.data.corpus import Corpus
+from asrlib.models.families import attention_modules, frame_counts
+from asrlib.runs import read_json, write_json
+
+CHECKPOINT_MARKER = ".completed.json"  # Trainer writes a checkpoint file by file: only the marker says it is whole
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How to train. Names are those of the params files."""
+
+    trainable: str = "attention"  # attention | latent | all
+    epochs: float = 5
+    learning_rate: float = 1e-5  # peak
+    warmup_ratio: float = 0.1  # share of all steps
+    scheduler: str = "linear"  # any of transformers' SchedulerType
+    weight_decay: float = 0.01
+    batch_seconds: float = 60.0  # padded audio in a batch, on one device
+    gradient_accumulation: int = 1  # batches per step
+    gradient_checkpointing: bool = False
+    evaluations_per_epoch: int = 1  # each is followed by a checkpoint
+    patience: int = 3  # evaluations without a lower WER before stopping
+    precision: str = "fp32"  # fp32 | bf16 | fp16
+    device: str = "auto"  # auto | cpu | cuda
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training run did; `as_metrics` is what metrics/*.json holds."""
+
+    history: list[dict]  # one dict per logged step or evaluation: step, epoch, loss | eval_loss, eval_wer
+    seconds: float  # spent training, over all resumptions
+    steps: int
+    best_step: int
+    best_wer: float  # fraction, on the validation corpus
+    stopped_early: bool
+    trainable_parameters: int
+    settings: TrainingSettings = field(repr=False)
+
+    def as_metrics(self) -> dict:
+        return {**self.__dict__, "settings": self.settings.__dict__}
+
+
+def select_trainable(model, which: str) -> int:
+    """Freezes all but the chosen parameters; returns how many numbers are left to train.
+
+    `attention` is every parameter of the attention modules, `latent` only the factors behind keys and
+    values, `all` everything.
+    """
+    chosen = {
+        "all": lambda: [model],
+        "attention": lambda: attention_modules(model),
+        "latent": lambda: [m for m in model.modules() if isinstance(m, LatentKV)],
+    }
+    if which not in chosen:
+        raise ValueError(f"trainable is {which!r}: choose one of {', '.join(chosen)}")
+    modules = chosen[which]()
+    if not modules:
+        raise ValueError(f"trainable={which!r}, but {type(model).__name__} has no such parameters: convert it first")
+    model.requires_grad_(False)
+    for module in modules:
+        module.requires_grad_(True)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+class CTCTrainer(Trainer):
+    """Trainer with batches bounded by seconds of audio and greedy transcripts as predictions."""
+
+    def __init__(self, *args, settings: TrainingSettings, processor, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.settings = settings
+        self.processor = processor
+
+    def _loader(self, dataset: CTCDataset, shuffle: bool) -> DataLoader:
+        seconds = [utterance.seconds for utterance in dataset.corpus]
+        sampler = BucketBatchSampler(seconds, self.settings.batch_seconds, self.settings.seed, shuffle)
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self._loader(self.train_dataset, shuffle=True)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        return self._loader(eval_dataset or self.eval_dataset, shuffle=False)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.state.global_step}: lower learning_rate, or use "
+                "precision: fp32. The checkpoints before it are kept."
+            )
+        return loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(**inputs)
+        ids_BT = output.logits.argmax(-1)
+        frames_B = frame_counts(self.model, inputs["attention_mask"].sum(-1))
+        beyond_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) >= frames_B[:, None]
+        ids_BT = ids_BT.masked_fill(beyond_BT, self.processor.tokenizer.pad_token_id)  # the CTC blank
+        return output.loss.detach(), ids_BT, inputs["labels"]
+
+
+class FrozenBatchNorm(TrainerCallback):
+    """Keeps BatchNorm layers whose weights are frozen in evaluation mode.
+
+    Otherwise their running statistics drift towards the fine-tuning batches although nothing of them is
+    being trained.
+    """
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        for module in model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
+                module.train = lambda mode=True, module=module: module  # Trainer calls model.train() each step
+                module.training = False
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        for module in model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.__dict__.pop("train", None)
+
+
+class CheckpointMarker(TrainerCallback):
+    """Marks a checkpoint whole once every file of it is written, with the seconds spent so far."""
+
+    def __init__(self, seconds_before: float):
+        self.start = time.perf_counter() - seconds_before
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(folder / CHECKPOINT_MARKER, {"step": state.global_step, "seconds": self.seconds})
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint below `folder`, or None."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{CHECKPOINT_MARKER}")]
+    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def train(
+    model,
+    processor,
+    training: Corpus,
+    validation: Corpus,
+    folder: str | Path,
+    settings: TrainingSettings = TrainingSettings(),  # noqa: B008  frozen
+) -> TrainingResult:
+    """Trains `model` in place on CTC and leaves it with the weights of the lowest validation WER.
+
+    Checkpoints and TensorBoard logs go to `folder`; called again with the same folder, training resumes
+    after the last whole checkpoint and, on the CPU, ends with the same weights as an undisturbed run.
+    Raises ValueError where settings contradict each other or the device, FloatingPointError when the loss
+    is not finite.
+    """
+    folder = Path(folder)
+    model.config.ctc_zero_infinity = True
+    model.config.ctc_loss_reduction = "mean"  # a sum would tie the learning rate to the batch size
+    trainable_parameters = select_trainable(model, settings.trainable)
+    checkpoint = last_checkpoint(folder)
+    marker = CheckpointMarker(read_json(checkpoint / CHECKPOINT_MARKER)["seconds"] if checkpoint else 0.0)
+    batches = len(BucketBatchSampler([utterance.seconds for utterance in training], settings.batch_seconds))
+    steps_per_epoch = -(-batches // settings.gradient_accumulation)
+    trainer = CTCTrainer(
+        model=model,
+        args=_arguments(folder, settings, steps_per_epoch),
+        data_collator=CTCCollator(processor),
+        train_dataset=CTCDataset(training, processor),
+        eval_dataset=CTCDataset(validation, processor),
+        compute_metrics=lambda prediction: {"wer": _word_error_rate(prediction, processor)},
+        callbacks=[
+            marker,
+            FrozenBatchNorm(),
+            EarlyStoppingCallback(early_stopping_patience=settings.patience),
+        ],
+        settings=settings,
+        processor=processor,
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    state = trainer.state
+    return TrainingResult(
+        history=state.log_history,
+        seconds=marker.seconds,
+        steps=state.global_step,
+        best_step=state.best_global_step or state.global_step,
+        best_wer=state.best_metric,
+        stopped_early=state.global_step < state.max_steps,
+        trainable_parameters=trainable_parameters,
+        settings=settings,
+    )
+
+
+def _arguments(folder: Path, settings: TrainingSettings, steps_per_epoch: int) -> TrainingArguments:
+    on_cpu = settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available())
+    if settings.precision == "fp16" and on_cpu:
+        raise ValueError("precision is fp16, but training runs on the CPU: use bf16 or fp32")
+    total_steps = max(1, round(steps_per_epoch * settings.epochs))
+    every = min(total_steps, -(-steps_per_epoch // settings.evaluations_per_epoch))
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=total_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.scheduler,
+        warmup_steps=round(settings.warmup_ratio * total_steps),
+        weight_decay=settings.weight_decay,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        bf16=settings.precision == "bf16",
+        fp16=settings.precision == "fp16",
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,  # the best and the last
+        load_best_model_at_end=True,
+        metric_for_best_model="wer",
+        greater_is_better=False,
+        logging_steps=max(1, every // 10),
+        logging_nan_inf_filter=False,
+        report_to=["tensorboard"],
+        remove_unused_columns=False,
+        label_names=["labels"],
+        seed=settings.seed,
+    )
+
+
+def _word_error_rate(prediction, processor) -> float:
+    blank = processor.tokenizer.pad_token_id
+    ids = np.where(prediction.predictions == -100, blank, prediction.predictions)
+    labels = np.where(prediction.label_ids == -100, blank, prediction.label_ids)
+    # References are no CTC paths: grouping would swallow their doubled letters.
+    references = processor.tokenizer.batch_decode(labels, group_tokens=False)
+    return jiwer.wer(references, processor.tokenizer.batch_decode(ids))
