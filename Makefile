@@ -53,9 +53,10 @@ python:
 		"(on Debian and Ubuntu: apt-get install python3 python3-venv)" \
 		"or name one, as in: make demo PYTHON=/path/to/python3.12" >&2; exit 1; }
 
-# The stamp is made last: an installation that was interrupted is taken up again by the next call.
+# The stamp is made last: an installation that was interrupted is taken up again by the next call. --no-compile: Python
+# compiles what is imported when it is imported; compiling all of it here takes half a minute for nothing.
 .venv/.installed: pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory python
 	.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	.venv/bin/python -m pip install -c constraints.txt -e ".[dev]"
+	.venv/bin/python -m pip install --no-compile -c constraints.txt -e ".[dev]"
 	@touch $@

@@ -78,10 +78,9 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
     values, names = read_values(file, args.set, schema, list(notebooks))
     run = Run(root / "reports" / run_name(args.name, file))
     steps = pipeline.plan(root, run, schema, values, names)
+    forced = 0 if args.force else len(steps)  # this step and those after it run, changed or not
     if args.start:
-        forced = known_step(args.start, names, "--from")
-    else:
-        forced = 0 if args.force else len(steps)
+        forced = min(forced, known_step(args.start, names, "--from"))
 
     with pipeline.work_in(root, run) as place:
 
@@ -131,7 +130,10 @@ def check_width(values: dict[str, Any]) -> None:
     """Refuse a latent wider than the model allows, where that can be known without a download."""
     if values.get("latent_dim") is None or not values.get("model"):
         return
-    hidden_size = model_width(values["model"], values.get("revision"))
+    if values.get("architecture"):  # a new model is made
+        hidden_size = values["hidden_size"]
+    else:
+        hidden_size = model_width(values["model"], values.get("revision"))
     if hidden_size is not None:
         check_latent_dim(values["latent_dim"], values.get("layout") or "joint", hidden_size)
 

@@ -6,6 +6,8 @@ a converted model wherever asrlib has been imported.
 
 from importlib import import_module
 
+from asrlib.models.registration import register_with_transformers
+
 _PUBLIC = {
     "load": "asrlib.models.families",
     "open_corpus": "asrlib.data.corpus",
@@ -26,3 +28,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
+
+
+register_with_transformers()

@@ -23,17 +23,17 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def spread_over_durations(corpus: Corpus, n: int | None) -> Corpus:
-    """`n` utterances evenly spaced over the corpus sorted by duration, shortest and longest among them.
+    """`n` utterances evenly spaced over the durations of the corpus, from the shortest to the longest.
 
-    All, sorted, where n is None or not smaller than the corpus. Raises ValueError for n < 1.
+    All of them where n is None or not smaller than the corpus; n = 1 is the longest. Raises ValueError for
+    n < 1.
     """
     if n is not None and n < 1:
         raise ValueError(f"a benchmark needs at least one utterance, not {n}; None means all")
     by_duration = sorted(corpus, key=lambda utterance: utterance.seconds)
     count = len(by_duration) if n is None else min(n, len(by_duration))
-    # from the longest down, as a single pick should be the longest
-    picks = np.linspace(len(by_duration) - 1, 0, count).round().astype(int)[::-1]
-    return replace(corpus, utterances=tuple(by_duration[i] for i in picks))
+    from_longest = np.linspace(len(by_duration) - 1, 0, count).round().astype(int)
+    return replace(corpus, utterances=tuple(by_duration[i] for i in from_longest[::-1]))
 
 
 def benchmark(
@@ -45,18 +45,20 @@ def benchmark(
     device: str | None = None,
     precision: str = "fp32",
 ) -> dict:
-    """Measures every system on every utterance, one utterance at a time; metrics/benchmark.json holds the result.
+    """Measures every system on every utterance, one at a time; metrics/benchmark.json holds the result.
 
-    {device, threads, dtype, utterances, seconds_audio, latencies: {name: [ms per utterance]}, systems: {name: {
-    parameters, parameter_bytes, latency_ms_mean, latency_ms_p50, latency_ms_p95, latency_ms_interval (95 %, of the
-    mean), rtfx, speed_ratio, speed_ratio_interval, peak_memory_bytes, cache_bytes_per_second,
+    {device, threads, dtype, utterances, seconds_audio, latencies: {name: [ms per utterance]}, systems: {name:
+    {parameters, parameter_bytes, latency_ms_mean, latency_ms_p50, latency_ms_p95, latency_ms_interval (95 %,
+    of the mean), rtfx, speed_ratio, speed_ratio_interval, peak_memory_bytes, cache_bytes_per_second,
     cache_bytes_1000_frames}}}
 
-    The latency of an utterance is the median of `repeats` passes from normalised samples to token ids, decoding of
-    the audio excluded; `rtfx` is seconds of audio per second of computation; `speed_ratio` how many times as fast as
-    the first system, a paired quantity. `peak_memory_bytes` is what one pass over the longest utterance takes on
-    top of the weights (None where the device cannot tell). `corpus` is taken as it is: see `spread_over_durations`.
-    `device`: see `evaluation.choose_device`. Raises ValueError where there is nothing to measure.
+    The latency of an utterance is the median of `repeats` passes from normalised samples to token ids,
+    decoding of the audio excluded; `rtfx` is seconds of audio per second of computation; `speed_ratio` how
+    many times as fast as the first system, a paired quantity. `peak_memory_bytes` is what one pass over the
+    longest utterance takes on top of weights and input, None where the device cannot tell.
+
+    `corpus` is measured whole: see `spread_over_durations`. `device`: see `evaluation.choose_device`.
+    Raises ValueError where there is nothing to measure.
     """
     if not systems or not len(corpus) or repeats < 1:
         raise ValueError("a benchmark needs at least one system, one utterance and one repeat")
@@ -112,8 +114,8 @@ def _interleaved(
 ) -> dict[str, np.ndarray]:
     """Milliseconds of each system for each utterance [N], the median over `repeats`.
 
-    Systems take turns on every utterance, and in turn in going first: who follows whom, with which data still in
-    the processor's cache, evens out.
+    Systems take turns on every utterance, and in going first: what one leaves in the processor's caches for
+    the next evens out.
     """
     ms = {name: np.empty((repeats, len(inputs))) for name in names}
     with tqdm(total=repeats * len(inputs), desc="benchmark", unit="utt") as progress:
@@ -130,9 +132,9 @@ def _milliseconds(work: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-        start.record()
+        start.record(torch.cuda.current_stream(device))
         work()
-        end.record()
+        end.record(torch.cuda.current_stream(device))
         torch.cuda.synchronize(device)
         return start.elapsed_time(end)
     _synchronize(device)
@@ -171,10 +173,11 @@ def _speed_ratio(baseline_ms_N: np.ndarray, ms_N: np.ndarray) -> dict:
 
 
 def peak_memory_bytes(work: Callable[[], object], device: torch.device) -> int | None:
-    """The most bytes of tensors alive at once during `work`, beyond those alive before; None on other devices.
+    """The most bytes of the tensors made by `work` alive at once; None on devices that cannot tell.
 
-    On the CPU it is counted from torch's own allocations, as its profiler reports them: exact and the same every
-    time, unlike the resident size of the process. Scratch space inside BLAS and oneDNN is not among them.
+    On the CPU it is counted from torch's own allocations as its profiler reports them: exact and the same
+    every time, unlike the resident size of the process. Scratch space inside BLAS and oneDNN is not among
+    them.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -185,8 +188,9 @@ def peak_memory_bytes(work: Callable[[], object], device: torch.device) -> int |
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
         return None
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces start and stop on stderr otherwise
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler tells stderr that it starts and stops
+    cpu_only = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu_only, profile_memory=True) as profile:
         work()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
@@ -194,7 +198,7 @@ def peak_memory_bytes(work: Callable[[], object], device: torch.device) -> int |
 
 
 def _cache(config, dtype: str) -> dict:
-    """Key/value state under streaming: its growth per second of audio (0 for a state of fixed size), its size."""
+    """Key/value state under streaming: growth per second of audio (0 where its size is fixed), and size."""
     at_1000 = kv_cache_bytes(config, 1000, dtype)
     growth = kv_cache_bytes(config, 2000, dtype) - at_1000
     return {

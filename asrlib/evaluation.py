@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jiwer
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -24,6 +25,7 @@ from asrlib.models.families import attention_modules, frame_counts
 from asrlib.runs import atomic_write, resolve
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+FIELDS = {"id", "speaker", "seconds", "reference", "hypothesis"}  # of a transcript
 RESAMPLES = 10_000
 SEED = 0
 
@@ -52,30 +54,30 @@ def inference(*models: nn.Module, device: torch.device, precision: str = "fp32")
         model.to(device)
     modules = [module for model in models for module in model.modules()]
     modes = [(module, module.training) for module in modules]
-    # transformers' Conformer rounds its table of positions to the dtype of the call and keeps the rounded one:
-    # without putting it back, every fp32 call after a bf16 call would be off.
-    buffers = [(module, name, buffer) for module in modules for name, buffer in module.named_buffers(recurse=False)]
+    # transformers' Conformer rounds its table of positions to the dtype of a call and keeps the rounded one:
+    # unless it is put back, every fp32 call after a bf16 call is off.
+    buffers = [(module, *buffer) for module in modules for buffer in module.named_buffers(recurse=False)]
     for model in models:
         model.eval()
     dtype = AUTOCAST[precision]
     try:
-        # no_grad, not inference_mode: position tables cached under the latter could not be trained with later.
+        # no_grad, not inference_mode: with position tables cached under the latter no model can be trained.
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
             yield
     finally:
         for module, mode in modes:
             module.training = mode
-        for module, name, buffer in buffers:
-            setattr(module, name, buffer)
+        for module, name, value in buffers:
+            setattr(module, name, value)
 
 
 @contextmanager
 def padding_silenced(model: nn.Module, frames_B: torch.Tensor) -> Iterator[None]:
     """Zeroes what lies behind the end of each utterance before every convolution over encoder frames.
 
-    transformers' Conformer masks padding in its attention only. Its depthwise convolutions read what the layers
-    before them left there, so that the last frames of an utterance would depend on its neighbours in the batch;
-    zeros are what the convolution reads where the utterance is alone.
+    transformers' Conformer masks padding in its attention only. Its depthwise convolutions read what the
+    layers before them left there, so that the last frames of an utterance depend on its neighbours in the
+    batch. Zeros are what the convolution reads where the utterance is alone.
     """
     longest = int(frames_B.max())
     beyond_BT = torch.arange(longest, device=frames_B.device) >= frames_B[:, None]
@@ -125,9 +127,9 @@ def transcribe(
 ) -> list[dict]:
     """Greedy transcripts in the order of the corpus: {id, speaker, seconds, reference, hypothesis} each.
 
-    The reference is the text of the corpus as it stands. `batch_seconds` bounds the padded audio in a batch and
-    changes the speed, not the transcripts: each is that of the utterance alone. Raises UnusableAudio where an
-    utterance cannot be decoded.
+    The reference is the text of the corpus as it stands. `batch_seconds` bounds the padded audio in a batch
+    and changes the speed, not the transcripts: each is that of the utterance alone. Raises UnusableAudio
+    where an utterance cannot be decoded.
     """
     device = choose_device(device, model)
     if getattr(model.config, "feat_extract_norm", "layer") == "group":
@@ -143,15 +145,15 @@ def transcribe(
     hypotheses = [""] * len(corpus)
     with (
         inference(model, device=device, precision=precision),
-        tqdm(total=len(corpus), desc=f"transcribing {corpus.name}", unit="utt") as progress,
+        tqdm(total=len(corpus), desc=f"transcribing {corpus.split}", unit="utt") as progress,
     ):
         for indices, batch in zip(batches, loader, strict=True):
             for i, text in zip(indices, processor.batch_decode(_greedy(model, batch, device)), strict=True):
                 hypotheses[i] = text
             progress.update(len(indices))
     return [
-        {"id": u.id, "speaker": u.speaker, "seconds": u.seconds, "reference": u.text, "hypothesis": hypothesis}
-        for u, hypothesis in zip(corpus, hypotheses, strict=True)
+        {"id": u.id, "speaker": u.speaker, "seconds": u.seconds, "reference": u.text, "hypothesis": text}
+        for u, text in zip(corpus, hypotheses, strict=True)
     ]
 
 
@@ -172,17 +174,16 @@ def write_predictions(path: str | Path, predictions: list[dict]) -> None:
 
 
 def load_predictions(path: str | Path) -> list[dict]:
-    """Reads back what `evaluate` or `write_predictions` wrote; ValueError names the line that is not one of theirs."""
+    """Reads back what `evaluate` or `write_predictions` wrote; ValueError names a line that is none of it."""
     predictions = []
     with open(resolve(path), encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
                 prediction = json.loads(line)
-                prediction["id"], prediction["reference"], prediction["hypothesis"]  # noqa: B018  are they there?
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"line {number} of {path} is no transcript ({error!r}): evaluate again to write the file anew"
-                ) from None
+            except json.JSONDecodeError:
+                prediction = None
+            if not isinstance(prediction, dict) or FIELDS - prediction.keys():
+                raise ValueError(f"line {number} of {path} is no transcript: evaluate again to write it anew")
             predictions.append(prediction)
     return predictions
 
@@ -241,6 +242,26 @@ def score(predictions: list[dict]) -> EvaluationResult:
         errors_N=errors_N,
         words_N=words_N,
     )
+
+
+def error_table(results: dict[tuple[str, str], EvaluationResult]) -> pd.DataFrame:
+    """One row per (split, system), error rates in per cent."""
+    rows = [
+        {
+            "split": split,
+            "system": system,
+            "WER %": f"{100 * result.wer:.2f}",
+            "95 % interval": "{:.2f} to {:.2f}".format(*(100 * end for end in result.wer_interval)),
+            "CER %": f"{100 * result.cer:.2f}",
+            "substitutions": result.substitutions,
+            "deletions": result.deletions,
+            "insertions": result.insertions,
+            "words": result.words,
+            "utterances": result.utterances,
+        }
+        for (split, system), result in results.items()
+    ]
+    return pd.DataFrame(rows)
 
 
 def _folded(text: str) -> str:
@@ -303,19 +324,19 @@ def _ratio(errors_R: np.ndarray, words_R: np.ndarray) -> np.ndarray:
 def paired_bootstrap(a: EvaluationResult, b: EvaluationResult) -> dict:
     """How much more wrong `b` is than `a`, on the same utterances: {difference, interval, p}.
 
-    `difference` is WER(b) − WER(a), `interval` its 95 % interval, `p` two-sided against no difference (Bisani and
-    Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP 2004). Raises
-    ValueError where ids or references differ.
+    `difference` is WER(b) − WER(a), `interval` its 95 % interval, `p` two-sided against no difference (Bisani
+    and Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP 2004).
+    Raises ValueError where ids or references differ.
     """
     of_b = {p["id"]: i for i, p in enumerate(b.predictions)}
     ids = [p["id"] for p in a.predictions]
     if len(ids) != len(of_b) or set(ids) != set(of_b):
         unpaired = sorted(set(ids) ^ set(of_b)) or ["(repeated ids)"]
-        raise ValueError(f"the two results are not over the same utterances: {unpaired[0]!r} is not in both once")
+        raise ValueError(f"the results are not over the same utterances: {unpaired[0]!r} is not in both once")
     order = [of_b[i] for i in ids]
     for prediction, j in zip(a.predictions, order, strict=True):
         if _folded(prediction["reference"]) != _folded(b.predictions[j]["reference"]):
-            raise ValueError(f"the references of {prediction['id']!r} differ: evaluate both models on one corpus")
+            raise ValueError(f"the references of {prediction['id']!r} differ: evaluate both on one corpus")
     sums_R3 = resample_sums(np.stack([a.errors_N, b.errors_N[order], a.words_N], axis=1))
     differences_R = _ratio(sums_R3[:, 1] - sums_R3[:, 0], sums_R3[:, 2])
     # The draw itself counts as one resample, so that p is never 0.

@@ -7,7 +7,7 @@ from the same data, which `save_figure` and `show_figure` hand on as alternative
 import base64
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SYSTEMS = {"baseline": "baseline (MHA)", "converted": "converted (MLA)", "finetuned": "fine-tuned (MLA)"}
 DPI = 160
+INK, GREY = "#1c2126", "#5b656e"
 
 
 # ---- numbers as text ---------------------------------------------------------------------------------------
@@ -51,8 +52,10 @@ def duration(seconds: float) -> str:
 
 
 def unbroken(text: str) -> str:
-    """Keep a number and its unit on one line of a page."""
-    return re.sub(r"(?<=\d) (?=%|ms\b|s\b|[KMG]?i?B\b|M\b|min\b|h\b)", "\u00a0", text)
+    """Keep a number with its unit, `p = 0.3` and `3.1–4.2` on one line of a page."""
+    text = re.sub(r"(?<=\d) (?=(%|ms|s|[KMG]?i?B|M|min|h)(\W|$))", "\u00a0", text)
+    text = re.sub(r"\bp ([=<]) ", "p\u00a0\\1\u00a0", text)
+    return re.sub(r"(?<=\d)–(?=\d)", "\u2060–\u2060", text)
 
 
 def splits_of(table: pd.DataFrame) -> list[str]:
@@ -66,14 +69,16 @@ def _style():
     import matplotlib as mpl
     import seaborn as sns
 
-    style = sns.axes_style("whitegrid", {"grid.color": "#e4e6e3", "axes.edgecolor": "#5b656e"})
-    return mpl.rc_context(style | sns.plotting_context("notebook", font_scale=0.85) | {"axes.titleweight": "bold"})
+    style = sns.axes_style("whitegrid", {"grid.color": "#e4e6e3", "axes.edgecolor": GREY})
+    sizes = sns.plotting_context("notebook", font_scale=0.85)
+    return mpl.rc_context(style | sizes | {"axes.titleweight": "bold"})
 
 
 def _png(fig: "Figure", alt: str | None) -> bytes:
     buffer = io.BytesIO()
+    about = {"Description": alt or fig.get_label(), "Software": None}
     with _style():  # ticks are made while drawing
-        fig.savefig(buffer, format="png", dpi=DPI, metadata={"Description": alt or fig.get_label(), "Software": None})
+        fig.savefig(buffer, format="png", dpi=DPI, metadata=about)
     return buffer.getvalue()
 
 
@@ -94,7 +99,7 @@ def show_figure(fig: "Figure", alt: str | None = None) -> None:
     display(image, metadata={"image/png": {"alt": alt, "width": width}}, raw=True)
 
 
-# ---- drawings -----------------------------------------------------------------------------------------------
+# ---- drawings ----------------------------------------------------------------------------------------------
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **kwargs):
@@ -112,79 +117,97 @@ def _colours() -> dict[str, tuple]:
     return {"baseline": palette[7], "converted": palette[1], "finetuned": palette[0]}
 
 
+def _wer(table: pd.DataFrame, system: str, split: str) -> tuple[float, list[list[float]] | None]:
+    """Word error rate in per cent, and how far its interval reaches below and above, as errorbar wants it."""
+    wer, low, high = (100 * table.at[system, f"wer_{split}{end}"] for end in ("", "_low", "_high"))
+    return wer, None if pd.isna(low) else [[wer - low], [high - wer]]
+
+
+def _described(table: pd.DataFrame, columns: Sequence[str], show: Callable[[float], str]) -> str:
+    """What the bars and points of a figure say, in words."""
+    systems = []
+    for system in table.index:
+        values = {c.removeprefix("wer_"): table.at[system, c] for c in columns}
+        said = [
+            f"{name if len(columns) > 1 else ''} {show(v)}".strip()
+            for name, v in values.items()
+            if pd.notna(v)
+        ]
+        systems.append(f"{SYSTEMS[system]}: {', '.join(said) or 'not measured'}")
+    return "; ".join(systems) + "."
+
+
 def wer_bars(table: pd.DataFrame) -> "Figure":
     """Word error rate of each system on each split of `comparison_table`, with 95 % intervals."""
-    splits, systems, colours = splits_of(table), list(table.index), _colours()
+    splits, colours = splits_of(table), _colours()
+    width = 0.8 / len(table)
     with _style():
         fig, axes = _figure(8, 3.6)
-        ax, width = axes[0, 0], 0.8 / len(systems)
-        for i, system in enumerate(systems):
+        ax = axes[0, 0]
+        for i, system in enumerate(table.index):
             for j, split in enumerate(splits):
-                wer, low, high = (100 * table.at[system, f"{k}_{split}"] for k in ("wer", "wer_low", "wer_high"))
-                x = j + (i - (len(systems) - 1) / 2) * width
+                wer, reach = _wer(table, system, split)
+                x = j + (i - (len(table) - 1) / 2) * width
                 ax.bar(x, wer, 0.9 * width, color=colours[system], label=SYSTEMS[system] if j == 0 else None)
-                if pd.notna(low):
-                    ax.errorbar(x, wer, [[wer - low], [high - wer]], color="#1c2126", capsize=3, lw=1.2)
-                ax.annotate(
-                    f"{wer:.2f}", (x, wer if pd.isna(high) else high), (0, 3), textcoords="offset points",
-                    ha="center", size=8,
-                )  # fmt: skip
+                if reach:
+                    ax.errorbar(x, wer, reach, color=INK, capsize=3, lw=1.2)
+                top = wer + (reach[1][0] if reach else 0)
+                ax.annotate(f"{wer:.2f}", (x, top), (0, 3), textcoords="offset points", ha="center", size=8)
         ax.set(xticks=range(len(splits)), xticklabels=splits, ylabel="word error rate (%)")
         ax.grid(axis="x", visible=False)
         ax.margins(y=0.12)
-        ax.legend(frameon=False, ncols=len(systems), loc="lower center", bbox_to_anchor=(0.5, 1))
+        ax.legend(frameon=False, ncols=len(table), loc="lower center", bbox_to_anchor=(0.5, 1))
         ax.spines[["top", "right"]].set_visible(False)
     fig.set_label("Word error rates. " + _described(table, [f"wer_{s}" for s in splits], percent))
     return fig
 
 
 def wer_vs_cache(table: pd.DataFrame) -> "Figure":
-    """Word error rate (95 % intervals) against the cache that is left, per split."""
-    import seaborn as sns
-
-    markers = {"baseline": "o", "converted": "s", "finetuned": "D"}
+    """Word error rate (95 % intervals) against the cache that is left; one dotted line per split."""
+    splits, colours, markers = splits_of(table), _colours(), dict(zip(SYSTEMS, "osD", strict=True))
     with _style():
-        fig, axes = _figure(6.4, 4.4)
+        fig, axes = _figure(5.6, 5)
         ax = axes[0, 0]
-        for j, (split, colour) in enumerate(zip(splits_of(table), sns.color_palette("colorblind"), strict=False)):
-            shift = 1.4 * (j - (len(splits_of(table)) - 1) / 2)
-            points = {}
+        for split in splits:
+            points = []
             for i, system in enumerate(table.index):
-                wer, low, high = (100 * table.at[system, f"{k}_{split}"] for k in ("wer", "wer_low", "wer_high"))
-                x = 100 * (1 - table.at[system, "cache_cut"]) + shift + 0.5 * (i - 1)
-                points[system] = x, wer
-                errors = None if pd.isna(low) else [[wer - low], [high - wer]]
-                ax.errorbar(x, wer, errors, color=colour, marker=markers[system], ms=7, capsize=3, lw=1.2)
-            last = points.get("finetuned", points.get("converted"))
-            if last and "baseline" in points:
-                ax.plot(*zip(points["baseline"], last, strict=True), color=colour, lw=1, ls=":", zorder=1)
-        ax.axvline(50, color="#5b656e", lw=1, ls="--", zorder=0)
-        ax.text(50.8, 0.02, "exact: one latent as\nwide as the model", transform=ax.get_xaxis_transform(), size=8,
-                color="#5b656e", va="bottom")  # fmt: skip
-        for system in table.index:
-            ax.plot([], [], color="#5b656e", marker=markers[system], ls="", label=SYSTEMS[system])
-        for split, colour in zip(splits_of(table), sns.color_palette("colorblind"), strict=False):
-            ax.plot([], [], color=colour, lw=3, label=split)
-        ax.set(xlim=(0, 106), xlabel="K/V cache, per cent of the baseline's", ylabel="word error rate (%)")
+                wer, reach = _wer(table, system, split)
+                x = 100 * (1 - table.at[system, "cache_cut"]) + (0, -1.2, 1.2)[i]  # side by side at one width
+                points.append((x, wer))
+                look = {"color": colours[system], "marker": markers[system], "label": SYSTEMS[system]}
+                ax.errorbar(x, wer, reach, **look, ls="", ms=7, capsize=3, lw=1.3)
+            (x0, y0), (x1, y1) = points[0], points[-1]
+            ax.plot([x0, x1], [y0, y1], color=GREY, lw=1, ls=":", zorder=1)
+            ax.annotate(
+                split, ((x0 + x1) / 2, (y0 + y1) / 2), (0, 5), textcoords="offset points", ha="center", size=9
+            )
+        ax.axvline(50, color=GREY, lw=1, ls="--", zorder=0)
+        note = " exact: one latent\n as wide as the model"
+        ax.text(50, 0.02, note, transform=ax.get_xaxis_transform(), size=7.5, color=GREY, va="bottom")
+        ax.set(xlim=(0, 106), xlabel="K/V cache (% of the baseline's)", ylabel="word error rate (%)")
         ax.set_ylim(bottom=0)
-        ax.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
+        named = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+        ax.legend(
+            named.values(),
+            named.keys(),
+            frameon=False,
+            fontsize=8,
+            ncols=3,
+            columnspacing=1.2,
+            handletextpad=0.2,
+            loc="lower center",
+            bbox_to_anchor=(0.45, 1),
+        )
         ax.spines[["top", "right"]].set_visible(False)
-    left = ", ".join(f"{SYSTEMS[s]} {percent(1 - c, 1)}" for s, c in table["cache_cut"].items() if pd.notna(c))
-    wers = _described(table, [f"wer_{s}" for s in splits_of(table)], percent)
+    left = ", ".join(
+        f"{SYSTEMS[s]} {percent(1 - c, 1)}" for s, c in table["cache_cut"].items() if pd.notna(c)
+    )
+    wers = _described(table, [f"wer_{s}" for s in splits], percent)
     fig.set_label(f"Word error rate against cache left. Cache: {left}. {wers}")
     return fig
 
 
-def _described(table: pd.DataFrame, columns: Sequence[str], show) -> str:
-    """Alternative text: what the bars and points of a figure say, in words."""
-    def row(system: str) -> str:
-        values = (f"{c.removeprefix('wer_')} {show(table.at[system, c])}" for c in columns if pd.notna(table.at[system, c]))
-        return f"{SYSTEMS[system]}: " + ", ".join(values)
-
-    return "; ".join(map(row, table.index)) + "."
-
-
-def _bars(ax, table: pd.DataFrame, column: str, show, label: str, scale: float = 1.0) -> None:
+def _bars(ax, table: pd.DataFrame, column: str, show: Callable, label: str, scale: float = 1.0) -> None:
     """Horizontal bars, one per system, each with its value and the change from the baseline."""
     colours, longest = _colours(), table[column].max() / scale
     for i, (system, value) in enumerate(table[column].items()):
@@ -193,7 +216,10 @@ def _bars(ax, table: pd.DataFrame, column: str, show, label: str, scale: float =
         ax.barh(i, value / scale, 0.62, color=colours[system])
         base = table[column].get("baseline")
         note = "" if system == "baseline" or pd.isna(base) else f"  ({change(value, base)})"
-        ax.text(value / scale + 0.015 * longest, i, show(value) + note, va="center", size=9)
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        ax.text(
+            value / scale + 0.02 * longest, i, show(value) + note, va="center", size=9, bbox=white, zorder=4
+        )
     ax.set(yticks=range(len(table)), yticklabels=[SYSTEMS[s] for s in table.index], xlabel=label)
     ax.set_xlim(0, longest * 1.42)
     ax.invert_yaxis()
@@ -208,21 +234,26 @@ def cache_comparison(table: pd.DataFrame) -> "Figure":
         _bars(axes[0, 0], table, "cache_bytes_per_second", size, "K/V cache per second of audio (KiB)", 1024)
         full = table["cache_bytes_per_second"].get("baseline")
         if pd.notna(full):
-            axes[0, 0].axvline(full / 2048, color="#5b656e", lw=1, ls="--", zorder=3)
-            axes[0, 0].set_title("dashed: half, which is exact for any model", size=9, weight="normal", color="#5b656e")
+            axes[0, 0].axvline(full / 2048, color=GREY, lw=1, ls="--", zorder=3)
+            note = "dashed: half, which is exact for any model"
+            axes[0, 0].set_title(note, size=9, weight="normal", color=GREY, loc="right")
     fig.set_label("K/V cache per second of audio. " + _described(table, ["cache_bytes_per_second"], size))
     return fig
 
 
 def inference_time_comparison(table: pd.DataFrame) -> "Figure":
-    """Mean latency per utterance (line: median to 95th percentile) and RTFx."""
+    """Mean latency per utterance, and RTFx."""
     with _style():
         fig, axes = _figure(9, 0.55 * len(table) + 1.1, 1, 2, sharey=True)
         _bars(axes[0, 0], table, "latency_ms", lambda v: f"{v:.1f}", "latency per utterance (ms)")
         _bars(axes[0, 1], table, "rtfx", lambda v: f"{v:.1f}", "RTFx: seconds of audio per second of compute")
         axes[0, 1].invert_yaxis()  # shared, so inverted twice
-    fig.set_label("Mean latency per utterance in ms. " + _described(table, ["latency_ms"], "{:.1f}".format)
-                  + " RTFx. " + _described(table, ["rtfx"], "{:.1f}".format))  # fmt: skip
+    fig.set_label(
+        "Mean latency per utterance in ms. "
+        + _described(table, ["latency_ms"], "{:.1f}".format)
+        + " RTFx. "
+        + _described(table, ["rtfx"], "{:.1f}".format)
+    )
     return fig
 
 
@@ -230,31 +261,39 @@ def training_curves(history: Sequence[Mapping], best_step: int | None = None) ->
     """Loss, validation WER and learning rate against the training step; `best_step` is marked."""
     names = ["step", "loss", "eval_loss", "eval_wer", "learning_rate"]
     df = pd.DataFrame(history).reindex(columns=names).astype(float).sort_values("step")
-    colours = list(_colours().values())
+    blue = _colours()["finetuned"]
     with _style():
         fig, axes = _figure(8, 5.6, 3, 1, sharex=True, height_ratios=[2, 2, 1])
         loss, wer, rate = axes[:, 0]
         for ax, column, label, colour, marker, scale in (
-            (loss, "loss", "training", colours[0], "", 1),
-            (loss, "eval_loss", "validation", colours[2], "o", 1),
-            (wer, "eval_wer", "validation", colours[2], "o", 100),
-            (rate, "learning_rate", None, colours[1], "", 1),
+            (loss, "loss", "training", GREY, ".", 1),
+            (loss, "eval_loss", "validation", blue, "o", 1),
+            (wer, "eval_wer", "validation", blue, "o", 100),
+            (rate, "learning_rate", None, GREY, "", 1),
         ):
             seen = df[["step", column]].dropna()
-            ax.plot(seen["step"], scale * seen[column], color=colour, marker=marker or (None if len(seen) > 1 else "o"),
-                    ms=4, label=label)  # fmt: skip
+            ax.plot(seen["step"], scale * seen[column], color=colour, marker=marker, ms=4, label=label)
         loss.set_ylabel("CTC loss")
-        loss.legend(frameon=False, ncols=2)
+        loss.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
         wer.set_ylabel("validation WER (%)")
         rate.set(ylabel="learning rate", xlabel="training step")
         rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         for ax in axes[:, 0]:
             ax.spines[["top", "right"]].set_visible(False)
             if best_step is not None:
-                ax.axvline(best_step, color="#5b656e", lw=1, ls="--", zorder=0)
+                ax.axvline(best_step, color=GREY, lw=1, ls="--", zorder=1.5)
         if best_step is not None:
-            wer.text(best_step, 0.96, " kept ", transform=wer.get_xaxis_transform(), size=8, color="#5b656e", va="top",
-                     ha="right" if best_step > df["step"].median() else "left")  # fmt: skip
+            side = "right" if best_step > df["step"].median() else "left"
+            wer.text(
+                best_step,
+                0.96,
+                " best, kept ",
+                transform=wer.get_xaxis_transform(),
+                size=8,
+                color=GREY,
+                va="top",
+                ha=side,
+            )
     wers = df["eval_wer"].dropna()
     found = f" Validation WER from {percent(wers.iloc[0])} to {percent(wers.iloc[-1])}." if len(wers) else ""
     fig.set_label(f"Training curves over {df['step'].max():.0f} steps.{found}")
@@ -273,46 +312,51 @@ def spectrum_figure(spectra: Mapping[int | str, Sequence[float]], latent_dim: in
             values = np.asarray(values, dtype=float)
             rank = np.arange(1, len(values) + 1)
             axes[0, 0].semilogy(rank, values / values[0], color=colour, lw=1.4, label=str(layer))
-            axes[0, 1].plot(rank, 100 * np.cumsum(values**2) / np.sum(values**2), color=colour, lw=1.4, label=str(layer))
+            energy = 100 * np.cumsum(values**2) / np.sum(values**2)
+            axes[0, 1].plot(rank, energy, color=colour, lw=1.4, label=str(layer))
         axes[0, 0].set(xlabel="index", ylabel="singular value ÷ the largest")
         axes[0, 1].set(xlabel="rank kept", ylabel="energy kept (%)", ylim=(None, 101))
         for ax in axes[0]:
             ax.spines[["top", "right"]].set_visible(False)
             if latent_dim:
-                ax.axvline(latent_dim, color="#5b656e", lw=1, ls="--", label=f"latent_dim {latent_dim}")
-        axes[0, 1].legend(frameon=False, title="layer", fontsize=8, ncols=1 + len(spectra) // 8, loc="lower right")
+                ax.axvline(latent_dim, color=GREY, lw=1, ls="--", label=f"latent_dim {latent_dim}")
+        columns = 1 + len(spectra) // 8
+        axes[0, 1].legend(frameon=False, title="layer", fontsize=8, ncols=columns, loc="lower right")
     at = f", {latent_dim} marked" if latent_dim else ""
     fig.set_label(f"Singular spectrum and energy kept against rank for {len(spectra)} layers{at}.")
     return fig
 
 
 def error_heatmap(df: pd.DataFrame) -> "Figure":
-    """Relative error of keys, values and attention output per layer and latent width (rows: layouts, if several).
+    """Relative error of keys, values and attention output per layer and latent width, a row per layout.
 
-    df: columns layer, latent_dim, key_error, value_error, output_error and, if wanted, fraction and layout.
+    df: columns layer, latent_dim, key_error, value_error, output_error, and layout if there are several.
     """
     import seaborn as sns
 
     quantities = {"key_error": "K", "value_error": "V", "output_error": "attention output"}
     layouts = list(df["layout"].unique()) if "layout" in df else [None]
     n_layers, n_widths = df["layer"].nunique(), df["latent_dim"].nunique()
-    top = df[list(quantities)].to_numpy().max()
+    largest = 100 * df[list(quantities)].to_numpy().max()
     with _style():
-        fig, axes = _figure(10, len(layouts) * (0.26 * n_layers + 0.9) + 0.5, len(layouts), 3, sharey=True)
-        for i, layout in enumerate(layouts):
+        height = len(layouts) * (max(0.26 * n_layers, 1.2) + 0.5) + 0.6
+        fig, axes = _figure(10, height, len(layouts), 3, sharex=True, sharey=True)
+        for row, layout in zip(axes, layouts, strict=True):
             part = df if layout is None else df[df["layout"] == layout]
-            shares = part.drop_duplicates("latent_dim").set_index("latent_dim").get("fraction", pd.Series(dtype=float))
-            for ax, (column, name) in zip(axes[i], quantities.items(), strict=True):
+            for ax, (column, name) in zip(row, quantities.items(), strict=True):
                 grid = 100 * part.pivot_table(index="layer", columns="latent_dim", values=column)
-                sns.heatmap(grid, ax=ax, vmin=0, vmax=100 * top, cmap="rocket_r", cbar=False, annot=n_widths <= 9,
-                            fmt=".0f", annot_kws={"size": 7}, linewidths=0.5)  # fmt: skip
-                labels = [f"{w}\n{100 * shares[w]:.3g} %" if w in shares.index else w for w in grid.columns]
-                ax.set_xticklabels(labels, size=7.5, rotation=0)
-                ax.set_title(name if layout is None else f"{name}, {layout}", size=10)
-                ax.set(xlabel="latent_dim (share of 2·d)" if i == len(layouts) - 1 else "", ylabel="")
-            axes[i, 0].set_ylabel("layer")
-        fig.colorbar(axes[0, 0].collections[0], ax=axes, label="relative error (%)", shrink=0.9, pad=0.01)
+                numbers = {"annot": n_widths <= 10, "fmt": ".0f", "annot_kws": {"size": 7.5}}
+                sns.heatmap(
+                    grid, ax=ax, vmin=0, vmax=largest, cmap="rocket_r", cbar=False, linewidths=0.5, **numbers
+                )
+                ax.set_title(name if layout is None else f"{name}, {layout} latent", size=10)
+                ax.set(xlabel="", ylabel="layer" if ax is row[0] else "")
+                ax.tick_params(labelsize=8.5, rotation=0)
+        for ax in axes[-1]:
+            ax.set_xlabel("latent_dim (numbers per frame)")
+        fig.colorbar(axes[0, 0].collections[0], ax=axes, label="relative error (%)", pad=0.01)
     mean = df.groupby("latent_dim")["output_error"].mean()
     ends = ", ".join(f"{percent(mean[w], 1)} at latent_dim {w}" for w in (mean.index.min(), mean.index.max()))
-    fig.set_label(f"Relative errors of K, V and attention output in {n_layers} layers. Mean output error: {ends}.")
+    about = f"Relative errors of K, V and attention output in {n_layers} layers."
+    fig.set_label(f"{about} Mean error of the attention output: {ends}.")
     return fig

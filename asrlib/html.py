@@ -25,7 +25,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 # The pages of a run in reading order: stem of notebook and page -> (short name, what the page shows).
 PAGES = {
     "00_baseline": ("Baseline", "the recogniser as it comes: its word errors, with and without attention"),
-    "01_convert": ("Convert", "keys and values through one latent, and the proof that full width loses nothing"),
+    "01_convert": ("Convert", "keys and values through a latent, and the proof that full width is exact"),
     "02_analyze_svd_error": ("Error by layer", "singular spectra, and what each layer loses at each width"),
     "03_finetune": ("Fine-tune", "training the converted model: losses, word errors, learning rate"),
     "04_evaluate": ("Evaluate", "transcripts and word errors of all three models on the same speech"),
@@ -39,12 +39,11 @@ Format = str | Callable[[Any], str]
 # ---- pages -------------------------------------------------------------------------------------------------
 
 
-def render_notebook(notebook: Path, page: Path, run_dir: Path | None = None, title: str | None = None) -> Path:
+def render_notebook(notebook: Path, page: Path, run_dir: Path | None = None) -> Path:
     """Write the executed `notebook` as one HTML file; returns its path.
 
     Code is folded, parameters become one table, progress bars and messages are reduced to their last state
-    and folded. The page calls itself after the notebook's first heading and the name of `run_dir` (default: the
-    folder of the page).
+    and folded. The page is named after the notebook's first heading and `run_dir` (default: its own folder).
     """
     import nbformat
     from bs4 import BeautifulSoup
@@ -65,7 +64,7 @@ def render_notebook(notebook: Path, page: Path, run_dir: Path | None = None, tit
         embed_images=True,
         anchor_link_text="#",
     )
-    facts = page_facts(page, (run_dir or page.parent).name, title or _first_heading(node) or notebook.stem)
+    facts = page_facts(page, (run_dir or page.parent).name, _first_heading(node) or notebook.stem)
     resources = {"metadata": {"path": str(notebook.parent)}, "page": facts}
     html, _ = exporter.from_notebook_node(node, resources)
 
@@ -93,7 +92,7 @@ def page_facts(page: Path, run_name: str, title: str) -> dict:
     """What the frame around every page needs: title, navigation, neighbours, colours of the code."""
     stems = list(PAGES)
     here = stems.index(page.stem) if page.stem in PAGES else None
-    link = {stem: {"href": f"{stem}.html", "number": stem[:2], "name": name} for stem, (name, _) in PAGES.items()}
+    link = {s: {"href": f"{s}.html", "number": s[:2], "name": name} for s, (name, _) in PAGES.items()}
     return {
         "title": title,
         "run": run_name,
@@ -108,7 +107,7 @@ def page_facts(page: Path, run_name: str, title: str) -> dict:
 def _code_css() -> str:
     from pygments.formatters import HtmlFormatter
 
-    light, dark = (HtmlFormatter(style=style).get_style_defs(".highlight") for style in ("tango", "github-dark"))
+    light, dark = (HtmlFormatter(style=s).get_style_defs(".highlight") for s in ("tango", "github-dark"))
     return f"{light}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}"
 
 
@@ -140,7 +139,7 @@ def _gather_parameters(node: "NotebookNode") -> None:
 
 
 def _tidy_outputs(cell: "NotebookNode") -> None:
-    """Drop widgets and scripts, join streams, and keep of a progress bar what a terminal would show at the end."""
+    """Drop widgets and scripts, join streams, keep of a progress bar what a terminal shows at the end."""
     from nbformat.v4 import new_output
 
     kept, messages = [], ""
@@ -206,7 +205,7 @@ def _remove_active_content(soup: "BeautifulSoup") -> None:
 
 def _list_sections(soup: "BeautifulSoup") -> None:
     """Put a list of the page's sections after its title, where there are enough of them to need one."""
-    headings = [h for h in soup.main.select(".markdown h2[id]")]
+    headings = soup.main.select(".markdown h2[id]")
     if len(headings) < 3:
         return
     nav = soup.new_tag("nav", attrs={"class": "sections", "aria-label": "Sections of this page"})
@@ -216,8 +215,7 @@ def _list_sections(soup: "BeautifulSoup") -> None:
         link = soup.new_tag("a", href=f"#{heading['id']}")
         link.string = name
         nav.append(link)
-    title = soup.main.select_one(".markdown")
-    title.insert_after(nav)
+    soup.main.select_one(".markdown").insert_after(nav)
 
 
 # ---- pieces that notebooks display -------------------------------------------------------------------------
@@ -228,7 +226,8 @@ def table_html(
 ) -> Markup:
     """Table with every name and cell escaped; numbers right-aligned, missing ones shown as a dash.
 
-    formats: column -> format specification (".1%", ",") or function of the value.
+    formats: column -> format specification (".1%", ",") or function of the value. Only what such a function
+    returns as Markup goes in as it is: `{"aligned": Markup}` for a column made by `diff_transcripts`.
     """
     import pandas as pd
 
@@ -240,25 +239,30 @@ def table_html(
         how = formats.get(column, ".4g" if isinstance(value, float) else "")
         return how(value) if callable(how) else format(value, how)
 
-    numeric = {c: pd.api.types.is_numeric_dtype(df[c]) or c in formats for c in df.columns}
-    right = {c: Markup(' class="n"') if numeric[c] else "" for c in df.columns}
-    head = Markup("").join(Markup('<th scope="col"{}>{}</th>').format(right[c], c) for c in df.columns)
-    if index:
-        head = Markup("<th>{}</th>").format(df.index.name or "") + head
+    def attributes(column: str) -> Markup:
+        if pd.api.types.is_numeric_dtype(df[column]):
+            return Markup(' class="n"')
+        short = not callable(formats.get(column)) and df[column].astype(str).str.len().max() <= 24
+        return Markup(' class="short"' if short else "")
+
+    kinds = {column: attributes(column) for column in df.columns}
+    corner = Markup("<th>{}</th>").format(df.index.name or "") if index else ""
+    head = Markup("").join(Markup('<th scope="col"{}>{}</th>').format(kinds[c], c) for c in df.columns)
     rows = []
     for label, *values in df.itertuples():
-        first = Markup('<th scope="row">{}</th>').format(label) if index else Markup("")
+        first = Markup('<th scope="row">{}</th>').format(label) if index else ""
         cells = (
-            Markup("<td{}>{}</td>").format(right[c], v if isinstance(v, Markup) else text(c, v))
+            Markup("<td{}>{}</td>").format(kinds[c], text(c, v))
             for c, v in zip(df.columns, values, strict=True)
         )
         rows.append(Markup("<tr>{}{}</tr>").format(first, Markup("").join(cells)))
     return Markup(
-        '<div class="table" tabindex="0" role="region" aria-label="{}"><table>{}<thead><tr>{}</tr></thead>'
+        '<div class="table" tabindex="0" role="region" aria-label="{}"><table>{}<thead><tr>{}{}</tr></thead>'
         "<tbody>{}</tbody></table></div>"
     ).format(
         caption or "table",
         Markup("<caption>{}</caption>").format(caption) if caption else "",
+        corner,
         head,
         Markup("\n").join(rows),
     )
@@ -270,7 +274,8 @@ def display_table(
     """Show `table_html` in a notebook."""
     from IPython.display import display
 
-    display({"text/html": str(table_html(df, caption, formats, index)), "text/plain": df.to_string()}, raw=True)
+    rich = str(table_html(df, caption, formats, index))
+    display({"text/html": rich, "text/plain": df.to_string()}, raw=True)
 
 
 def diff_transcripts(reference: str, hypothesis: str) -> Markup:
@@ -296,11 +301,13 @@ def diff_transcripts(reference: str, hypothesis: str) -> Markup:
     return Markup('<span class="diff">{}</span>').format(Markup(" ").join(words))
 
 
-def figure_html(png: Path, alt: str | None = None) -> Markup:
-    """`png` as an embedded image; `alt` defaults to the description that `save_figure` left in the file."""
+def figure_html(png: Path) -> Markup:
+    """`png` as an embedded image, with the description that `save_figure` left in the file."""
     from PIL import Image
 
     with Image.open(png) as image:
-        alt = alt or image.info.get("Description", png.stem.replace("_", " "))
+        alt = image.info.get("Description", png.stem.replace("_", " "))
+        width = round(image.width / image.info.get("dpi", (100, 100))[0] * 100)  # CSS pixels: 100 to the inch
     data = base64.b64encode(png.read_bytes()).decode()
-    return Markup('<img src="data:image/png;base64,{}" alt="{}">').format(data, alt)
+    wide = Markup(' class="wide"') if width > 700 else ""
+    return Markup('<img src="data:image/png;base64,{}" alt="{}" width="{}"{}>').format(data, alt, width, wide)

@@ -34,25 +34,43 @@ def one_of(*choices: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+AT_LEAST_ONE, POSITIVE, NOT_NEGATIVE = Field(ge=1), Field(gt=0), Field(ge=0)
+PRECISION = one_of("fp32", "bf16", "fp16")
+SCHEDULER = one_of("linear", "cosine", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
+
 LIMITS: dict[str, Any] = {
-    "train_samples": Field(ge=1),
-    "eval_samples": Field(ge=1),
-    "benchmark_samples": Field(ge=1),
-    "latent_dim": Field(ge=1),
+    "eval_splits": Field(min_length=1),
+    "train_samples": AT_LEAST_ONE,
+    "validation_samples": AT_LEAST_ONE,
+    "eval_samples": AT_LEAST_ONE,
+    "analysis_samples": AT_LEAST_ONE,
+    "benchmark_samples": AT_LEAST_ONE,
+    "hidden_size": AT_LEAST_ONE,
+    "num_layers": AT_LEAST_ONE,
+    "num_heads": AT_LEAST_ONE,
+    "depthwise_kernel": AT_LEAST_ONE,
+    "dropout": Field(ge=0, lt=1),
+    "baseline_epochs": POSITIVE,
+    "baseline_learning_rate": POSITIVE,
+    "baseline_batch_seconds": POSITIVE,
+    "baseline_precision": PRECISION,
+    "latent_dim": AT_LEAST_ONE,
     "cache_cut": Field(gt=0, lt=1),
     "layout": one_of("joint", "split"),
     "method": one_of("svd"),
     "trainable": one_of("attention", "latent", "all"),
-    "precision": one_of("fp32", "bf16", "fp16"),
+    "epochs": NOT_NEGATIVE,
+    "learning_rate": POSITIVE,
+    "warmup_ratio": Field(ge=0, le=1),
+    "scheduler": SCHEDULER,
+    "weight_decay": NOT_NEGATIVE,
+    "batch_seconds": POSITIVE,
+    "gradient_accumulation": AT_LEAST_ONE,
+    "evaluations_per_epoch": AT_LEAST_ONE,
+    "patience": AT_LEAST_ONE,
+    "precision": PRECISION,
     "device": Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"),
-    "calibration_seconds": Field(gt=0),
-    "epochs": Field(ge=0),
-    "learning_rate": Field(gt=0),
-    "batch_seconds": Field(gt=0),
-    "accumulation": Field(ge=1),
-    "warmup": Field(ge=0),
-    "patience": Field(ge=0),
-    "seed": Field(ge=0),
+    "seed": NOT_NEGATIVE,
 }
 
 
@@ -202,9 +220,13 @@ class Schema:
             fields[name] = (Annotated[kind, LIMITS[name]] if name in LIMITS else kind, parameter.default)
         config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
         self.model: type[BaseModel] = create_model("Parameters", __config__=config, **fields)
-        for step, declared in self.parameters.items():
-            own = {name: parameter.default for name, parameter in declared.items() if name != "run_dir"}
+        for step in self.parameters:
+            own = self.defaults_of(step)
             self.check(own, dict.fromkeys(own, f"the parameters cell of {step}"))
+
+    def defaults_of(self, step: str) -> dict[str, Any]:
+        declared = self.parameters[step]
+        return {name: parameter.default for name, parameter in declared.items() if name != "run_dir"}
 
     def check(self, values: Mapping[str, Any], origin: Mapping[str, str]) -> dict[str, Any]:
         """The given values with their declared types; `origin[name]` says where a value was given.

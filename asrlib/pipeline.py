@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, TextIO
 import nbformat
 
 from asrlib.parameters import Schema
-from asrlib.runs import Run, atomic_write, fingerprint, read_json, remove_partial, source_fingerprint
+from asrlib.runs import Run, atomic_write, fingerprint, folder_fingerprint, read_json, remove_partial
 
 ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 LOCK_WAIT_SECONDS = 10.0  # an orphaned kernel notices within 1 s that its parent is gone
@@ -64,14 +64,15 @@ def plan(root: Path, run: Run, schema: Schema, values: Mapping[str, Any], names:
     its parameters point to, and all steps before it."""
     notebooks = find_notebooks(root)
     run_dir = str(run.path.relative_to(root) if run.path.is_relative_to(root) else run.path)
-    library = source_fingerprint(root / "asrlib")
+    library = folder_fingerprint(root / "asrlib")
     steps: list[Step] = []
     for name in names:
         parameters = schema.for_step(name, values)
         cells = nbformat.read(notebooks[name], as_version=4).cells
         code = [cell.source for cell in cells if cell.cell_type == "code"]
-        files = {key: _file_state(root, value) for key, value in parameters.items()}
-        digest = fingerprint(code, parameters, files, library, [step.fingerprint for step in steps])
+        effective = schema.defaults_of(name) | parameters  # saying a default aloud changes nothing
+        files = {key: _file_state(root, value) for key, value in effective.items()}
+        digest = fingerprint(code, effective, files, library, [step.fingerprint for step in steps])
         if "run_dir" in schema.parameters[name]:
             parameters["run_dir"] = run_dir
         steps.append(Step(name, notebooks[name], parameters, digest))
@@ -164,16 +165,16 @@ class _LogFile(logging.FileHandler):
     last_progress = 0.0
 
     def emit(self, record: logging.LogRecord) -> None:
-        for line in record.getMessage().splitlines(keepends=True):
-            *redrawn, text = line.rstrip("\r\n").split("\r")
-            if redrawn or line.endswith("\r"):
-                text = text or redrawn[-1]
-                if record.created - self.last_progress < PROGRESS_LOG_SECONDS and not line.endswith("\n"):
-                    continue
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
+        *ended, rest = record.getMessage().split("\n")
+        if "\r" in rest:
+            if record.created - self.last_progress < PROGRESS_LOG_SECONDS:
+                rest = ""
+            else:
                 self.last_progress = record.created
-            if text.strip():
-                stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
-                self.stream.write(f"{stamp} {text.rstrip()}\n")
+        for line in (*ended, rest):
+            shown = [text for text in line.split("\r") if text.strip()][-1:]
+            self.stream.writelines(f"{stamp} {text.rstrip()}\n" for text in shown)
         if record.exc_info:
             self.stream.write(logging.Formatter().formatException(record.exc_info) + "\n")
         self.flush()
@@ -266,7 +267,13 @@ def _run_papermill(step: Step, output: Path, place: Workplace, title: str) -> No
             engine_name=ENGINE,
             kernel_name="python3",
             language="python",
-            progress_bar={"desc": title, "disable": not sys.stderr.isatty(), "leave": False, "ncols": 110},
+            progress_bar={
+                "desc": title,
+                "bar_format": "{desc}  cell {n_fmt} of {total_fmt}  {elapsed}{postfix}",
+                "disable": not sys.stderr.isatty(),
+                "dynamic_ncols": True,
+                "leave": False,
+            },
             log_output=True,
             kernel=kernel,
             start={
@@ -343,7 +350,7 @@ def expected_seconds(root: Path, run: Run, step: Step) -> float | None:
         return seconds
     for marker in (root / "reports").glob(f"*/.completed/{step.name}.json"):
         facts = read_json(marker)
-        if facts["parameters"] | {"run_dir": None} == step.parameters | {"run_dir": None}:
+        if facts["parameters"] | {"run_dir": ""} == step.parameters | {"run_dir": ""}:
             return facts["seconds"]
     return None
 
@@ -367,10 +374,8 @@ def clock(seconds: float) -> str:
 def versions() -> dict[str, str]:
     found = {"python": sys.version.split()[0]}
     for name in ("asrlib", "torch", "transformers", "datasets"):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            pass
     return found
 
 

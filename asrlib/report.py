@@ -1,11 +1,12 @@
 """What a run found, for people: tables, one sentence, a summary, and the index page over its notebooks.
 
-Everything is computed from the run's metrics/*.json. There error rates are fractions; shown, they are per cent.
+Everything is computed from the run's metrics/*.json. There error rates are fractions; shown, per cent.
 The figures (figures.py) and the HTML of pages and tables (html.py) are reached through here.
 """
 
 import os
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -34,10 +35,10 @@ from asrlib.html import PAGES, diff_transcripts, display_table, render_notebook,
 from asrlib.runs import Run, atomic_write, read_json
 
 __all__ = [  # what notebooks call
-    "CLAIMED", "cache_comparison", "comparison_table", "diff_transcripts", "display_table", "error_heatmap", "headline",
-    "inference_time_comparison", "readable_comparison", "render_notebook", "save_figure", "save_table", "show_figure",
-    "spectrum_figure", "step_times", "table_html", "training_curves", "wer_bars", "wer_vs_cache", "write_comparison",
-    "write_index",
+    "CLAIMED", "cache_comparison", "comparison_table", "diff_transcripts", "display_table", "error_heatmap",
+    "headline", "inference_time_comparison", "readable_comparison", "render_notebook", "save_figure",
+    "save_table", "show_figure", "spectrum_figure", "step_times", "table_html", "training_curves", "wer_bars",
+    "wer_vs_cache", "write_comparison", "write_index",
 ]  # fmt: skip
 
 # What the first system said of itself (another, larger model; half the cache). It measured none of it.
@@ -65,69 +66,75 @@ def comparison_table(run: Run) -> pd.DataFrame:
     """One row per system measured so far (baseline, converted, finetuned), from metrics/*.json alone.
 
     Columns: attention, cache_bytes_per_second (of audio), cache_bytes_1000_frames, cache_cut (fraction),
-    parameters; for each split wer_, wer_low_, wer_high_ (95 % interval) and cer_<split> (fractions);
-    latency_ms (mean per utterance), latency_ms_p50, latency_ms_p95, rtfx, peak_memory_bytes. NaN: not measured.
+    parameters; wer_<split>, its 95 % interval wer_<split>_low and _high, cer_<split> (all fractions);
+    latency_ms (mean per utterance), latency_ms_p50, latency_ms_p95, rtfx, speed_ratio (to the baseline) with
+    speed_ratio_low and _high, peak_memory_bytes. NaN: unknown.
     """
-    before, convert, evaluate, benchmark = (_metrics(run, m) for m in ("baseline", "convert", "evaluate", "benchmark"))
+    names = ("baseline", "convert", "evaluate", "benchmark")
+    before, convert, evaluate, benchmark = (_metrics(run, name) for name in names)
     scores = evaluate.get("systems") or {"baseline": before.get("splits", {})}
     timings = benchmark.get("systems", {})
-    known_parameters = {"baseline": before.get("parameters"), "converted": convert.get("parameters")}
+    full_cache = timings.get("baseline", {}).get("cache_bytes_per_second")
+    cuts = {"baseline": 0.0, "converted": convert.get("cache_cut"), "finetuned": convert.get("cache_cut")}
+    parameters = {"baseline": before.get("parameters"), "converted": convert.get("parameters")}
     rows = {}
     for system in SYSTEMS:
         score, timing = scores.get(system, {}), timings.get(system, {})
         if not score and not timing:
             continue
-        cache, full = timing.get("cache_bytes_per_second"), timings.get("baseline", {}).get("cache_bytes_per_second")
+        cache = timing.get("cache_bytes_per_second")
         row = {
             "attention": "MHA" if system == "baseline" else "MLA",
             "cache_bytes_per_second": cache,
             "cache_bytes_1000_frames": timing.get("cache_bytes_1000_frames"),
-            "cache_cut": 0.0 if system == "baseline" else 1 - cache / full if cache and full else convert.get("cache_cut"),
-            "parameters": timing.get("parameters", known_parameters.get(system)),
+            "cache_cut": 1 - cache / full_cache if cache and full_cache else cuts[system],
+            "parameters": timing.get("parameters", parameters.get(system)),
         }
         for split, values in score.items():
-            low, high = values.get("wer_interval") or (None, None)
-            row |= {f"wer_{split}": values.get("wer"), f"wer_low_{split}": low, f"wer_high_{split}": high}
+            row[f"wer_{split}"] = values.get("wer")
+            row[f"wer_{split}_low"], row[f"wer_{split}_high"] = values.get("wer_interval") or (None, None)
             row[f"cer_{split}"] = values.get("cer")
-        row |= {"latency_ms": timing.get("latency_ms_mean")}
-        row |= {k: timing.get(k) for k in ("latency_ms_p50", "latency_ms_p95", "rtfx", "peak_memory_bytes")}
+        row["latency_ms"] = timing.get("latency_ms_mean")
+        for name in ("latency_ms_p50", "latency_ms_p95", "rtfx", "speed_ratio"):
+            row[name] = timing.get(name)
+        row["speed_ratio_low"], row["speed_ratio_high"] = timing.get("speed_ratio_interval") or (None, None)
+        row["peak_memory_bytes"] = timing.get("peak_memory_bytes")
         rows[system] = row
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("system")
     return table.astype({column: float for column in table.columns if column != "attention"})
 
 
 def readable_comparison(table: pd.DataFrame) -> pd.DataFrame:
-    """`comparison_table` for reading: a column per system, a row per measure, intervals and changes in brackets."""
-    base = table.loc["baseline"] if "baseline" in table.index else None
+    """`comparison_table` to read: a column per system, a row per measure, interval or change in brackets."""
+    base = table.loc["baseline"] if "baseline" in table.index else pd.Series(dtype=float)
 
-    def cell(row: pd.Series, column: str, show, compare=None) -> str:
-        value = row.get(column)
+    def alone(row: pd.Series, column: str, form: str) -> str:
+        return "–" if pd.isna(row[column]) else form.format(row[column])
+
+    def with_interval(row: pd.Series, column: str, form: str, scale: float = 1.0) -> str:
+        value, low, high = (scale * row[name] for name in (column, f"{column}_low", f"{column}_high"))
         if pd.isna(value):
             return "–"
-        first = base is None or row.name == "baseline" or compare is None or pd.isna(base.get(column))
-        return show(value) if first else f"{show(value)} ({compare(value, base[column])})"
+        return form.format(value) + (f" ({low:.2f}–{high:.2f})" if low < high else "")
 
-    def with_interval(row: pd.Series, split: str) -> str:
-        value, low, high = (row.get(f"{name}_{split}") for name in ("wer", "wer_low", "wer_high"))
-        if pd.isna(value):
+    def with_change(row: pd.Series, column: str, show: Callable[[float], str]) -> str:
+        if pd.isna(row[column]):
             return "–"
-        return percent(value) if pd.isna(low) else f"{percent(value)} ({100 * low:.2f}–{100 * high:.2f})"
-
-    def ratio(value: float, reference: float) -> str:
-        return f"×{value / reference:.2f}"
+        compared = row.name != "baseline" and pd.notna(base.get(column))
+        return show(row[column]) + (f" ({change(row[column], base[column])})" if compared else "")
 
     columns = {}
     for system, row in table.iterrows():
-        shown = {f"WER {split}": with_interval(row, split) for split in splits_of(table)}
-        shown |= {f"CER {split}": cell(row, f"cer_{split}", percent) for split in splits_of(table)}
-        shown |= {
-            "K/V cache per second of audio": cell(row, "cache_bytes_per_second", size, change),
-            "parameters": cell(row, "parameters", lambda n: f"{n / 1e6:.2f} M", change),
-            "latency per utterance": cell(row, "latency_ms", lambda ms: f"{ms:.1f} ms", ratio),
-            "RTFx (audio ÷ compute time)": cell(row, "rtfx", lambda x: f"{x:.1f}", ratio),
-            "peak memory": cell(row, "peak_memory_bytes", size, change),
+        columns[SYSTEMS[system]] = {
+            **{f"WER {s}": with_interval(row, f"wer_{s}", "{:.2f} %", 100) for s in splits_of(table)},
+            **{f"CER {s}": alone(row, f"cer_{s}", "{:.2%}").replace("%", " %") for s in splits_of(table)},
+            "K/V cache per second of audio": with_change(row, "cache_bytes_per_second", size),
+            "parameters": with_change(row, "parameters", lambda n: f"{n / 1e6:.2f} M"),
+            "latency per utterance": alone(row, "latency_ms", "{:.1f} ms"),
+            "RTFx": alone(row, "rtfx", "{:.1f}"),
+            "speed against the baseline": with_interval(row, "speed_ratio", "×{:.2f}"),
+            "peak memory": with_change(row, "peak_memory_bytes", size),
         }
-        columns[SYSTEMS[system]] = shown
     readable = pd.DataFrame(columns).rename_axis("")
     return readable[(readable != "–").any(axis=1)]  # a measure that no system has yet is no row
 
@@ -135,7 +142,8 @@ def readable_comparison(table: pd.DataFrame) -> pd.DataFrame:
 def headline(run: Run) -> str:
     """What the run found, in one sentence made from its figures."""
     table = comparison_table(run)
-    splits = [s for s in splits_of(table) if "baseline" in table.index and pd.notna(table.at["baseline", f"wer_{s}"])]
+    measured = table.loc["baseline"].dropna().index if "baseline" in table.index else []
+    splits = [split for split in splits_of(table) if f"wer_{split}" in measured]
     if not splits:
         return "No word error rate has been measured yet."
     split = "test-clean" if "test-clean" in splits else splits[0]
@@ -144,7 +152,7 @@ def headline(run: Run) -> str:
     latent = [s for s in ("finetuned", "converted") if s in table.index and pd.notna(table.at[s, wer])]
 
     def interval(row: pd.Series) -> str:
-        low, high = row[f"wer_low_{split}"], row[f"wer_high_{split}"]
+        low, high = row[f"wer_{split}_low"], row[f"wer_{split}_high"]
         return "unknown" if pd.isna(low) else f"{100 * low:.2f}–{100 * high:.2f}"
 
     if not latent:
@@ -160,8 +168,10 @@ def headline(run: Run) -> str:
         words = f"At {percent(new['cache_cut'], 1).replace('.0 %', ' %')} less cache, {words}"
     verdict = _verdict(_metrics(run, "evaluate").get("paired", {}).get(split, {}), base, new, split)
     words += f" (95 % intervals {interval(base)} and {interval(new)}; {verdict})"
-    if pd.notna(base["latency_ms"]) and pd.notna(new["latency_ms"]):
-        words += f", speed ×{base['latency_ms'] / new['latency_ms']:.2f}"
+    if pd.notna(new["speed_ratio"]):
+        words += f", speed ×{new['speed_ratio']:.2f}"
+        if pd.notna(new["speed_ratio_low"]):
+            words += f" ({new['speed_ratio_low']:.2f}–{new['speed_ratio_high']:.2f})"
     if pd.notna(base["peak_memory_bytes"]) and pd.notna(new["peak_memory_bytes"]):
         words += f", peak memory {change(new['peak_memory_bytes'], base['peak_memory_bytes'])}"
     return words + "."
@@ -172,20 +182,20 @@ def _verdict(paired: dict, base: pd.Series, new: pd.Series, split: str) -> str:
     test = paired.get(f"baseline vs {new.name}", {})
     p, (low, high) = test.get("p"), test.get("interval") or (None, None)
     if p is None and low is None:
-        low, high = new[f"wer_low_{split}"], new[f"wer_high_{split}"]
-        if pd.isna(low) or pd.isna(base[f"wer_low_{split}"]):
+        low, high = new[f"wer_{split}_low"], new[f"wer_{split}_high"]
+        if pd.isna(low) or pd.isna(base[f"wer_{split}_low"]):
             return "significance not tested"
-        apart = low > base[f"wer_high_{split}"] or high < base[f"wer_low_{split}"]
+        apart = low > base[f"wer_{split}_high"] or high < base[f"wer_{split}_low"]
         return "they do not overlap" if apart else "they overlap"
     significant = p < 0.05 if p is not None else not low <= 0 <= high
-    shown = "" if p is None else ", p < 0.001" if p < 0.001 else f", p = {p:.3f}" if p < 0.1 else f", p = {p:.2f}"
+    shown = "" if p is None else ", p < 0.001" if p < 0.001 else f", p = {p:.2g}"
     return f"{'a' if significant else 'no'} significant difference in the paired bootstrap{shown}"
 
 
-def step_times(run: Run) -> dict[str, float | None]:
-    """Seconds each completed step took, in order; steps without a marker are left out."""
+def step_times(run: Run) -> dict[str, float]:
+    """Seconds each completed step took, in order."""
     markers = {step: run.completed(step) for step in PAGES}
-    return {step: marker.get("seconds") for step, marker in markers.items() if marker is not None}
+    return {step: marker["seconds"] for step, marker in markers.items() if marker and "seconds" in marker}
 
 
 # ---- files -------------------------------------------------------------------------------------------------
@@ -198,7 +208,7 @@ def save_table(df: pd.DataFrame, path: Path) -> Path:
 
 
 def write_comparison(run: Run) -> pd.DataFrame:
-    """Write tables/comparison_table.csv, the three comparison figures and summary.txt; returns the table.
+    """Write tables/comparison_table.csv, the comparison's figures and summary.txt; returns the table.
 
     Raises MissingStep where the models have not been evaluated and benchmarked.
     """
@@ -206,40 +216,41 @@ def write_comparison(run: Run) -> pd.DataFrame:
         run.read_metrics(name)
     table = comparison_table(run)
     save_table(table, run.tables / "comparison_table.csv")
-    save_figure(cache_comparison(table), run.figures / "cache_comparison.png")
-    save_figure(wer_vs_cache(table), run.figures / "wer_vs_cache.png")
-    save_figure(inference_time_comparison(table), run.figures / "inference_time_comparison.png")
-    with atomic_write(run.path / "summary.txt") as file:
-        file.write(summary(run))
+    for draw in (wer_bars, wer_vs_cache, cache_comparison, inference_time_comparison):
+        save_figure(draw(table), run.figures / f"{draw.__name__}.png")
+    _write_summary(run)
     return table
 
 
+def _write_summary(run: Run) -> None:
+    with atomic_write(run.path / "summary.txt") as file:
+        file.write(summary(run))
+
+
 def summary(run: Run) -> str:
-    """The comparison as plain text: word errors, cache, speed, memory, time per step, and what others claimed."""
-
-    def aligned(df: pd.DataFrame) -> str:
-        return df.to_string(justify="left")
-
+    """The comparison as plain text: word errors, cache, speed, memory, time per step, others' claims."""
     title = f"{run.path.name}: what a smaller cache costs and saves"
-    times = {step: duration(seconds) for step, seconds in step_times(run).items() if seconds is not None}
-    steps = "\n".join(f"{step:<24}{time:>14}" for step, time in times.items()) or "no step is marked as completed"
+    times = {step: duration(seconds) for step, seconds in step_times(run).items()}
+    steps = "\n".join(f"{step:<24}{time:>14}" for step, time in times.items()) or "no step has been completed"
+    sentence = textwrap.fill(headline(run).replace(" %", "\u00a0%"), 100).replace("\u00a0", " ")
     return "\n".join(
         [
             title,
             "=" * len(title),
             "",
-            textwrap.fill(headline(run), 100),
+            sentence,
             "",
-            aligned(readable_comparison(comparison_table(run))),
+            readable_comparison(comparison_table(run)).rename_axis(None).to_string(),
             "",
-            "Brackets: 95 % interval of WER (bootstrap by utterance); otherwise the change from the baseline.",
+            "Brackets: 95 % interval of WER and speed (bootstrap over utterances), otherwise the change.",
+            "RTFx: seconds of audio per second of compute.",
             "The cache is what streaming keeps; a full-context call keeps none once it has returned.",
             "",
             "Time per step",
             steps,
             "",
-            "Claimed by the first system for another model at half the cache; it never measured these figures",
-            aligned(CLAIMED),
+            "Claimed by the first system for another model at half the cache, never measured by it",
+            CLAIMED.rename_axis(None).to_string(),
             "",
         ]
     )
@@ -248,19 +259,22 @@ def summary(run: Run) -> str:
 # ---- the index page ----------------------------------------------------------------------------------------
 
 
-def write_index(run_dir: str | os.PathLike) -> Path:
-    """Write index.html of a run from whatever is done so far; says what is missing. Returns its path."""
+def write_index(run_dir: str | os.PathLike, command: str | None = None) -> Path:
+    """Write index.html of a run from whatever is done so far; says what is missing. Returns its path.
+
+    command: what makes this run, shown for those who want to repeat it (default: `python run_all.py NAME`).
+    """
     run = Run.open(run_dir)
     times, table = step_times(run), comparison_table(run)
-    command = f"python run_all.py {run.path.name}"
+    if (run.path / "summary.txt").is_file():
+        _write_summary(run)  # the step that wrote it did not know yet how long it took itself
     steps = [
         {
             "stem": stem,
             "name": name,
             "what": what,
-            "done": stem in times,
             "page": (run.path / f"{stem}.html").is_file(),
-            "time": duration(times[stem]) if times.get(stem) is not None else "",
+            "time": duration(times[stem]) if stem in times else "not done yet",
         }
         for stem, (name, what) in PAGES.items()
     ]
@@ -273,9 +287,9 @@ def write_index(run_dir: str | os.PathLike) -> Path:
         figures=_index_figures(run, table),
         data=_data_facts(run),
         steps=steps,
-        missing=[step["name"] for step in steps if not step["done"]],
-        total=duration(sum(t for t in times.values() if t is not None)),
-        command=command,
+        missing=[name for stem, (name, _) in PAGES.items() if stem not in times],
+        total=duration(sum(times.values())),
+        command=command or f"python run_all.py {run.path.name}",
         parameters=_parameters(run),
         provenance=_provenance(run),
         files=[f for f in ("summary.txt", "tables/comparison_table.csv") if (run.path / f).is_file()],
@@ -283,22 +297,22 @@ def write_index(run_dir: str | os.PathLike) -> Path:
 
 
 def _comparison_html(table: pd.DataFrame) -> Markup:
-    """The readable comparison with what stands in brackets in small print."""
+    """The readable comparison, with what stands in brackets in small print."""
 
     def cell(text: str) -> Markup:
-        value, bracket, note = unbroken(text).partition(" (")
-        return Markup("{} <small>{}</small>").format(value, note.removesuffix(")")) if bracket else Markup.escape(value)
+        value, _, note = unbroken(text).partition(" (")
+        return Markup("{} <small>{}</small>").format(value, note.removesuffix(")"))
 
     readable = readable_comparison(table)
-    return table_html(readable.map(cell), formats={c: str for c in readable})
+    return table_html(readable, formats=dict.fromkeys(readable, cell))
 
 
 def _index_figures(run: Run, table: pd.DataFrame) -> list[Markup]:
     """The figure beside the table first, then the others that the run has."""
-    names = ("wer_vs_cache", "cache_comparison", "inference_time_comparison", "training_curves")
+    names = ("wer_vs_cache", "wer_bars", "cache_comparison", "inference_time_comparison", "training_curves")
     paths = [run.path / "figures" / f"{name}.png" for name in names]
-    if not paths[0].is_file() and splits_of(table):  # not compared yet: show what there is
-        paths[0] = save_figure(wer_bars(table), run.figures / "wer.png")
+    if splits_of(table) and not paths[0].is_file():  # not compared yet: show what there is
+        save_figure(wer_bars(table), paths[1])
     return [html.figure_html(path) for path in paths if path.is_file()]
 
 
@@ -307,9 +321,8 @@ def _data_facts(run: Run) -> list[str]:
     systems = _metrics(run, "evaluate").get("systems", {})
     scores = systems.get("baseline") or _metrics(run, "baseline").get("splits", {})
     return [
-        unbroken(f"{split}: {s['utterances']:,} utterances, {s['words']:,} words, {duration(s['seconds_audio'])}")
+        f"{split}: {s['utterances']:,} utterances, {s['words']:,} words, {duration(s['seconds_audio'])}"
         for split, s in scores.items()
-        if {"utterances", "words", "seconds_audio"} <= s.keys()
     ]
 
 
@@ -332,8 +345,7 @@ def _provenance(run: Run) -> dict[str, str]:
         "finished": last.get("time"),
         "commit": last.get("commit"),
         "versions": ", ".join(f"{name} {number}" for name, number in last.get("versions", {}).items()),
-        "timed on": ", ".join(f"{benchmark[k]} {unit}".strip() for k, unit in
-                              (("device", ""), ("threads", "threads"), ("dtype", "")) if k in benchmark),
+        "timed on": "{device}, {threads} threads, {dtype}".format(**benchmark) if benchmark else None,
         "base model": _metrics(run, "baseline").get("model"),
-    }  # fmt: skip
+    }
     return {name: str(value) for name, value in facts.items() if value}

@@ -259,10 +259,8 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def source_fingerprint(folder: Path) -> str:
-    """Fingerprint of every Python file under `folder`, names included."""
-    digests = {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in folder.rglob("*.py")
-    }
+def folder_fingerprint(folder: Path) -> str:
+    """Fingerprint of every file below `folder`, names and contents (but for Python's own caches)."""
+    files = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    digests = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     return fingerprint(digests)

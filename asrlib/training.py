@@ -1,5 +1,6 @@
 """CTC training and fine-tuning on transformers' Trainer."""
 
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from asrlib.attention.latent import LatentKV
 from asrlib.data.batches import BucketBatchSampler, CTCCollator, CTCDataset
 from asrlib.data.corpus import Corpus
+from asrlib.evaluation import padding_silenced
 from asrlib.models.families import attention_modules, frame_counts
 from asrlib.runs import read_json, write_json
 
@@ -115,10 +117,10 @@ class CTCTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        frames_B = frame_counts(self.model, inputs["attention_mask"].sum(-1))
+        with torch.no_grad(), self.compute_loss_context_manager(), padding_silenced(model, frames_B):
             output = model(**inputs)
         ids_BT = output.logits.argmax(-1)
-        frames_B = frame_counts(self.model, inputs["attention_mask"].sum(-1))
         beyond_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) >= frames_B[:, None]
         ids_BT = ids_BT.masked_fill(beyond_BT, self.processor.tokenizer.pad_token_id)  # the CTC blank
         return output.loss.detach(), ids_BT, inputs["labels"]
@@ -165,13 +167,19 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
+def remove_checkpoints(folder: Path) -> None:
+    """Removes the checkpoints below `folder` (weights and optimizer states); the TensorBoard logs stay."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
 def train(
     model,
     processor,
     training: Corpus,
     validation: Corpus,
     folder: str | Path,
-    settings: TrainingSettings = TrainingSettings(),  # noqa: B008  frozen
+    settings: TrainingSettings = TrainingSettings(),
 ) -> TrainingResult:
     """Trains `model` in place on CTC and leaves it with the weights of the lowest validation WER.
 

@@ -10,6 +10,7 @@ from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
 
 from asrlib.data.corpus import SAMPLE_RATE, Corpus, Utterance
 from asrlib.evaluation import (
+    choose_device,
     evaluate,
     inference,
     load_predictions,
@@ -30,9 +31,10 @@ def conformer(**changes) -> Wav2Vec2ConformerForCTC:
     torch.manual_seed(0)
     config = {
         "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
-        "conv_dim": [8, 8, 8], "conv_kernel": [10, 8, 4], "conv_stride": [10, 8, 4], "feat_extract_norm": "layer",
-        "conv_depthwise_kernel_size": 7, "position_embeddings_type": "relative", "max_source_positions": 200,
-        "num_conv_pos_embeddings": 2, "num_conv_pos_embedding_groups": 2, "vocab_size": 32,
+        "conv_dim": [8, 8, 8], "conv_kernel": [10, 8, 4], "conv_stride": [10, 8, 4],
+        "feat_extract_norm": "layer", "conv_depthwise_kernel_size": 7, "position_embeddings_type": "relative",
+        "max_source_positions": 200, "num_conv_pos_embeddings": 2, "num_conv_pos_embedding_groups": 2,
+        "vocab_size": 32,
         "initializer_range": 0.5,  # wide enough that random logits change from frame to frame
     }  # fmt: skip
     return Wav2Vec2ConformerForCTC(Wav2Vec2ConformerConfig(**config | changes)).eval()
@@ -47,14 +49,11 @@ def speech(seconds: float, seed: int) -> io.BytesIO:
 
 
 def corpus_of(durations=SECONDS, text="The  Cat <script> sat") -> Corpus:
-    return Corpus(
-        "noise",
-        "test",
-        tuple(
-            Utterance(f"u{i}", f"{text} {i}", f"s{i % 2}", seconds, "memory", lambda i=i, s=seconds: speech(s, i))
-            for i, seconds in enumerate(durations)
-        ),
+    utterances = tuple(
+        Utterance(f"u{i}", f"{text} {i}", f"s{i % 2}", s, "memory", lambda i=i, s=s: speech(s, i))
+        for i, s in enumerate(durations)
     )
+    return Corpus("noise", "test", utterances)
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +80,8 @@ def alone(model, processor, utterance) -> str:
 
 def pairs(*texts: tuple[str, str], first_id: int = 0) -> list[dict]:
     return [
-        {"id": f"u{first_id + i}", "speaker": "s", "seconds": 1.5, "reference": reference, "hypothesis": hypothesis}
-        for i, (reference, hypothesis) in enumerate(texts)
+        {"id": f"u{i}", "speaker": "s", "seconds": 1.5, "reference": reference, "hypothesis": hypothesis}
+        for i, (reference, hypothesis) in enumerate(texts, start=first_id)
     ]
 
 
@@ -97,7 +96,10 @@ def edit_distance(a: list, b: list) -> int:
 
 def babble(utterances: int, seed: int) -> list[dict]:
     generator = np.random.default_rng(seed)
-    sentence = lambda low: " ".join(generator.choice(["a", "bee", "sea", "deed"], size=generator.integers(low, 7)))  # noqa: E731
+
+    def sentence(shortest: int) -> str:
+        return " ".join(generator.choice(["a", "bee", "sea", "deed"], size=generator.integers(shortest, 7)))
+
     return pairs(*[(sentence(1), sentence(0)) for _ in range(utterances)])
 
 
@@ -143,9 +145,25 @@ def test_the_model_leaves_as_it_came(processor, corpus):
     assert model.training and not frozen.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model.eval()
-    logits = conformer()(torch.ones(1, 8_000)).logits
-    assert torch.equal(model(torch.ones(1, 8_000)).logits, logits), "bf16 left something rounded behind"
-    logits.sum().backward()
+    x = torch.ones(1, 8_000)
+    assert torch.equal(model(x).logits, conformer()(x).logits), "bf16 left something rounded behind"
+
+
+@pytest.mark.parametrize("positions", ["relative", "rotary"])
+def test_a_model_can_be_trained_after_it_was_evaluated(processor, corpus, positions):
+    model = conformer(position_embeddings_type=positions, max_source_positions=2)  # tables have to grow
+    evaluate(model, processor, corpus)
+    as_long_as_the_longest = torch.ones(1, 32_000)  # what was cached for it is used
+    model.train()(as_long_as_the_longest).logits.sum().backward()
+    assert all(attention.linear_k.weight.grad is not None for attention in attention_modules(model))
+
+
+def test_batches_are_bounded_by_their_padded_audio(model, processor, corpus):
+    shapes = []
+    hook = model.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
+    transcribe(model, processor, corpus, batch_seconds=2.7)
+    hook.remove()
+    assert sorted(shapes) == [(1, 32_000), (2, 12_800), (2, 20_800)]
 
 
 def test_an_error_restores_the_model_too():
@@ -154,6 +172,12 @@ def test_an_error_restores_the_model_too():
         assert not model.training
         raise RuntimeError
     assert model.training
+
+
+@pytest.mark.parametrize("device", [None, "auto", "cpu"])
+def test_the_device_is_a_choice(model, device):
+    chosen = choose_device(device, model)
+    assert chosen.type == ("cuda" if device == "auto" and torch.cuda.is_available() else "cpu")
 
 
 def test_unknown_precision_is_refused(model, processor, corpus):
@@ -199,7 +223,7 @@ def test_a_line_that_is_no_transcript_is_named(tmp_path, line):
     write_predictions(tmp_path / "p.jsonl", pairs(("a", "b")))
     with open(tmp_path / "p.jsonl", "a") as file:
         file.write(line + "\n")
-    with pytest.raises(ValueError, match="line 2 of .*p.jsonl is no transcript"):
+    with pytest.raises(ValueError, match=r"line 2 of .*p\.jsonl is no transcript"):
         load_predictions(tmp_path / "p.jsonl")
 
 
@@ -219,12 +243,14 @@ def test_a_line_that_is_no_transcript_is_named(tmp_path, line):
         ([("STRASSE", "straße")], 0, 0, 0, 1, 0),
         ([("it's", "its")], 1, 0, 0, 1, 1 / 4),  # punctuation does
         ([("a b c", "a b c"), ("", "no one spoke")], 0, 0, 3, 3, 12 / 5),
-        ([("a b c d", "a b c d"), ("e", "f")], 1, 0, 0, 5, 1 / 8),  # over the corpus, not the mean of utterances
+        ([("a b c d", "a b c d"), ("e", "f")], 1, 0, 0, 5, 1 / 8),  # no mean of the utterances' rates
     ],
 )
 def test_errors_counted_by_hand(texts, substitutions, deletions, insertions, words, cer):
     result = score(pairs(*texts))
-    assert (result.substitutions, result.deletions, result.insertions) == (substitutions, deletions, insertions)
+    assert result.substitutions == substitutions
+    assert result.deletions == deletions
+    assert result.insertions == insertions
     assert result.words == words
     assert result.wer == pytest.approx((substitutions + deletions + insertions) / words)
     assert result.cer == pytest.approx(cer)
@@ -277,8 +303,8 @@ def test_interval_against_an_explicit_loop():
 
 def test_draws_are_the_same_in_blocks():
     columns = np.arange(6_000.0).reshape(3_000, 2)  # large enough to be drawn in several blocks
-    sums = resample_sums(columns, resamples=700)
-    assert np.array_equal(sums, np.array([columns[picks].sum(axis=0) for picks in drawn(3_000, resamples=700)]))
+    expected = [columns[picks].sum(axis=0) for picks in drawn(3_000, resamples=700)]
+    assert np.array_equal(resample_sums(columns, resamples=700), np.array(expected))
 
 
 def test_interval_ignores_draws_without_words():
@@ -299,7 +325,7 @@ def test_paired_bootstrap_against_an_explicit_loop():
     not_below = np.mean([1, *(d >= 0 for d in differences)])
     assert outcome["difference"] == pytest.approx(b.wer - a.wer)
     assert outcome["difference"] < 0
-    assert outcome["interval"] == pytest.approx([np.percentile(differences, 2.5), np.percentile(differences, 97.5)])
+    assert outcome["interval"] == pytest.approx(np.percentile(differences, [2.5, 97.5]).tolist())
     assert outcome["p"] == pytest.approx(2 * not_below)
     assert paired_bootstrap(b, a)["p"] == pytest.approx(outcome["p"], abs=0.01)
 

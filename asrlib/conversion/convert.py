@@ -1,6 +1,7 @@
 """MHA → MLA and back, on any model family. The given model is left as it is."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from tqdm import tqdm
@@ -12,11 +13,20 @@ from asrlib.models.families import attention_modules, family_of, is_latent
 
 
 def latent_dim_for(cache_cut: float, hidden_size: int) -> int:
-    """The widest latent that cuts the cache by at least `cache_cut` (0.75: to a quarter of 2·D numbers)."""
+    """The widest latent that cuts the cache by at least `cache_cut` (0.75: to a quarter of 2·D numbers).
+
+    Raises ValueError where not even one number per frame would be left.
+    """
     if not 0 < cache_cut < 1:
         raise ValueError(f"cache_cut is {cache_cut}: it must lie between 0 and 1 (0.75 keeps a quarter)")
     # Rounded first: (1 − 0.9) · 20 is 1.9999999999999996, and 2 numbers are meant.
-    return max(1, int(round((1 - cache_cut) * 2 * hidden_size, 6)))
+    latent_dim = int(round((1 - cache_cut) * 2 * hidden_size, 6))
+    if latent_dim < 1:
+        raise ValueError(
+            f"cache_cut is {cache_cut}, which leaves less than one of the {2 * hidden_size} numbers per frame of a "
+            f"model of width {hidden_size}: the deepest cut is {1 - 0.5 / hidden_size:.6g}"
+        )
+    return latent_dim
 
 
 def decompose(model: PreTrainedModel, layout: str = "joint") -> list[KeyValueSpectrum]:
@@ -57,10 +67,13 @@ def convert(
     for rank in ranks:
         check_latent_dim(rank, width, layout)
     decomposition = decomposition or decompose(model, layout)
+    if any(spectrum.layout != layout for spectrum in decomposition):
+        raise ValueError(f"layout is {layout}, but the decomposition was made for the other one: decompose again")
 
     settings = {key: value for key, value in model.config.to_dict().items() if key != "model_type"}
     config = family.latent_config(**settings, latent_dim=ranks, latent_layout=layout)
     latent = family.latent_model(config).to(model.dtype)
+    latent.set_attn_implementation(model.config._attn_implementation)  # no part of the config's dict
     replaced = latent.load_state_dict(model.state_dict(), strict=False)
     _check_replaced(replaced.missing_keys, replaced.unexpected_keys)
     for ours, theirs, spectrum in zip(
@@ -78,6 +91,7 @@ def to_standard_attention(latent: PreTrainedModel) -> PreTrainedModel:
     dropped = {"model_type", "latent_dim", "latent_layout", "architectures"}
     settings = {key: value for key, value in latent.config.to_dict().items() if key not in dropped}
     model = family.standard_model(family.standard_config(**settings)).to(latent.dtype)
+    model.set_attn_implementation(latent.config._attn_implementation)
     replaced = model.load_state_dict(latent.state_dict(), strict=False)
     _check_replaced(replaced.unexpected_keys, replaced.missing_keys)
     with torch.no_grad():
@@ -103,7 +117,10 @@ def _one_a_layer(latent_dim, cache_cut: float | None, width: int, layers: int) -
         raise ValueError("give latent_dim (a width) or cache_cut (a share to save), one of the two")
     if cache_cut is not None:
         latent_dim = latent_dim_for(cache_cut, width)
-    ranks = [latent_dim] * layers if isinstance(latent_dim, int) else list(latent_dim)
+    ranks = list(latent_dim) if isinstance(latent_dim, Sequence) else [latent_dim] * layers
+    if not all(isinstance(rank, Integral) for rank in ranks):
+        raise ValueError(f"latent_dim is {latent_dim!r}: it must be a whole number, or one a layer")
+    ranks = [int(rank) for rank in ranks]  # numpy's integers too
     if len(ranks) != layers:
         raise ValueError(f"latent_dim has {len(ranks)} widths for {layers} layers: give one number, or one a layer")
     return ranks

@@ -33,7 +33,7 @@ def _relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference_mode would leave position tables behind that no model can be trained with
 def analyze_compression_quality(
     mha: PreTrainedModel, mla: PreTrainedModel, inputs: dict[str, torch.Tensor]
 ) -> pd.DataFrame:
@@ -46,10 +46,13 @@ def analyze_compression_quality(
     """
     theirs, ours = attention_modules(mha.eval()), attention_modules(mla.eval())
     inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-    with _recorded_calls(theirs) as calls:
+    key_projections = [attention.linear_k for attention in theirs]  # rotary positions turn what these read
+    with _recorded_calls(theirs) as calls, _recorded_calls(key_projections) as key_calls:
         mha(**inputs)
     rows = []
-    for index, (standard, latent, (args, kwargs)) in enumerate(zip(theirs, ours, calls, strict=True)):
+    for index, (standard, latent, (args, kwargs), ((turned_BTD,), _)) in enumerate(
+        zip(theirs, ours, calls, key_calls, strict=True)
+    ):
         x_BTD = kwargs.get("hidden_states", args[0] if args else None)
         kept_BT = _unpadded(mha, x_BTD, inputs.get("attention_mask"))
         outputs = [module(*args, **kwargs)[0][kept_BT] for module in (latent, standard)]
@@ -57,7 +60,9 @@ def analyze_compression_quality(
             {
                 "layer": index,
                 "latent_dim": mla.config.latent_dim[index],
-                "key_error": _relative_error(latent.linear_k(x_BTD)[kept_BT], standard.linear_k(x_BTD)[kept_BT]),
+                "key_error": _relative_error(
+                    latent.linear_k(turned_BTD)[kept_BT], standard.linear_k(turned_BTD)[kept_BT]
+                ),
                 "value_error": _relative_error(latent.linear_v(x_BTD)[kept_BT], standard.linear_v(x_BTD)[kept_BT]),
                 "output_error": _relative_error(*outputs),
             }

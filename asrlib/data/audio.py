@@ -9,7 +9,7 @@ import soxr
 
 SAMPLE_RATE = 16_000  # Hz, of all audio that leaves this room
 BLOCK = 1 << 20  # audio frames decoded at a time
-UNSTATED = 1 << 62  # libsndfile's frame count is at least this where a header (a streamed FLAC's) states none
+UNSTATED = 1 << 62  # frames libsndfile reports where a header states none, as a FLAC's from a pipe
 
 # What soundfile can open: a path, or a file object. Called once per reading, so nothing is held open.
 Source = Callable[[], bytes | BinaryIO]
@@ -22,22 +22,24 @@ class UnusableAudio(ValueError):
 def read_audio(source: Source) -> np.ndarray:
     """float32 [samples] at 16 kHz, channels averaged. Raises UnusableAudio."""
     samples, rate = _decode(source)
+    if rate != SAMPLE_RATE:
+        samples = soxr.resample(samples, rate, SAMPLE_RATE)
     if not len(samples):
         raise UnusableAudio("audio holds no samples")
     if not np.isfinite(samples).all():
         raise UnusableAudio("audio holds NaN or infinite samples")
-    return samples if rate == SAMPLE_RATE else soxr.resample(samples, rate, SAMPLE_RATE)
+    return samples
 
 
 def duration(source: Source) -> float:
-    """Seconds as the header states them, or by decoding where it does not. Raises UnusableAudio."""
+    """Seconds as the header states them. Raises UnusableAudio."""
     try:
         with soundfile.SoundFile(source()) as file:
             frames, rate = file.frames, file.samplerate
     except (OSError, RuntimeError, ValueError) as error:
         raise UnusableAudio(f"audio cannot be read: {_words(error)}") from error
     if frames >= UNSTATED:
-        frames = len(_decode(source)[0])
+        raise UnusableAudio("audio does not state its length in its header: encode it again")
     if frames <= 0:
         raise UnusableAudio("audio holds no samples")
     return frames / rate

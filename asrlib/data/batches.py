@@ -27,8 +27,8 @@ class BucketBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(self, seconds: list[float], batch_seconds: float, seed: int = 0, shuffle: bool = True):
-        if not batch_seconds > 0:
-            raise ValueError(f"batch_seconds must be positive, not {batch_seconds}")
+        if not 0 < batch_seconds < math.inf:
+            raise ValueError(f"batch_seconds must be a positive number, not {batch_seconds}")
         if not all(0 < s < math.inf for s in seconds):
             raise ValueError("every utterance must have a positive duration")
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
@@ -36,8 +36,10 @@ class BucketBatchSampler(Sampler[list[int]]):
         self.buckets: list[tuple[list[int], int]] = []  # indices, how many of them make a batch
         longest_first = sorted(range(len(seconds)), key=lambda i: -seconds[i])
         while longest_first:
-            size = _count_that_fits(seconds[longest_first[0]], batch_seconds)
-            batches = max(BATCHES_TO_MIX, math.ceil(len(seconds) / BUCKETS / size)) if shuffle else 1
+            longest = seconds[longest_first[0]]
+            size = _count_that_fits(longest, batch_seconds)
+            mixes = shuffle and longest <= batch_seconds
+            batches = max(BATCHES_TO_MIX, math.ceil(len(seconds) / BUCKETS / size)) if mixes else 1
             self.buckets.append((longest_first[: size * batches], size))
             del longest_first[: size * batches]
 
@@ -80,7 +82,7 @@ class CTCDataset(Dataset):
 
 
 class CTCCollator:
-    """Items of CTCDataset → {"input_values" [B, S], "attention_mask" [B, S], "labels" [B, L], padding −100}."""
+    """Items of CTCDataset → input_values [B, S], attention_mask [B, S], labels [B, L] padded with −100."""
 
     def __init__(self, processor):
         self.processor = processor

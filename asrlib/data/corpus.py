@@ -42,7 +42,7 @@ class Utterance:
         samples = read_audio(self.source)
         if len(samples) < (self.seconds - 0.1) * SAMPLE_RATE:
             raise UnusableAudio(
-                f"audio is cut off: {len(samples) / SAMPLE_RATE:.2f} s of the {self.seconds:.2f} s of its header"
+                f"audio is cut off: {len(samples) / SAMPLE_RATE:.2f} s where {self.seconds:.2f} s are stated"
             )
         return samples
 
@@ -105,13 +105,10 @@ class Corpus(Sequence[Utterance]):
         What is dropped joins `.rejected`. Raises ValueError if nothing is left.
         """
         check = partial(_problem, processor=processor, frames=frames, check_audio=check_audio)
-        kept, rejected = [], list(self.rejected)
-        for utterance, reason in zip(self, _in_threads(check, self, f"checking {self.split}")):
-            if reason is None:
-                kept.append(utterance)
-            else:
-                rejected.append(Rejected(utterance.id, reason, utterance.where))
-        return _corpus(self.name, self.split, kept, rejected)
+        judged = list(zip(self, _in_threads(check, self, f"checking {self.split}"), strict=True))
+        kept = [utterance for utterance, reason in judged if reason is None]
+        dropped = [Rejected(utterance.id, reason, utterance.where) for utterance, reason in judged if reason]
+        return _corpus(self.name, self.split, kept, [*self.rejected, *dropped])
 
     def write_rejected(self, path: str | os.PathLike) -> None:
         """One JSON object a line: id, reason, where. An empty file says that nothing was rejected."""
@@ -145,12 +142,12 @@ def open_corpus(source: str | os.PathLike, split: str | None = None, revision: s
         from asrlib.data.manifest import open_manifest
 
         return open_manifest(manifest, split)
-    if path.is_dir() and not find_splits(path):
-        from asrlib.data.hub import holds_tables, open_folder
-
-        if holds_tables(path):
-            return open_folder(path, split)
     if path.is_dir():
+        if not find_splits(path):
+            from asrlib.data.hub import holds_tables, open_folder
+
+            if holds_tables(path):
+                return open_folder(path, split)
         return open_librispeech(path, split)  # which also says what was looked for
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(source)):
         from asrlib.data.hub import open_hub
@@ -160,6 +157,42 @@ def open_corpus(source: str | os.PathLike, split: str | None = None, revision: s
         f"no corpus at {source}: give 'synthetic', an existing folder, a .jsonl or .csv manifest, "
         "or a hub data set as owner/name"
     )
+
+
+def open_usable(
+    source: str | os.PathLike,
+    split: str,
+    processor,
+    frames: Callable[[int], int],
+    samples: int | None = None,
+    seed: int = 0,
+    rejected: Path | None = None,
+) -> Corpus:
+    """What every notebook begins with: open a split, take a sample of it, drop what this model cannot use.
+
+    `frames`: samples → encoder frames. `rejected`: a folder for SPLIT.jsonl, the rows dropped and why.
+    """
+    corpus = open_corpus(source, split).sample(samples, seed).usable(processor, frames)
+    if rejected is not None:
+        corpus.write_rejected(rejected / f"{split}.jsonl")
+    return corpus
+
+
+def speech_table(corpora: dict[str, Corpus]):
+    """DataFrame: one row a corpus, with what a reader asks first."""
+    import pandas as pd
+
+    rows = {
+        name: {
+            "utterances": len(corpus),
+            "minutes": round(corpus.seconds / 60, 1),
+            "speakers": len({utterance.speaker for utterance in corpus}),
+            "rejected": len(corpus.rejected),
+            "words": sum(len(utterance.text.split()) for utterance in corpus),
+        }
+        for name, corpus in corpora.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("split")
 
 
 # ---- LibriSpeech folders -----------------------------------------------------------------------------------
@@ -200,27 +233,22 @@ def _librispeech_rows(folder: Path) -> Iterator["Row | Rejected"]:
         texts: dict[str, tuple[str, str]] = {}  # id → text, where
         for path in sorted(chapter.glob("[!.]*")):
             if path.suffix.lower() in AUDIO_SUFFIXES:
-                if path.stem in audio:
-                    yield Rejected(path.stem, f"the same utterance as {audio[path.stem].name}", str(path))
-                else:
-                    audio[path.stem] = path
+                if (first := audio.setdefault(path.stem, path)) != path:
+                    yield Rejected(path.stem, f"the same utterance as {first.name}", str(path))
             elif path.name.endswith(".trans.txt"):
                 for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-                    id, _, text = line.decode("utf-8-sig", "surrogateescape").strip().partition(" ")
-                    if id in texts:
-                        yield Rejected(
-                            id, f"a second transcript, the first is in {texts[id][1]}", f"{path}:{number}"
-                        )
-                    elif id:
-                        texts[id] = text, f"{path}:{number}"
+                    id, text, *_ = [*line.decode("utf-8-sig", "surrogateescape").split(None, 1), "", ""]
+                    where = f"{path}:{number}"
+                    if id and (first := texts.setdefault(id, (text, where))[1]) != where:
+                        yield Rejected(id, f"a second transcript, the first is at {first}", where)
         for id in sorted(audio.keys() | texts.keys()):
             if id not in texts:
                 yield Rejected(id, "audio without transcript", str(audio[id]))
             elif id not in audio:
                 yield Rejected(id, "transcript without audio", texts[id][1])
             else:
-                path = audio[id]
-                yield Row(id, texts[id][0], chapter.parent.name, str(path), partial(os.fsencode, path))
+                source = partial(bytes, audio[id])
+                yield Row(id, texts[id][0], chapter.parent.name, str(audio[id]), source)
 
 
 # ---- from rows to a corpus ---------------------------------------------------------------------------------
@@ -300,10 +328,10 @@ def _problem(utterance: Utterance, processor, frames: Callable[[int], int], chec
     return None
 
 
-def _in_threads(function: Callable, items: Sequence, label: str) -> Iterator:
+def _in_threads(function: Callable, items: Sequence, label: str) -> list:
     """map in threads (decoding releases the GIL), with a bar once it takes longer than a moment."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        yield from tqdm(pool.map(function, items), total=len(items), desc=label, delay=2, leave=False)
+        return list(tqdm(pool.map(function, items), total=len(items), desc=label, delay=2, leave=False))
 
 
 def named(value: Any, otherwise: str) -> str:

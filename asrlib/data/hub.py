@@ -26,9 +26,9 @@ SPEAKER_COLUMNS = ("speaker_id", "speaker", "client_id")
 
 
 def hub_names(split: str) -> list[tuple[str | None, str]]:
-    """Where LibriSpeech's `split` is in the hub's layout: (configuration, split), the first is the preferred.
+    """Where LibriSpeech's `split` may be in the hub's layout, as (configuration, split), best first.
 
-    train-clean-100 → all: train.clean.100, or clean: train.100 · dev-other → all: validation.other, or …
+    train-clean-100 is train.clean.100 of "all" and train.100 of "clean"; dev is called validation there.
     Any other name is taken as it is, from whatever configuration has it (None).
     """
     match = re.fullmatch(r"(train|dev|test)-(clean|other)(-\d+)?", split)
@@ -56,8 +56,8 @@ def open_hub(source: str, split: str, revision: str | None = None) -> Corpus:
             table = datasets.load_dataset(name, configuration or None, split=split, revision=revision)
     except Exception as error:  # dozens of kinds, from network, hub, cache and builder
         raise FileNotFoundError(
-            f"'{source}' is no folder here, and split '{split}' of the hub data set of that name could not be "
-            f"loaded: {_one_line(error)}"
+            f"'{source}' is no folder here, and split '{split}' of the hub data set of that name "
+            f"could not be loaded: {_one_line(error)}"
         ) from error
     return from_table(table, source, split)
 
@@ -122,7 +122,7 @@ def _choose(tables: dict[tuple[str, str], T], split: str | None, folder: Path) -
 
 
 def from_table(table: datasets.Dataset, name: str, split: str, folder: Path | None = None) -> Corpus:
-    """Columns: audio; text, sentence or transcription; optional speaker_id, speaker or client_id; optional id.
+    """Columns: audio; text, sentence or transcription; optional speaker_id, speaker or client_id, and id.
 
     folder: where relative audio paths start, for tables that hold paths in place of bytes.
     Raises ValueError naming the columns found where one is missing, or where no row is usable.

@@ -21,7 +21,7 @@ def open_manifest(path: str | os.PathLike, split: str | None = None) -> Corpus:
     if path.suffix.lower() not in readers:
         raise ValueError(f"{path} is no manifest: expected a .jsonl or .csv file")
     rows = list(readers[path.suffix.lower()](path))
-    columns = {str(name): None for row in rows if isinstance(row, dict) for name in row}  # in order
+    columns = {str(name): None for _, row in rows if isinstance(row, dict) for name in row}  # in order
     missing = [name for name in ("audio", "text") if name not in columns]
     if missing:
         raise ValueError(
@@ -31,13 +31,13 @@ def open_manifest(path: str | os.PathLike, split: str | None = None) -> Corpus:
     return gather(path.stem, split or path.stem, _manifest_rows(path, rows))
 
 
-def _manifest_rows(manifest: Path, rows: list[dict | str]) -> Iterator[Row | Rejected]:
-    for number, row in enumerate(rows, 1):
-        where = f"{manifest}, row {number}"
+def _manifest_rows(manifest: Path, rows: list[tuple[int, dict | str]]) -> Iterator[Row | Rejected]:
+    for line, row in rows:
+        where = f"{manifest}:{line}"
         if isinstance(row, str):
-            yield Rejected(f"row {number}", row, where)
+            yield Rejected(f"line {line}", row, where)
         elif not isinstance(row.get("audio"), str) or not row["audio"].strip():
-            yield Rejected(named(row.get("id"), f"row {number}"), "no audio path", where)
+            yield Rejected(named(row.get("id"), f"line {line}"), "no audio path", where)
         else:
             id = named(row.get("id"), row["audio"])
             audio = manifest.parent / row["audio"]
@@ -45,25 +45,29 @@ def _manifest_rows(manifest: Path, rows: list[dict | str]) -> Iterator[Row | Rej
                 yield Rejected(id, f"audio file not found: {row['audio']}", where)
             else:
                 speaker = named(row.get("speaker"), UNKNOWN_SPEAKER)
-                yield Row(id, row.get("text"), speaker, str(audio), partial(os.fsencode, audio))
+                yield Row(id, row.get("text"), speaker, str(audio), partial(bytes, audio))
 
 
-def _read_jsonl(path: Path) -> Iterator[dict | str]:
-    """The object of each line that is not blank, or what is wrong with the line."""
-    for line in path.read_bytes().split(b"\n"):  # str.splitlines would also cut at U+2028 inside a text
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict | str]]:
+    """Line number and object of each line that is not blank, or what is wrong with the line."""
+    for number, line in enumerate(
+        path.read_bytes().split(b"\n"), 1
+    ):  # splitlines would cut at U+2028 in a text
         if line.strip():
             try:
                 row = json.loads(line.decode("utf-8-sig"))
-                yield row if isinstance(row, dict) else "line is not a JSON object"
+                yield number, row if isinstance(row, dict) else "line is not a JSON object"
             except ValueError as error:
-                yield f"line is not valid JSON: {error}"
+                yield number, f"line is not valid JSON: {error}"
 
 
-def _read_csv(path: Path) -> Iterator[dict | str]:
+def _read_csv(path: Path) -> Iterator[tuple[int, dict | str]]:
+    """Line number (the last of its lines) and cells of each row, or what is wrong with the row."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         try:
-            for row in csv.DictReader(file):
+            for row in (reader := csv.DictReader(file)):
                 unquoted = row.pop(None, None)  # DictReader's key for cells beyond the header
-                yield "row has more cells than the header: is its text quoted?" if unquoted else row
+                message = "row has more cells than the header: is its text quoted?"
+                yield reader.line_num, message if unquoted else row
         except csv.Error as error:
             raise ValueError(f"{path} cannot be read as CSV: {error}") from error

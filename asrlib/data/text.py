@@ -19,7 +19,7 @@ def normalise_text(text: str, processor) -> str:
 
 def unknown_characters(text: str, processor) -> list[str]:
     """The characters of normalised text that have no token of their own, sorted, each once."""
-    return sorted(set(text) - _characters(processor) - {" "})
+    return sorted(set(text) - _characters(processor))
 
 
 def label_ids(text: str, processor) -> list[int]:
@@ -37,10 +37,13 @@ def _tokenizer(processor):
 
 
 def _characters(processor) -> set[str]:
+    """What can be written with the vocabulary, with a space where its delimiter is there."""
     tokenizer = _tokenizer(processor)
-    # A literal "|" in a transcript is not the space that this token means.
-    special = {*tokenizer.all_special_tokens, getattr(tokenizer, "word_delimiter_token", None)}
-    return {token for token in tokenizer.get_vocab() if len(token) == 1 and token not in special}
+    # The tokenizer adds special tokens that the vocabulary lacks, with ids for which the model has no output.
+    tokens = {token for token, id in tokenizer.get_vocab().items() if id < tokenizer.vocab_size}
+    delimiter = getattr(tokenizer, "word_delimiter_token", " ")
+    letters = {token for token in tokens if len(token) == 1} - {*tokenizer.all_special_tokens, delimiter}
+    return letters | {" "} if delimiter in tokens else letters
 
 
 def _fit(character: str, known: set[str]) -> str:

@@ -6,6 +6,7 @@ A new family is one file beside this one and one line in `FAMILIES`.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from transformers import (
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Processor,
+    set_seed,
 )
 
 from asrlib.models.wav2vec2_conformer import (
@@ -125,6 +127,11 @@ def load(source: str | Path, revision: str | None = None) -> tuple[PreTrainedMod
         model, report = AutoModelForCTC.from_pretrained(
             name, revision=revision or "main", output_loading_info=True, dtype=torch.float32
         )
+    except UnpicklingError as error:  # torch's own words advise to read it unrestricted
+        raise OSError(
+            f"cannot load {source}: its .bin is damaged, or holds objects besides tensors, which could run code: get "
+            "the model as safetensors"
+        ) from error
     except Exception as error:
         raise OSError(f"cannot load {source}: {error}") from error
     if report["missing_keys"]:
@@ -151,15 +158,32 @@ def new_processor() -> Wav2Vec2Processor:
     return Wav2Vec2Processor(feature_extractor=extractor, tokenizer=tokenizer)
 
 
+def new_model(
+    architecture: str,
+    processor: Wav2Vec2Processor,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    depthwise_kernel: int,
+    dropout: float,
+    seed: int,
+) -> PreTrainedModel:
+    """A model with random weights, reproducible by `seed`, made to be trained from scratch."""
+    if architecture not in NEW_MODELS:
+        raise ValueError(f"architecture is {architecture!r}: choose one of {', '.join(NEW_MODELS)}")
+    if hidden_size % num_heads:
+        raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}")
+    set_seed(seed)
+    return NEW_MODELS[architecture](hidden_size, num_layers, num_heads, depthwise_kernel, dropout, processor)
+
+
 def new_conformer(
     hidden_size: int, layers: int, heads: int, depthwise_kernel: int, dropout: float, processor: Wav2Vec2Processor
 ) -> Wav2Vec2ConformerForCTC:
-    """A small wav2vec2-conformer with relative positions and random weights, made to be trained from scratch.
+    """A small wav2vec2-conformer with relative positions and random weights.
 
     Four convolutions give the usual 320 samples per frame at a fraction of the seven's cost.
     """
-    if hidden_size % heads:
-        raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {heads}")
     config = Wav2Vec2ConformerConfig(
         vocab_size=len(processor.tokenizer),
         hidden_size=hidden_size,
@@ -187,3 +211,6 @@ def new_conformer(
         ctc_zero_infinity=True,
     )
     return Wav2Vec2ConformerForCTC(config)
+
+
+NEW_MODELS = {"wav2vec2-conformer": new_conformer}
