@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo quick full smoke baseline explore test lint format clean python
+.PHONY: help demo quick full smoke baseline lab test lint format clean python
 
 help: ## show this list
 	@awk -F ': ## ' '/^[a-z]+: ## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -22,9 +22,9 @@ baseline: ## train again the small model that the repository ships
 demo quick full smoke baseline: .venv/.installed
 	.venv/bin/python run_all.py $@ $(ARGS)
 
-explore: ## open notebooks/explore.ipynb in JupyterLab
-explore: .venv/.installed
-	.venv/bin/python -m jupyterlab notebooks/explore.ipynb $(ARGS)
+lab: ## open JupyterLab on the notebooks
+lab: .venv/.installed
+	.venv/bin/python -m jupyterlab --notebook-dir notebooks $(ARGS)
 
 # One process a core, each with one thread; four at most, for each holds its own torch. A file stays in one process, so
 # that fixtures made once per file are made once. (-n auto would count physical cores: one on many virtual machines.)

@@ -121,6 +121,9 @@ def read_values(
         raise BadParameter(f"'steps' (in {file.name}) should be a list of steps: {', '.join(steps)}")
     chosen = {steps[known_step(step, steps, file.name)] for step in only}
     assigned = read_assignments(assignments)
+    for one, other in (("latent_dim", "cache_cut"), ("cache_cut", "latent_dim")):
+        if assigned.get(one) is not None and other not in assigned:
+            given.pop(other, None)  # two ways to say one thing: the command line's goes before the file's
     values = schema.check(given | assigned, origin | dict.fromkeys(assigned, "--set"))
     check_width(schema.defaults | values)
     return values, [step for step in steps if step in chosen]
@@ -128,7 +131,7 @@ def read_values(
 
 def check_width(values: dict[str, Any]) -> None:
     """Refuse a latent wider than the model allows, where that can be known without a download."""
-    if values.get("latent_dim") is None or not values.get("model"):
+    if values.get("latent_dim") is None or values.get("cache_cut") is not None or not values.get("model"):
         return
     if values.get("architecture"):  # a new model is made
         hidden_size = values["hidden_size"]

@@ -128,11 +128,7 @@ def _described(table: pd.DataFrame, columns: Sequence[str], show: Callable[[floa
     systems = []
     for system in table.index:
         values = {c.removeprefix("wer_"): table.at[system, c] for c in columns}
-        said = [
-            f"{name if len(columns) > 1 else ''} {show(v)}".strip()
-            for name, v in values.items()
-            if pd.notna(v)
-        ]
+        said = [f"{name if len(columns) > 1 else ''} {show(v)}".strip() for name, v in values.items() if pd.notna(v)]
         systems.append(f"{SYSTEMS[system]}: {', '.join(said) or 'not measured'}")
     return "; ".join(systems) + "."
 
@@ -178,9 +174,7 @@ def wer_vs_cache(table: pd.DataFrame) -> "Figure":
                 ax.errorbar(x, wer, reach, **look, ls="", ms=7, capsize=3, lw=1.3)
             (x0, y0), (x1, y1) = points[0], points[-1]
             ax.plot([x0, x1], [y0, y1], color=GREY, lw=1, ls=":", zorder=1)
-            ax.annotate(
-                split, ((x0 + x1) / 2, (y0 + y1) / 2), (0, 5), textcoords="offset points", ha="center", size=9
-            )
+            ax.annotate(split, ((x0 + x1) / 2, (y0 + y1) / 2), (0, 5), textcoords="offset points", ha="center", size=9)
         ax.axvline(50, color=GREY, lw=1, ls="--", zorder=0)
         note = " exact: one latent\n as wide as the model"
         ax.text(50, 0.02, note, transform=ax.get_xaxis_transform(), size=7.5, color=GREY, va="bottom")
@@ -199,9 +193,7 @@ def wer_vs_cache(table: pd.DataFrame) -> "Figure":
             bbox_to_anchor=(0.45, 1),
         )
         ax.spines[["top", "right"]].set_visible(False)
-    left = ", ".join(
-        f"{SYSTEMS[s]} {percent(1 - c, 1)}" for s, c in table["cache_cut"].items() if pd.notna(c)
-    )
+    left = ", ".join(f"{SYSTEMS[s]} {percent(1 - c, 1)}" for s, c in table["cache_cut"].items() if pd.notna(c))
     wers = _described(table, [f"wer_{s}" for s in splits], percent)
     fig.set_label(f"Word error rate against cache left. Cache: {left}. {wers}")
     return fig
@@ -217,9 +209,7 @@ def _bars(ax, table: pd.DataFrame, column: str, show: Callable, label: str, scal
         base = table[column].get("baseline")
         note = "" if system == "baseline" or pd.isna(base) else f"  ({change(value, base)})"
         white = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-        ax.text(
-            value / scale + 0.02 * longest, i, show(value) + note, va="center", size=9, bbox=white, zorder=4
-        )
+        ax.text(value / scale + 0.02 * longest, i, show(value) + note, va="center", size=9, bbox=white, zorder=4)
     ax.set(yticks=range(len(table)), yticklabels=[SYSTEMS[s] for s in table.index], xlabel=label)
     ax.set_xlim(0, longest * 1.42)
     ax.invert_yaxis()
@@ -346,9 +336,7 @@ def error_heatmap(df: pd.DataFrame) -> "Figure":
             for ax, (column, name) in zip(row, quantities.items(), strict=True):
                 grid = 100 * part.pivot_table(index="layer", columns="latent_dim", values=column)
                 numbers = {"annot": n_widths <= 10, "fmt": ".0f", "annot_kws": {"size": 7.5}}
-                sns.heatmap(
-                    grid, ax=ax, vmin=0, vmax=largest, cmap="rocket_r", cbar=False, linewidths=0.5, **numbers
-                )
+                sns.heatmap(grid, ax=ax, vmin=0, vmax=largest, cmap="rocket_r", cbar=False, linewidths=0.5, **numbers)
                 ax.set_title(name if layout is None else f"{name}, {layout} latent", size=10)
                 ax.set(xlabel="", ylabel="layer" if ax is row[0] else "")
                 ax.tick_params(labelsize=8.5, rotation=0)

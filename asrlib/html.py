@@ -251,10 +251,7 @@ def table_html(
     rows = []
     for label, *values in df.itertuples():
         first = Markup('<th scope="row">{}</th>').format(label) if index else ""
-        cells = (
-            Markup("<td{}>{}</td>").format(kinds[c], text(c, v))
-            for c, v in zip(df.columns, values, strict=True)
-        )
+        cells = (Markup("<td{}>{}</td>").format(kinds[c], text(c, v)) for c, v in zip(df.columns, values, strict=True))
         rows.append(Markup("<tr>{}{}</tr>").format(first, Markup("").join(cells)))
     return Markup(
         '<div class="table" tabindex="0" role="region" aria-label="{}"><table>{}<thead><tr>{}{}</tr></thead>'

@@ -90,9 +90,7 @@ class _Loader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} is given twice", node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -157,9 +155,7 @@ def read_parameters(notebook: Path) -> dict[str, Parameter]:
         try:
             default = ast.literal_eval(facts["default"])
         except (ValueError, SyntaxError):
-            raise BadParameter(
-                f"{notebook.name}: default of {name!r} is no literal: {facts['default']}"
-            ) from None
+            raise BadParameter(f"{notebook.name}: default of {name!r} is no literal: {facts['default']}") from None
         _type_of(facts["inferred_type_name"], f"{notebook.name}: parameter {name!r}")
         found[name] = Parameter(facts["inferred_type_name"], default, facts["help"])
     return found
@@ -209,8 +205,7 @@ class Schema:
                 other, known = first.setdefault(name, (step, parameter))
                 if known.annotation != parameter.annotation:
                     raise BadParameter(
-                        f"parameter {name!r} is {known.annotation} in {other} "
-                        f"but {parameter.annotation} in {step}"
+                        f"parameter {name!r} is {known.annotation} in {other} but {parameter.annotation} in {step}"
                     )
         first.pop("run_dir", None)
         self.defaults = {name: parameter.default for name, (_, parameter) in first.items()}
@@ -277,9 +272,7 @@ def check_latent_dim(latent_dim: int, layout: str, hidden_size: int) -> None:
             f"at most 2·d = {2 * hidden_size}"
         )
     if layout == "split" and latent_dim < 2:
-        raise BadParameter(
-            "a split latent needs latent_dim of at least 2: one number for keys, one for values"
-        )
+        raise BadParameter("a split latent needs latent_dim of at least 2: one number for keys, one for values")
 
 
 def model_width(source: str, revision: str | None = None) -> int | None:

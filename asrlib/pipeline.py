@@ -326,13 +326,14 @@ def _explain(error: Exception) -> str:
 
 
 def run_steps(steps: list[Step], start: int, place: Workplace, say: Callable[[str], None]) -> None:
-    """Execute `steps[start:]` and write the index page. Raises StepFailed at the first step that fails."""
+    """Execute `steps[start:]`, keeping the index page up to date. Raises StepFailed where a step fails."""
     from asrlib.report import write_index
 
     run = place.run
     expected = [expected_seconds(place.root, run, step) for step in steps]
     for step in steps[start:]:  # before the first one runs: whatever happens now, they are out of date
         run.outdate(step.name)
+    write_index(run.path)
     begin = time.monotonic()
     for index, step in enumerate(steps[start:], start):
         title = f"[{index + 1}/{len(steps)}] {step.name}"
@@ -340,8 +341,8 @@ def run_steps(steps: list[Step], start: int, place: Workplace, say: Callable[[st
             say(f"{title} ...")
         seconds = execute(step, place, title)
         elapsed = clock(time.monotonic() - begin)
+        write_index(run.path)
         say(f"{title} took {clock(seconds)} (elapsed {elapsed}{time_left(expected[index + 1 :])})")
-    write_index(run.path)
 
 
 def expected_seconds(root: Path, run: Run, step: Step) -> float | None:

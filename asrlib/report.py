@@ -268,25 +268,21 @@ def write_index(run_dir: str | os.PathLike, command: str | None = None) -> Path:
     times, table = step_times(run), comparison_table(run)
     if (run.path / "summary.txt").is_file():
         _write_summary(run)  # the step that wrote it did not know yet how long it took itself
-    steps = [
-        {
-            "stem": stem,
-            "name": name,
-            "what": what,
-            "page": (run.path / f"{stem}.html").is_file(),
-            "time": duration(times[stem]) if stem in times else "not done yet",
-        }
-        for stem, (name, what) in PAGES.items()
-    ]
+    index = run.path / "index.html"
+    pages = [stem for stem in PAGES if (run.path / f"{stem}.html").is_file()]
+    facts = html.page_facts(index, run.path.name, "What a smaller cache costs and saves")
+    facts["links"] = {stem: facts["links"][stem] for stem in pages}
     return html.render_template(
         "index.html.j2",
-        run.path / "index.html",
-        page=html.page_facts(run.path / "index.html", run.path.name, "What a smaller cache costs and saves"),
+        index,
+        page=facts,
         headline=unbroken(headline(run)),
         comparison=_comparison_html(table) if len(table) else None,
         figures=_index_figures(run, table),
         data=_data_facts(run),
-        steps=steps,
+        steps=PAGES,
+        pages=pages,
+        times={stem: duration(seconds) for stem, seconds in times.items()},
         missing=[name for stem, (name, _) in PAGES.items() if stem not in times],
         total=duration(sum(times.values())),
         command=command or f"python run_all.py {run.path.name}",

@@ -222,9 +222,7 @@ class Run:
         write_json(self._marker_path("started", step), marker)
 
     def mark_completed(self, step: str, fingerprint: str, seconds: float, **facts: Any) -> None:
-        write_json(
-            self._marker_path("completed", step), {"fingerprint": fingerprint, "seconds": seconds, **facts}
-        )
+        write_json(self._marker_path("completed", step), {"fingerprint": fingerprint, "seconds": seconds, **facts})
 
     def outdate(self, step: str) -> None:
         """What `step` made no longer counts. Where it was interrupted, it may still be resumed."""

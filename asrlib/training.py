@@ -198,7 +198,7 @@ def train(
     steps_per_epoch = -(-batches // settings.gradient_accumulation)
     trainer = CTCTrainer(
         model=model,
-        args=_arguments(folder, settings, steps_per_epoch),
+        args=_arguments(folder, settings, steps_per_epoch, afresh=checkpoint is None),
         data_collator=CTCCollator(processor),
         train_dataset=CTCDataset(training, processor),
         eval_dataset=CTCDataset(validation, processor),
@@ -225,7 +225,7 @@ def train(
     )
 
 
-def _arguments(folder: Path, settings: TrainingSettings, steps_per_epoch: int) -> TrainingArguments:
+def _arguments(folder: Path, settings: TrainingSettings, steps_per_epoch: int, afresh: bool) -> TrainingArguments:
     on_cpu = settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available())
     if settings.precision == "fp16" and on_cpu:
         raise ValueError("precision is fp16, but training runs on the CPU: use bf16 or fp32")
@@ -239,11 +239,12 @@ def _arguments(folder: Path, settings: TrainingSettings, steps_per_epoch: int) -
         warmup_steps=round(settings.warmup_ratio * total_steps),
         weight_decay=settings.weight_decay,
         gradient_accumulation_steps=settings.gradient_accumulation,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing=settings.gradient_checkpointing,
         bf16=settings.precision == "bf16",
         fp16=settings.precision == "fp16",
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
+        eval_on_start=afresh,  # where the training begins from, at step 0
         eval_strategy="steps",
         eval_steps=every,
         save_strategy="steps",

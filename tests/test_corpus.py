@@ -70,9 +70,7 @@ def reasons(corpus) -> dict[str, str]:
 def test_any_format_becomes_mono_at_16_khz(tmp_path, suffix, rate, channels):
     heard_on_the_first = np.zeros((rate, channels), np.float32)
     heard_on_the_first[:, 0] = tone(1.0, rate)
-    write_chapter(
-        tmp_path / "dev", {f"84-121-0{suffix}": encode(heard_on_the_first, suffix, rate)}, "84-121-0 A"
-    )
+    write_chapter(tmp_path / "dev", {f"84-121-0{suffix}": encode(heard_on_the_first, suffix, rate)}, "84-121-0 A")
     [utterance] = open_librispeech(tmp_path, "dev")
     audio = utterance.audio()
     assert (audio.dtype, audio.ndim) == (np.float32, 1)
@@ -80,9 +78,7 @@ def test_any_format_becomes_mono_at_16_khz(tmp_path, suffix, rate, channels):
     assert utterance.seconds == pytest.approx(1.0, abs=0.001)
     spectrum = np.abs(np.fft.rfft(audio * np.hanning(len(audio))))
     assert spectrum.argmax() * 16_000 / len(audio) == pytest.approx(440, abs=1)
-    assert np.abs(audio[4000:12_000]).max() == pytest.approx(
-        0.5 / channels, rel=0.05
-    )  # channels are averaged
+    assert np.abs(audio[4000:12_000]).max() == pytest.approx(0.5 / channels, rel=0.05)  # channels are averaged
 
 
 def with_stated_frames(flac: bytes, frames: int) -> bytes:
@@ -137,9 +133,7 @@ def test_a_missing_split_names_those_there_are(tmp_path):
 
 
 def test_rows_of_a_folder_that_cannot_be_used_are_listed(tmp_path):
-    audio = dict.fromkeys(
-        ["good.flac", "good.wav", "untold.flac", "twice.flac", "blank.flac", "latin.flac"], TONE
-    )
+    audio = dict.fromkeys(["good.flac", "good.wav", "untold.flac", "twice.flac", "blank.flac", "latin.flac"], TONE)
     audio |= {"silent.wav": encode(tone(0.0), ".wav"), "broken.flac": b"not audio", "._good.flac": b"Mac"}
     audio |= {"nothing.flac": b"", "streamed.flac": with_stated_frames(TONE, 0)}
     transcripts = "good YES\nmissing A\ntwice ONE\ntwice TWO\nblank\n\n"
@@ -168,9 +162,7 @@ def test_rows_of_a_folder_that_cannot_be_used_are_listed(tmp_path):
 
 def test_a_corpus_without_a_usable_row_is_an_error_that_says_why(tmp_path):
     write_chapter(tmp_path / "dev", {"84-121-0.flac": b"not audio"}, "84-121-0 A")
-    with pytest.raises(
-        ValueError, match="no usable row: 1 rejected, the first: 84-121-0: audio cannot be read"
-    ):
+    with pytest.raises(ValueError, match="no usable row: 1 rejected, the first: 84-121-0: audio cannot be read"):
         open_corpus(tmp_path, "dev")
 
 
@@ -193,14 +185,9 @@ def test_a_manifest_keeps_every_text_as_it_is(tmp_path, suffix):
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "tone.flac").write_bytes(TONE)
     paths = ["clips/tone.flac", str(tmp_path / "clips" / "tone.flac")]
-    rows = [
-        {"audio": paths[i % 2], "text": text, "speaker": i, "id": f"u{i}"}
-        for i, text in enumerate(STRANGE_TEXTS)
-    ]
+    rows = [{"audio": paths[i % 2], "text": text, "speaker": i, "id": f"u{i}"} for i, text in enumerate(STRANGE_TEXTS)]
     corpus = open_corpus(write_manifest(tmp_path / f"train{suffix}", rows))
-    assert [(u.id, u.text, u.speaker) for u in corpus] == [
-        (r["id"], r["text"], str(r["speaker"])) for r in rows
-    ]
+    assert [(u.id, u.text, u.speaker) for u in corpus] == [(r["id"], r["text"], str(r["speaker"])) for r in rows]
     assert all(len(u.audio()) == 16_000 for u in corpus)
     assert open_corpus(tmp_path, "train").fingerprint() == corpus.fingerprint()  # a folder of SPLIT.jsonl
 
@@ -356,9 +343,7 @@ def test_other_names_for_columns(tmp_path, text):
     ]
 
 
-@pytest.mark.parametrize(
-    ("column", "wanted"), [("audio", "audio"), ("text", "text or sentence or transcription")]
-)
+@pytest.mark.parametrize(("column", "wanted"), [("audio", "audio"), ("text", "text or sentence or transcription")])
 def test_a_table_without_a_needed_column_is_refused(tmp_path, column, wanted):
     table(["A"]).remove_columns([column]).to_parquet(tmp_path / "test.parquet")
     with pytest.raises(ValueError, match=f"no column {wanted}; columns found: .*speaker_id"):
@@ -402,9 +387,7 @@ def test_one_split_of_librispeech_is_had_from_the_hub_without_the_others(tmp_pat
     import datasets
 
     load_dataset = datasets.load_dataset
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda name, **rest: load_dataset(str(tmp_path / name), **rest)
-    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **rest: load_dataset(str(tmp_path / name), **rest))
     hub = tmp_path / "openslr" / "librispeech_asr"
     hub.mkdir(parents=True)
     (hub / "README.md").write_text(HUB_README)
@@ -420,9 +403,7 @@ def test_any_other_data_set_of_the_hub_is_asked_for_by_its_own_names(monkeypatch
     import datasets
 
     asked = []
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *args, **rest: asked.append((args, rest)) or table(["A"])
-    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **rest: asked.append((args, rest)) or table(["A"]))
     corpus = open_corpus("someone/voices:en", "test-clean", revision="v2")
     assert asked == [(("someone/voices", "en"), {"split": "test-clean", "revision": "v2"})]
     assert (corpus.name, corpus.split) == ("someone/voices:en", "test-clean")
@@ -435,9 +416,7 @@ def test_a_hub_that_cannot_be_reached_is_explained(monkeypatch):
         raise ConnectionError("no\nroute")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(
-        FileNotFoundError, match=r"'someone/voices' is no folder here, and split 'train'.*no route"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"'someone/voices' is no folder here, and split 'train'.*no route"):
         open_corpus("someone/voices")
 
 
@@ -567,9 +546,7 @@ def test_opening_decodes_nothing(tmp_path, monkeypatch):
 # ---- real speech -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(
-    not SHARED.is_dir(), reason="no real speech beside the repository: ../shared/data is absent"
-)
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no real speech beside the repository: ../shared/data is absent")
 @pytest.mark.parametrize(
     ("root", "split", "suffix", "count", "speakers"),
     [

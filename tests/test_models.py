@@ -9,9 +9,10 @@ import sys
 import pytest
 import tiny
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCTC
+from transformers import AutoConfig, AutoModelForCTC, Wav2Vec2Config, Wav2Vec2ForCTC, set_seed
 
 from asrlib import convert, kv_cache_bytes, load
 from asrlib.attention.latent import LatentKV, check_latent_dim, split_ranks
@@ -74,12 +75,12 @@ def test_attention_weights_can_be_looked_at():
 def test_gradient_checkpointing_changes_neither_loss_nor_gradients(positions, layout):
     plain = convert(tiny.conformer(positions), 6, layout=layout).train()
     frugal = convert(tiny.conformer(positions), 6, layout=layout).train()
-    frugal.gradient_checkpointing_enable()
+    frugal.activation_checkpointing_enable()
     recomputed = []
     attention_modules(frugal)[0].register_forward_hook(lambda *_: recomputed.append(True))
     losses = []
     for model in (plain, frugal):
-        torch.manual_seed(7)  # dropout and the masks of SpecAugment are on
+        set_seed(7)  # dropout and the masks of SpecAugment are on
         losses.append(model(**tiny.padded_batch()).loss)
         losses[-1].backward()
     assert len(recomputed) == 2
@@ -152,7 +153,7 @@ def latent_config(**changes) -> Wav2Vec2ConformerMLAConfig:
     ],
 )
 def test_a_config_that_cannot_be_built_is_refused(changes, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(StrictDataclassClassValidationError, match=said):
         latent_config(**changes)
 
 
@@ -204,7 +205,7 @@ def test_impossible_caches_are_refused(frames, dtype, said):
 # ---- frames ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("samples", [400, 4_000, 8_231])
+@pytest.mark.parametrize("samples", [1_000, 4_000, 8_231])
 def test_frames_of_is_the_length_of_the_logits(tiny_model, samples):
     with torch.no_grad():
         frames = tiny_model(torch.randn(1, samples)).logits.shape[1]
@@ -298,7 +299,7 @@ def rewrite_weights(folder, change, to_bin=False) -> None:
 
 def test_missing_weights_are_named(folder):
     lost = "wav2vec2_conformer.encoder.layers.1.self_attn.latent_kv.up_v.bias"
-    rewrite_weights(folder, lambda weights: weights.pop(lost) and None)
+    rewrite_weights(folder, lambda weights: {name: w for name, w in weights.items() if name != lost})
     with pytest.raises(ValueError, match=f"lacks 1 weights .* {lost} first"):
         load(folder)
 
@@ -331,9 +332,11 @@ def test_a_damaged_folder_is_refused_by_name(folder, spoil, error, said):
 
 
 def test_an_unknown_architecture_is_refused(folder):
-    config = {"model_type": "wav2vec2", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises((ValueError, OSError)):
+    settings = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    convolution = dict(conv_dim=[8], conv_kernel=[10], conv_stride=[5], num_conv_pos_embeddings=2)
+    config = Wav2Vec2Config(**settings, **convolution, num_conv_pos_embedding_groups=1)
+    Wav2Vec2ForCTC(config).save_pretrained(folder)
+    with pytest.raises(ValueError, match="no family for model type 'wav2vec2': asrlib knows wav2vec2-conformer"):
         load(folder)
 
 

@@ -33,9 +33,7 @@ def read_pins() -> dict[str, Version]:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
     pins = {}
     for line in lines:
-        match = re.fullmatch(
-            r"([a-z0-9-]+)==([a-z0-9.]+)", line
-        )  # no ranges, markers, local tags or addresses
+        match = re.fullmatch(r"([a-z0-9-]+)==([a-z0-9.]+)", line)  # no ranges, markers, local tags or addresses
         assert match, f"not an exact pin: {line!r}"
         assert match[1] not in pins, f"pinned twice: {match[1]}"
         pins[match[1]] = Version(match[2])
@@ -85,9 +83,7 @@ def test_conda_installs_from_the_same_two_files():
 
 
 def test_package_data_covers_every_file_beside_the_code():
-    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
-        "asrlib"
-    ]
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["asrlib"]
     package = ROOT / "asrlib"
     packaged = {name for p in patterns for name in glob.glob(p, root_dir=package, recursive=True)}
     beside = {
@@ -183,9 +179,7 @@ def python_stub(clone: Path, name: str, version: tuple[int, int]) -> None:
 
 
 def call_make(clone: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {
-        k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k not in ("MFLAGS", "PYTHON")
-    }
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k not in ("MFLAGS", "PYTHON")}
     environment["PATH"] = str(clone / "bin")
     return subprocess.run(
         [shutil.which("make"), "-C", clone, *arguments], env=environment, capture_output=True, text=True

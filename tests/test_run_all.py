@@ -1,5 +1,6 @@
 """The pipeline on a tiny project of three notebooks that leave a trace of having run."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from asrlib.parameters import (
     read_assignments,
     read_params_file,
 )
-from asrlib.pipeline import clock, find_notebooks, time_left
+from asrlib.pipeline import clock, find_notebooks, first_to_run, plan, time_left
 from asrlib.runs import Run, project_root, read_json, write_json
 
 ROOT = project_root(Path(__file__).parent)
@@ -55,7 +56,7 @@ run.write_metrics("first", {
 SECOND = [
     """
 run_dir: str = "reports/demo"
-ticks: int = 3  # a tenth of a second each
+ticks: int = 3  # a tenth of a second each, at first
 epochs: float = 1.0
 on_error: str = ""  # what to do at the end: raise, die
 """,
@@ -67,7 +68,7 @@ begin = int(checkpoint.read_text()) if checkpoint.exists() else 0
 for done in range(begin, ticks):
     checkpoint.write_text(str(done))
     print(f"tick {done}", flush=True)
-    time.sleep(0.1)
+    time.sleep(0.1 if begin == 0 else 0)
 run.write_metrics("second", {"ticks": ticks, "resumed_at": begin})
 """,
     """
@@ -90,6 +91,9 @@ epochs: float = 1.0
 ]
 
 
+NAMES = ["00_first", "01_second", "02_third"]
+
+
 def write_notebook(path, cells):
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
@@ -103,11 +107,12 @@ def write_notebook(path, cells):
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A project folder, on a machine where another environment's kernel goes by the name of ours."""
-    for step, cells in {"00_first": FIRST, "01_second": SECOND, "02_third": THIRD}.items():
+    for step, cells in zip(NAMES, (FIRST, SECOND, THIRD), strict=True):
         write_notebook(tmp_path / "notebooks" / f"{step}.ipynb", cells)
     (tmp_path / "params").mkdir()
     (tmp_path / "params" / "demo.yaml").write_text("# a tiny run\nlearning_rate: 1e-4\n")
-    (tmp_path / "params" / "only.yaml").write_text("# the first step\nsteps: [00_first]\n")
+    (tmp_path / "params" / "first.yaml").write_text("# the first step\nsteps: [00_first]\n")
+    (tmp_path / "params" / "second.yaml").write_text("steps: [01_second]")
     write_json(tmp_path / "jupyter/kernels/python3/kernel.json", {"argv": ["false"], "display_name": "other"})
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     return tmp_path
@@ -138,9 +143,17 @@ def wait_until(condition, seconds=30.0):
 
 
 def kernels_of(process):
-    return [
-        child for child in psutil.Process(process.pid).children() if "ipykernel" in " ".join(child.cmdline())
-    ]
+    children = psutil.Process(process.pid).children()
+    return [child for child in children if "ipykernel_launcher" in child.cmdline()]
+
+
+def is_locked(run):
+    with open(run.path / ".lock") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def gone(kernels):
@@ -316,21 +329,55 @@ def test_only_what_changed_runs_again(project, capsys):
     call(project, *same, "epochs=2")
     assert trace(run) == ["second", "third"]
     assert "about" in capsys.readouterr().out, "it knows how long the third step took"
-    call(project, *same, "epochs=2", "--from", "02_third")
-    assert trace(run) == ["third"]
-
-    third = project / "notebooks" / "02_third.ipynb"
-    write_notebook(third, [*THIRD, "1 + 1"])
-    call(project, *same, "epochs=2")
-    assert trace(run) == ["third"]
     assert run.completed("02_third")["parameters"] == {"epochs": 2.0, "run_dir": "reports/demo"}
 
 
-def test_force_runs_every_step_and_steps_limits_them(project):
+CHANGES = {
+    "nothing": (3, lambda project: None),
+    "another parameter": (1, lambda project: {"epochs": 2.0}),
+    "a parameter's default, said aloud": (3, lambda project: {"epochs": 1.0}),
+    "a notebook's code": (
+        2,
+        lambda project: write_notebook(project / "notebooks/02_third.ipynb", [*THIRD, "1"]),
+    ),
+    "a default in a notebook": (
+        1,
+        lambda project: replace_in(project / "notebooks/01_second.ipynb", "3", "4"),
+    ),
+    "a notebook's text": (
+        3,
+        lambda project: replace_in(project / "notebooks/00_first.ipynb", "# 00", "## 00"),
+    ),
+    "the library": (0, lambda project: (project / "asrlib" / "new.py").write_text("")),
+    "a file that a parameter points to": (0, lambda project: (project / "model.bin").write_text("other")),
+}
+
+
+def replace_in(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_runs_begin_at_the_first_step_that_a_change_touches(project, what):
+    def steps(values):
+        return plan(project, run, Schema(find_notebooks(project)), {"model": "model.bin", **values}, NAMES)
+
+    (project / "asrlib").mkdir()
+    (project / "model.bin").write_text("one")
+    run = Run(project / "reports" / "demo")
+    assert first_to_run(run, steps({})) == 0
+    for step in steps({}):
+        run.mark_completed(step.name, step.fingerprint, seconds=1.0)
+    expected, change = CHANGES[what]
+    changed = change(project)
+    assert first_to_run(run, steps(changed if isinstance(changed, dict) else {})) == expected
+
+
+def test_steps_that_are_unchanged_run_again_when_told_to(project):
     run = Run(project / "reports" / "trial")
-    for _ in range(2):
-        assert call(project, "only", "--name", "trial", "--force") == 0
-        assert trace(run) == ["first"]
+    for words in ([], ["--force"], ["--from", "00_first"]):
+        assert call(project, "first", "--name", "trial", *words) == 0
+        assert trace(run) == ["first"], "the params file names this step only"
     assert run.completed("01_second") is None
 
 
@@ -358,18 +405,18 @@ def test_a_failing_step_shows_its_error_and_the_next_call_resumes_there(project,
 
 
 def test_a_kernel_that_dies_is_a_failed_step(project, capsys):
-    assert call(project, "demo", "--set", "on_error=die") == 1
+    assert call(project, "second", "--set", "on_error=die") == 1
     assert "01_second failed: its kernel died" in capsys.readouterr().err
-    assert Run(project / "reports" / "demo").completed("01_second") is None
+    assert Run(project / "reports" / "second").completed("01_second") is None
 
 
 def test_killed_in_the_middle_and_called_again_it_resumes(project, capsys):
     run = Run(project / "reports" / "demo")
     checkpoint = run.path / "checkpoints" / "01_second" / "tick"
-    words = ["demo", "--set", "ticks=40"]
+    words = ["demo", "--set", "ticks=80"]
     process = start(project, *words)
     try:
-        wait_until(lambda: checkpoint.exists() and checkpoint.read_text() > "2")
+        wait_until(lambda: checkpoint.exists() and checkpoint.read_text() not in ("", "0"))
         kernels = kernels_of(process)
         assert len(kernels) == 1
 
@@ -378,6 +425,7 @@ def test_killed_in_the_middle_and_called_again_it_resumes(project, capsys):
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
+    assert is_locked(run) or gone(kernels), "while the orphan lives, nobody else may write"
     assert run.completed("00_first") and not run.completed("01_second")
     assert trace(run) == ["first", "second"]
 
@@ -386,14 +434,14 @@ def test_killed_in_the_middle_and_called_again_it_resumes(project, capsys):
     assert "resumes" in capsys.readouterr().out
     assert trace(run) == ["second", "third"]
     metrics = run.read_metrics("second")
-    assert metrics["ticks"] == 40 and metrics["resumed_at"] > 0
+    assert metrics["ticks"] == 80 and metrics["resumed_at"] > 0
     assert not [path for path in run.path.rglob("*") if ".tmp-" in path.name or ".running." in path.name]
 
 
 def test_ctrl_c_ends_within_seconds_and_takes_the_kernel_along(project):
-    process = start(project, "demo", "--set", "ticks=1000")
+    process = start(project, "second", "--set", "ticks=1000")
     try:
-        wait_until((project / "reports/demo/checkpoints/01_second/tick").exists)
+        wait_until((project / "reports/second/checkpoints/01_second/tick").exists)
         kernels = kernels_of(process)
         begin = time.monotonic()
         process.send_signal(signal.SIGINT)
@@ -414,7 +462,8 @@ def test_the_list_shows_params_files_and_how_far_runs_are(project, capsys):
     assert capsys.readouterr().out.splitlines() == [
         "params",
         "  demo                a tiny run",
-        "  only                the first step",
+        "  first               the first step",
+        "  second",
         "runs",
         "  trial               1 of 3 steps completed",
     ]

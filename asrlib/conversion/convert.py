@@ -76,9 +76,7 @@ def convert(
     latent.set_attn_implementation(model.config._attn_implementation)  # no part of the config's dict
     replaced = latent.load_state_dict(model.state_dict(), strict=False)
     _check_replaced(replaced.missing_keys, replaced.unexpected_keys)
-    for ours, theirs, spectrum in zip(
-        attention_modules(latent), attention_modules(model), decomposition, strict=True
-    ):
+    for ours, theirs, spectrum in zip(attention_modules(latent), attention_modules(model), decomposition, strict=True):
         _fill(ours.latent_kv, spectrum, theirs.linear_k.bias, theirs.linear_v.bias)
     return latent.eval()
 

@@ -25,8 +25,7 @@ def open_manifest(path: str | os.PathLike, split: str | None = None) -> Corpus:
     missing = [name for name in ("audio", "text") if name not in columns]
     if missing:
         raise ValueError(
-            f"{path} has no column {' and no column '.join(missing)}; "
-            f"columns found: {', '.join(columns) or 'none'}"
+            f"{path} has no column {' and no column '.join(missing)}; columns found: {', '.join(columns) or 'none'}"
         )
     return gather(path.stem, split or path.stem, _manifest_rows(path, rows))
 
@@ -50,9 +49,7 @@ def _manifest_rows(manifest: Path, rows: list[tuple[int, dict | str]]) -> Iterat
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict | str]]:
     """Line number and object of each line that is not blank, or what is wrong with the line."""
-    for number, line in enumerate(
-        path.read_bytes().split(b"\n"), 1
-    ):  # splitlines would cut at U+2028 in a text
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # splitlines would cut at U+2028 in a text
         if line.strip():
             try:
                 row = json.loads(line.decode("utf-8-sig"))

@@ -105,7 +105,7 @@ def resolve_model(source: str | Path) -> str:
     if (folder / "config.json").is_file():
         return str(folder)
     if folder.is_dir():
-        raise FileNotFoundError(f"{folder} holds no config.json, so it is no model folder: give one made by save_pretrained")
+        raise FileNotFoundError(f"{folder} holds no config.json: give a model folder made by save_pretrained")
     if Path(source).is_absolute() or len(Path(source).parts) != 2:
         shipped = ", ".join(sorted(path.parent.name for path in PRETRAINED.glob("*/config.json")))
         raise FileNotFoundError(

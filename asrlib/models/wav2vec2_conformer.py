@@ -21,8 +21,8 @@ class Wav2Vec2ConformerMLAConfig(Wav2Vec2ConformerConfig):
     """Wav2Vec2ConformerConfig plus `latent_dim`, one cached width per layer, and `latent_layout`.
 
     An empty `latent_dim` means the uncompressed floor: a joint latent as wide as the model in every layer
-    (split: as wide as keys and values together). Raises ValueError where a width is impossible, or a joint
-    latent is asked of rotary positions.
+    (split: as wide as keys and values together). Raises huggingface_hub's StrictDataclassClassValidationError
+    where a width is impossible, or a joint latent is asked of rotary positions.
     """
 
     model_type = "wav2vec2-conformer-mla"

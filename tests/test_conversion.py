@@ -1,0 +1,279 @@
+"""Converted models are numpy's truncated SVD, keep what they are not meant to lose, and can be converted back."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from asrlib import analyze_compression_quality, convert, to_standard_attention
+from asrlib.conversion.convert import decompose, factors_of, latent_dim_for
+from asrlib.conversion.factorize import KeyValueSpectrum, factorize
+from asrlib.models.families import attention_modules
+
+WIDTH, LAYERS = tiny.WIDTH, tiny.LAYERS
+
+
+def truncated(matrix: np.ndarray, rank: int) -> np.ndarray:
+    left, values, right = np.linalg.svd(matrix)
+    return left[:, :rank] * values[:rank] @ right[:rank]
+
+
+def key_and_value_weights(model) -> list[tuple[np.ndarray, np.ndarray]]:
+    layers = attention_modules(model)
+    return [tuple(m.weight.detach().double().numpy() for m in (a.linear_k, a.linear_v)) for a in layers]
+
+
+# ---- the factorisation -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("latent_dim", [2, 7, 12, 31])
+def test_a_split_latent_is_the_truncated_svd_of_each(latent_dim):
+    mha = tiny.conformer().double()
+    mla = convert(mha, latent_dim, layout="split")
+    for (keys, values), layer in zip(key_and_value_weights(mha), attention_modules(mla), strict=True):
+        kv = layer.latent_kv
+        expected_k = truncated(keys, latent_dim // 2)  # an odd number is the value's
+        expected_v = truncated(values, latent_dim - latent_dim // 2)
+        np.testing.assert_allclose((kv.up_k.weight @ kv.down_k.weight).detach(), expected_k, atol=1e-12)
+        np.testing.assert_allclose((kv.up_v.weight @ kv.down_v.weight).detach(), expected_v, atol=1e-12)
+
+
+@pytest.mark.parametrize("latent_dim", [1, 5, 12])
+def test_a_joint_latent_is_the_truncated_svd_of_both_at_equal_norm(latent_dim):
+    mha = tiny.conformer().double()
+    with torch.no_grad():  # unequal, or the scaling to unit norm would not show
+        for layer in attention_modules(mha):
+            layer.linear_v.weight.mul_(0.1)
+    mla = convert(mha, latent_dim)
+    for (keys, values), layer in zip(key_and_value_weights(mha), attention_modules(mla), strict=True):
+        norms = np.linalg.norm(keys), np.linalg.norm(values)
+        expected = truncated(np.concatenate([keys / norms[0], values / norms[1]]), latent_dim)
+        kv = layer.latent_kv
+        np.testing.assert_allclose((kv.up_k.weight @ kv.down.weight).detach(), expected[:WIDTH] * norms[0], atol=1e-12)
+        np.testing.assert_allclose((kv.up_v.weight @ kv.down.weight).detach(), expected[WIDTH:] * norms[1], atol=1e-12)
+
+
+@pytest.mark.parametrize(("layout", "latent_dim"), [("joint", 6), ("split", 9)])
+def test_keys_and_values_are_the_low_rank_product_plus_the_bias(layout, latent_dim):
+    mha = tiny.conformer().double()
+    mla = convert(mha, latent_dim, layout=layout)
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    for theirs, ours in zip(attention_modules(mha), attention_modules(mla), strict=True):
+        factors = factors_of(ours.latent_kv)
+        assert torch.allclose(ours.linear_k(x), x @ factors.key_weight.T + theirs.linear_k.bias, atol=1e-12)
+        assert torch.allclose(ours.linear_v(x), x @ factors.value_weight.T + theirs.linear_v.bias, atol=1e-12)
+
+
+@pytest.mark.parametrize("latent_dim", [WIDTH, WIDTH + 5, 2 * WIDTH])
+def test_a_joint_latent_wider_than_the_rank_is_exact_and_as_wide_as_asked(latent_dim):
+    mha = tiny.conformer().double()
+    mla = convert(mha, latent_dim)
+    assert mla.config.latent_dim == [latent_dim] * LAYERS
+    for (keys, values), layer in zip(key_and_value_weights(mha), attention_modules(mla), strict=True):
+        factors = factors_of(layer.latent_kv)
+        assert factors.down_k.shape == (latent_dim, WIDTH) and torch.isfinite(factors.down_k).all()
+        np.testing.assert_allclose(factors.key_weight, keys, atol=1e-12)
+        np.testing.assert_allclose(factors.value_weight, values, atol=1e-12)
+
+
+def test_both_factors_have_the_same_norm():
+    weights = torch.randn(2, WIDTH, WIDTH, generator=torch.Generator().manual_seed(3))
+    factors = factorize(*weights, 4, 5, "split")
+    assert factors.down_k.dtype == torch.float64
+    assert factors.down_k.norm() == pytest.approx(factors.up_k.norm())
+    assert factors.down_v.norm() == pytest.approx(factors.up_v.norm())
+
+
+@pytest.mark.parametrize("layout", ["joint", "split"])
+def test_weights_of_zero_are_kept_as_zeros(layout):
+    zeros, weights = torch.zeros(WIDTH, WIDTH), torch.randn(WIDTH, WIDTH)
+    factors = KeyValueSpectrum.of(zeros, weights, layout).cut(WIDTH, WIDTH)
+    assert factors.key_weight.abs().max() < 1e-12
+    assert torch.allclose(factors.value_weight, weights.double(), atol=1e-6)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["linear_k", "linear_v"])
+def test_damaged_weights_are_refused(tiny_model, poison, name):
+    with torch.no_grad():
+        getattr(attention_modules(tiny_model)[1], name).weight[0, 0] = poison
+    with pytest.raises(ValueError, match=f"the {'key' if name == 'linear_k' else 'value'} weight holds NaN or inf"):
+        convert(tiny_model, 8)
+
+
+def test_one_decomposition_serves_many_widths():
+    mha = tiny.conformer()
+    decomposition = decompose(mha, "split")
+    for latent_dim in (4, [3, 20]):
+        once, anew = (
+            convert(mha, latent_dim, layout="split", decomposition=decomposition),
+            convert(mha, latent_dim, layout="split"),
+        )
+        for name, weight in anew.state_dict().items():
+            assert torch.equal(weight, once.state_dict()[name]), name
+
+
+def test_a_decomposition_of_the_other_layout_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="layout is split, but the decomposition was made for the other one"):
+        convert(tiny_model, 8, layout="split", decomposition=decompose(tiny_model, "joint"))
+
+
+# ---- whole models ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_everything_but_keys_and_values_is_kept(dtype):
+    mha = tiny.conformer().to(dtype)
+    with torch.no_grad():
+        mha.wav2vec2_conformer.encoder.layers[0].conv_module.batch_norm.running_mean.normal_()
+    mla = convert(mha, 6)
+    assert mla.dtype == dtype and not mla.training
+    theirs, ours = mha.state_dict(), mla.state_dict()
+    kept = theirs.keys() & ours.keys()
+    assert {name.rsplit(".", 2)[1] for name in theirs.keys() - kept} == {"linear_k", "linear_v"}
+    assert all(".self_attn.latent_kv." in name for name in ours.keys() - kept)
+    for name in kept:
+        assert ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]), name
+    for a, b in zip(attention_modules(mha), attention_modules(mla), strict=True):
+        assert torch.equal(a.linear_v.bias, b.latent_kv.up_v.bias)  # unlike b_k, softmax does not cancel b_v
+        assert torch.equal(a.linear_k.bias, b.latent_kv.up_k.bias)
+
+
+def test_the_given_model_stays_as_it_is():
+    mha, twin = tiny.conformer(), tiny.conformer()
+    mha.train().requires_grad_(True)
+    config = mha.config.to_dict()
+    mla = convert(mha, 6)
+    with torch.no_grad():
+        for parameter in mla.parameters():
+            parameter.add_(1)
+    mla.config.conv_dim[0] = 99
+    assert mha.training and mha.config.to_dict() == config
+    assert all(parameter.requires_grad for parameter in mha.parameters())
+    for name, weight in twin.state_dict().items():
+        assert torch.equal(weight, mha.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("positions", "layout"), [("relative", "joint"), ("relative", "split"), ("rotary", "split")])
+def test_there_and_back_again(positions, layout):
+    mha = tiny.conformer(positions, "eager").double()
+    mla = convert(mha, [5, 9], layout=layout)
+    back = to_standard_attention(mla)
+    assert type(back) is type(mha) and back.dtype == torch.float64 and not back.training
+    assert back.config._attn_implementation == "eager"
+    assert not hasattr(back.config, "latent_dim")
+    batch = tiny.padded_batch(torch.float64)
+    with torch.no_grad():
+        assert torch.allclose(back(**batch).logits, mla(**batch).logits, rtol=0, atol=1e-10)
+        assert not torch.allclose(back(**batch).logits, mha(**batch).logits, atol=1e-2)
+    again = convert(back, [5, 9], layout=layout)  # of rank 5 and 9 already: nothing more is lost
+    with torch.no_grad():
+        if layout == "split":
+            assert torch.allclose(again(**batch).logits, mla(**batch).logits, rtol=0, atol=1e-10)
+
+
+def test_what_cannot_be_converted_is_refused(tiny_model):
+    mla = convert(tiny_model, 8)
+    with pytest.raises(ValueError, match="latent already"):
+        convert(mla, 8)
+    with pytest.raises(ValueError, match="latent already"):
+        decompose(mla)
+    with pytest.raises(ValueError, match="standard attention already"):
+        to_standard_attention(tiny_model)
+
+
+# ---- how wide ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [16, 20, 144, 512, 1024])
+def test_a_budget_is_used_up_and_never_exceeded(width):
+    for percent in [*range(1, 97), 93.75, 96.875]:
+        cut = percent / 100
+        latent_dim = latent_dim_for(cut, width)
+        assert latent_dim / (2 * width) <= 1 - cut + 1e-9
+        assert (latent_dim + 1) / (2 * width) > 1 - cut + 1e-9
+    assert latent_dim_for(0.9, 10) == 2  # (1 − 0.9) · 20 is a little less than 2 in floating point
+
+
+def test_a_budget_becomes_a_width(tiny_model):
+    assert convert(tiny_model, cache_cut=0.75).config.latent_dim == [WIDTH // 2] * LAYERS
+    assert convert(tiny_model, cache_cut=0.8, layout="split").config.latent_dim == [6] * LAYERS
+    assert convert(tiny_model, np.int64(6)).config.latent_dim == [6] * LAYERS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"latent_dim": 0}, "latent_dim is 0"),
+        ({"latent_dim": 2 * WIDTH + 1}, "latent_dim is 33"),
+        ({"latent_dim": [4]}, "1 widths for 2 layers"),
+        ({"latent_dim": [4, 4, 4]}, "3 widths for 2 layers"),
+        ({"latent_dim": [4, 40]}, "latent_dim is 40"),
+        ({"latent_dim": 4.5}, "4.5: it must be a whole number"),
+        ({"latent_dim": "8"}, "'8': it must be a whole number"),
+        ({"cache_cut": 0}, "cache_cut is 0: it must lie between"),
+        ({"cache_cut": 1}, "cache_cut is 1: it must lie between"),
+        ({"cache_cut": 0.98}, "cache_cut is 0.98, which leaves less than one .* the deepest cut is 0.96875"),
+        ({"cache_cut": 0.96, "layout": "split"}, "between 2 and 32"),
+        ({"latent_dim": 8, "cache_cut": 0.5}, "one of the two"),
+        ({}, "one of the two"),
+        ({"latent_dim": 8, "method": "magic"}, "'magic': choose one of svd"),
+    ],
+)
+def test_impossible_widths_are_refused(tiny_model, arguments, said):
+    with pytest.raises(ValueError, match=said):
+        convert(tiny_model, **arguments)
+
+
+# ---- what it cost ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("positions", "layout"), [("relative", "joint"), ("rotary", "split"), (None, "split")])
+def test_errors_are_those_of_the_same_inputs(positions, layout):
+    mha = tiny.conformer(positions).double()
+    mla = convert(mha, [6, 10], layout=layout)
+    batch = tiny.padded_batch(torch.float64)
+    table = analyze_compression_quality(mha, mla, batch)
+    assert table[["layer", "latent_dim"]].values.tolist() == [[0, 6], [1, 10]]
+
+    # By hand, for the second layer: what its key and value projections read, without the padding.
+    read = {}
+    attention = attention_modules(mha)[1]
+    for name in ("linear_k", "linear_v"):
+        getattr(attention, name).register_forward_pre_hook(lambda _, x, name=name: read.update({name: x[0]}))
+    with torch.no_grad():
+        mha(**batch)
+    frames = mha._get_feat_extract_output_lengths(batch["attention_mask"].sum(-1)).tolist()
+    for name, column in (("linear_k", "key_error"), ("linear_v", "value_error")):
+        x = torch.cat([x[:n] for x, n in zip(read[name], frames, strict=True)])
+        with torch.no_grad():
+            ours, theirs = getattr(attention_modules(mla)[1], name)(x), getattr(attention, name)(x)
+        assert table[column][1] == pytest.approx(((ours - theirs).norm() / theirs.norm()).item(), rel=1e-9)
+
+
+def test_a_wider_latent_is_never_further_off_and_a_full_one_is_exact(tiny_model):
+    widths = (4, 16, 32)
+    tables = [
+        analyze_compression_quality(tiny_model, convert(tiny_model, w, layout="split"), tiny.padded_batch())
+        for w in widths
+    ]
+    errors = ["key_error", "value_error", "output_error"]
+    assert (tables[0][errors] > tables[1][errors]).all(axis=None)
+    assert (tables[2][errors] < 1e-5).all(axis=None)
+    assert tables[0].index.tolist() == list(range(LAYERS))
+
+
+def test_padding_does_not_count(tiny_model):
+    mla, batch = convert(tiny_model, 6), tiny.padded_batch()
+    louder = {**batch, "input_values": batch["input_values"] + 9 * (1 - batch["attention_mask"])}
+    # The depthwise convolution of the first layer reads past the end, so only that layer reads the same twice.
+    first, again = (analyze_compression_quality(tiny_model, mla, b)["key_error"][0] for b in (batch, louder))
+    assert first == pytest.approx(again, rel=1e-3)
+
+
+@pytest.mark.parametrize("positions", ["relative", "rotary"])
+def test_a_model_can_be_trained_after_it_was_analysed(positions):
+    mha = tiny.conformer(positions, max_source_positions=4)  # so that the analysis extends the table of positions
+    mla = convert(mha, 8, layout="split")
+    analyze_compression_quality(mha, mla, tiny.padded_batch())
+    mla.train()(**tiny.padded_batch()).loss.backward()

@@ -1,0 +1,134 @@
+"""The real notebooks, the real params/smoke.yaml, executed by papermill in a copy of the project."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from asrlib.parameters import Schema, read_params_file
+from asrlib.pipeline import find_notebooks
+from asrlib.runs import read_json
+
+ROOT = Path(__file__).parent.parent
+STEPS = [path.stem for path in sorted((ROOT / "notebooks").glob("0*.ipynb"))]
+
+
+def run_all(project: Path, *arguments: str, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, "run_all.py", *arguments]
+    return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=600, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A copy of what a run needs, so that the reports of the checkout stay as they are."""
+    project = tmp_path_factory.mktemp("project")
+    for name in ("notebooks", "params", "asrlib"):
+        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "run_all.py", project)
+    return project
+
+
+@pytest.fixture(scope="module")
+def smoke(project) -> Path:
+    done = run_all(project, "smoke")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "reports/smoke/index.html" in done.stdout
+    return project / "reports" / "smoke"
+
+
+def test_every_step_leaves_its_page_its_metrics_and_its_marker(smoke):
+    for step in STEPS:
+        assert (smoke / f"{step}.html").is_file()
+        assert (smoke / ".completed" / f"{step}.json").is_file()
+    assert len(list((smoke / "metrics").glob("*.json"))) == len(STEPS)
+    for name in ("cache_comparison.png", "wer_vs_cache.png", "inference_time_comparison.png", "training_curves.png"):
+        assert (smoke / "figures" / name).stat().st_size > 5_000
+    assert (smoke / "tables" / "comparison_table.csv").is_file() and (smoke / "summary.txt").is_file()
+
+
+def test_word_errors_are_measured_for_all_three_models_on_both_splits(smoke):
+    systems = read_json(smoke / "metrics" / "evaluate.json")["systems"]
+    assert set(systems) == {"baseline", "converted", "finetuned"}
+    for name, splits in systems.items():
+        for split in ("test-clean", "test-other"):
+            lines = (smoke / "predictions" / f"{name}_{split}.jsonl").read_text(encoding="utf-8").splitlines()
+            assert len(lines) == splits[split]["utterances"] == 8
+            errors = sum(splits[split][kind] for kind in ("substitutions", "deletions", "insertions"))
+            assert splits[split]["wer"] == pytest.approx(errors / splits[split]["words"])
+
+
+def test_the_index_leads_with_the_comparison_and_links_all_pages(smoke):
+    page = (smoke / "index.html").read_text(encoding="utf-8")
+    assert all(f'href="{step}.html"' in page for step in STEPS)
+    assert page.index("WER on test-clean") < page.index('00_baseline.html">Baseline')
+
+
+def test_the_finetuned_model_loads_back_in_one_line(smoke):
+    code = (
+        "import asrlib, transformers; print(transformers.AutoModelForCTC"
+        f".from_pretrained({str(smoke / 'models' / 'finetuned')!r}).config.model_type)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "wav2vec2-conformer-mla", done.stderr
+
+
+def test_a_second_call_runs_nothing(project, smoke):
+    before = {path: path.stat().st_mtime_ns for path in (smoke / "metrics").iterdir()}
+    done = run_all(project, "smoke")
+    assert done.returncode == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (smoke / "metrics").iterdir()}
+
+
+def test_killed_in_the_middle_of_training_it_reaches_the_same_metrics(project, smoke):
+    killed = project / "reports" / "killed"
+    shutil.copytree(smoke, killed)
+    arguments = ["smoke", "--name", "killed"]
+    process = subprocess.Popen(
+        [sys.executable, "run_all.py", *arguments, "--from", "03_finetune"],
+        cwd=project,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while not list(killed.glob("checkpoints/03_finetune/checkpoint-*/.completed.json")):
+        assert time.monotonic() < deadline and process.poll() is None, "no checkpoint came"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / ".completed" / "03_finetune.json").exists()
+
+    done = run_all(project, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resum" in (killed / "pipeline.log").read_text(encoding="utf-8").lower()
+    undisturbed, resumed = (read_json(run / "metrics" / "evaluate.json") for run in (smoke, killed))
+    assert undisturbed == resumed
+    histories = [
+        [{k: v for k, v in entry.items() if k in ("step", "loss", "eval_loss", "eval_wer")} for entry in history]
+        for history in (read_json(run / "metrics" / "finetune.json")["history"] for run in (smoke, killed))
+    ]
+    assert histories[0] == histories[1]
+
+
+@pytest.mark.parametrize("params", sorted((ROOT / "params").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_params_file_fits_the_notebooks(params):
+    values = read_params_file(params)
+    values.pop("steps", None)
+    Schema(find_notebooks(ROOT)).check(values, dict.fromkeys(values, params.name))
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_notebooks_are_committed_without_outputs_and_stay_short(step):
+    notebook = nbformat.read(ROOT / "notebooks" / f"{step}.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    lines = [line for cell in code for line in cell.source.splitlines() if line.strip()]
+    assert len(lines) <= 140
+    assert not any(line.startswith(("def ", "class ")) for line in lines)
+    assert json.dumps(notebook.metadata).count("tags") == 0

@@ -1,0 +1,389 @@
+"""What trains is what was chosen, what is best is what remains, and an interruption leaves no trace.
+
+Run as a script it is the process that `test_a_killed_process_leaves_no_trace` kills.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCTC
+
+from asrlib import convert, evaluate, training
+from asrlib.data.batches import BucketBatchSampler
+from asrlib.models.families import attention_modules, new_processor
+from asrlib.runs import read_json, write_json
+from asrlib.training import CHECKPOINT_MARKER, CTCTrainer, TrainingSettings, last_checkpoint, select_trainable, train
+
+BATCH_SECONDS = 2.0
+STEPS_PER_EPOCH = len(BucketBatchSampler([u.seconds for u in tiny.corpus()], BATCH_SECONDS))
+TIMES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")  # differ from run to run
+
+
+def settings(**changes) -> TrainingSettings:
+    usual = dict(
+        trainable="all", epochs=3, learning_rate=0.02, batch_seconds=BATCH_SECONDS, evaluations_per_epoch=2,
+        patience=100, device="cpu",
+    )  # fmt: skip
+    return TrainingSettings(**usual | changes)
+
+
+def run(folder, model=None, processor=None, count: int = 12, **changes):
+    """(model, result) of a training in `folder`, from the same random weights at every call."""
+    model = model or tiny.conformer()
+    corpora = tiny.corpus(count), tiny.corpus(6, "validation", seed=100)
+    return model, train(model, processor or new_processor(), *corpora, folder, settings(**changes))
+
+
+def at_step(step: int, act):
+    """A training step that does `act` first, once `step` steps are behind it."""
+    original = CTCTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step:
+            act()
+        return original(self, *args, **kwargs)
+
+    return training_step
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def assert_same_weights(model, other) -> None:
+    theirs = other.state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, theirs[name]), name
+
+
+def assert_same_run(one, other) -> None:
+    """Equal weights and metrics, the time it took aside."""
+    (model, result), (other_model, other_result) = one, other
+    assert_same_weights(model, other_model)
+    timeless, other_timeless = (
+        [{name: value for name, value in row.items() if name not in TIMES} for row in r.history]
+        for r in (result, other_result)
+    )
+    assert timeless == other_timeless
+    metrics, other_metrics = result.as_metrics(), other_result.as_metrics()
+    for name in metrics.keys() - {"history", "seconds"}:
+        assert metrics[name] == other_metrics[name], name
+
+
+# ---- what trains -------------------------------------------------------------------------------------------
+
+
+def latent_model():
+    return convert(tiny.conformer(), [5, 12])
+
+
+@pytest.mark.parametrize(
+    ("make", "which", "part"),
+    [
+        (tiny.conformer, "all", ""),
+        (tiny.conformer, "attention", ".self_attn."),
+        (latent_model, "all", ""),
+        (latent_model, "attention", ".self_attn."),
+        (latent_model, "latent", ".latent_kv."),
+    ],
+)
+def test_only_the_chosen_parameters_train(make, which, part, tmp_path):
+    model, start = make(), make().state_dict()
+    chosen = {name: p for name, p in model.named_parameters() if part in name}
+    assert select_trainable(model, which) == sum(p.numel() for p in chosen.values())
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == chosen.keys()
+
+    run(tmp_path, model, epochs=1, evaluations_per_epoch=1)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, start[name])}
+    # no conformer uses the convolution that the parent class makes for absolute positions
+    unused = {name for name in chosen if ".pos_conv_embed." in name}
+    assert chosen.keys() - moved <= unused and moved <= chosen.keys()
+    if part:  # then neither may the statistics of a frozen BatchNorm
+        for name, buffer in model.named_buffers():
+            assert name not in start or torch.equal(buffer, start[name]), name
+
+
+def test_statistics_of_a_trained_batch_norm_move(tmp_path):
+    model, _ = run(tmp_path, epochs=1)
+    [norm] = [n for n in [model.wav2vec2_conformer.encoder.layers[0].conv_module.batch_norm]]
+    assert norm.running_mean.abs().max() > 0 and norm.num_batches_tracked > 0
+
+
+def test_batch_norm_can_be_trained_after_it_was_frozen_and_interrupted(tmp_path, monkeypatch):
+    model = tiny.conformer()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CTCTrainer, "training_step", at_step(1, interrupt))
+        run(tmp_path / "frozen", model, trainable="attention", epochs=1)
+    run(tmp_path / "all", model, epochs=1)
+    assert model.wav2vec2_conformer.encoder.layers[0].conv_module.batch_norm.num_batches_tracked > 0
+
+
+def test_nothing_to_train_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="'latent', but Wav2Vec2ConformerForCTC has no such parameters"):
+        select_trainable(tiny_model, "latent")
+    with pytest.raises(ValueError, match="'heads': choose one of all, attention, latent"):
+        select_trainable(tiny_model, "heads")
+
+
+# ---- what remains ------------------------------------------------------------------------------------------
+
+
+def scripted(monkeypatch, *word_error_rates: float) -> None:
+    """The validation after the n-th evaluation says the n-th of these (the first is before training)."""
+    left = iter(word_error_rates)
+    monkeypatch.setattr(training, "_word_error_rate", lambda prediction, processor: next(left))
+
+
+def evaluated_steps(result) -> list[int]:
+    return [row["step"] for row in result.history if "eval_wer" in row]
+
+
+def test_the_best_weights_remain_and_patience_ends_the_training(tmp_path, monkeypatch):
+    scripted(monkeypatch, 0.9, 0.5, 0.4, 0.4, 0.6, 0.1)
+    model, result = run(tmp_path, epochs=5, evaluations_per_epoch=1, patience=2)
+    assert result.best_wer == 0.4 and result.best_step == 2 * STEPS_PER_EPOCH
+    assert result.stopped_early and result.steps == 4 * STEPS_PER_EPOCH
+    assert evaluated_steps(result) == [STEPS_PER_EPOCH * epoch for epoch in range(5)]
+    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert kept == {f"checkpoint-{2 * STEPS_PER_EPOCH}", f"checkpoint-{4 * STEPS_PER_EPOCH}"}
+    best = load_file(tmp_path / f"checkpoint-{result.best_step}" / "model.safetensors")
+    last = load_file(tmp_path / f"checkpoint-{result.steps}" / "model.safetensors")
+    assert torch.equal(model.lm_head.weight, best["lm_head.weight"])
+    assert not torch.equal(model.lm_head.weight, last["lm_head.weight"])
+    assert not model.training
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_the_validation_error_is_that_of_evaluate(tmp_path, processor):
+    model, result = run(tmp_path, epochs=2)
+    found = evaluate(model, processor, tiny.corpus(6, "validation", seed=100), batch_seconds=BATCH_SECONDS)
+    alone = evaluate(model, processor, tiny.corpus(6, "validation", seed=100), batch_seconds=0.1)
+    assert result.best_wer == found.wer == alone.wer
+    words = sum(len(u.text.split()) for u in tiny.corpus(6, "validation", seed=100))
+    assert found.words == words and found.wer != 1  # the model says something
+
+
+@pytest.mark.parametrize(
+    ("epochs", "evaluations", "steps"),
+    [(1, 1, [0, 4]), (2, 2, [0, 2, 4, 6, 8]), (1, 3, [0, 2, 4]), (0.75, 1, [0, 3]), (1.25, 1, [0, 4, 5])],
+)
+def test_evaluations_per_epoch(tmp_path, epochs, evaluations, steps):
+    assert STEPS_PER_EPOCH == 4
+    _, result = run(tmp_path, epochs=epochs, evaluations_per_epoch=evaluations)
+    assert evaluated_steps(result) == steps
+    assert result.steps == steps[-1] and not result.stopped_early
+
+
+def test_accumulated_batches_weigh_as_much_as_one_large_batch(tmp_path):
+    same = tiny.corpus(1)[:1].utterances * 8
+    corpus = tiny.Corpus("noise", "train", same)
+    logged = []
+    for batch_seconds, accumulation in ((same[0].seconds, 4), (4.001 * same[0].seconds, 1)):
+        quiet = dict(hidden_dropout=0, activation_dropout=0, attention_dropout=0, conformer_conv_dropout=0)
+        model = tiny.conformer(**quiet, final_dropout=0, mask_time_prob=0)
+        chosen = settings(
+            trainable="attention", epochs=2, evaluations_per_epoch=1,
+            batch_seconds=batch_seconds, gradient_accumulation=accumulation,
+        )  # fmt: skip
+        result = train(model, new_processor(), corpus, corpus, tmp_path / str(accumulation), chosen)
+        logged.append([(row["loss"], row["grad_norm"]) for row in result.history if "loss" in row])
+    assert len(logged[0]) == 4  # two steps an epoch, both ways
+    for (loss, norm), (other_loss, other_norm) in zip(*logged, strict=True):
+        assert loss == pytest.approx(other_loss, rel=1e-3) and norm == pytest.approx(other_norm, rel=1e-3)
+
+
+def test_gradient_checkpointing_ends_with_the_same_weights(tmp_path):
+    plain = run(tmp_path / "plain", convert(tiny.conformer(), 6), trainable="latent", epochs=1)
+    frugal = run(
+        tmp_path / "frugal", convert(tiny.conformer(), 6), trainable="latent", epochs=1, gradient_checkpointing=True
+    )
+    assert_same_weights(plain[0], frugal[0])
+
+
+def test_a_model_trained_in_bf16_computes_in_fp32_afterwards(tmp_path, processor):
+    model, _ = run(tmp_path / "run", epochs=1, precision="bf16")
+    assert model.dtype == torch.float32
+    model.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCTC.from_pretrained(tmp_path / "saved").eval()
+    with torch.no_grad():
+        assert torch.equal(model(**tiny.padded_batch()).logits, loaded(**tiny.padded_batch()).logits)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is an accelerator here")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"precision": "fp16"}, "precision is fp16, but training runs on the CPU: use bf16 or fp32"),
+        ({"precision": "fp16", "device": "auto"}, "precision is fp16, but training runs on the CPU"),
+        ({"device": "cuda"}, "device is cuda, but"),
+        ({"trainable": "latent"}, "convert it first"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_starts(tmp_path, changes, said):
+    with pytest.raises(ValueError, match=said):
+        run(tmp_path, **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_no_number_ends_the_training(tmp_path, monkeypatch):
+    model = tiny.conformer()
+
+    def poison():
+        model.lm_head.bias.data.fill_(float("nan"))
+
+    monkeypatch.setattr(CTCTrainer, "training_step", at_step(STEPS_PER_EPOCH + 1, poison))
+    with pytest.raises(FloatingPointError, match=f"the loss is nan at step {STEPS_PER_EPOCH + 1}: lower learning_rate"):
+        run(tmp_path, model, evaluations_per_epoch=1)
+    assert last_checkpoint(tmp_path).name == f"checkpoint-{STEPS_PER_EPOCH}"
+
+
+# ---- interruptions -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("undisturbed"))
+
+
+def test_an_undisturbed_run_is_worth_comparing_with(undisturbed):
+    _, result = undisturbed
+    errors = [row["eval_wer"] for row in result.history if "eval_wer" in row]
+    assert len(set(errors)) > 3
+    assert 0 < result.best_step < result.steps == 3 * STEPS_PER_EPOCH
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 7, 11])  # checkpoints lie at the even ones, epochs end at 4, 8, 12
+def test_an_interruption_leaves_no_trace(undisturbed, tmp_path, monkeypatch, step):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CTCTrainer, "training_step", at_step(step, interrupt))
+        run(tmp_path)
+    assert (last_checkpoint(tmp_path) is None) == (step < 2)
+    resumed = run(tmp_path)
+    assert_same_run(resumed, undisturbed)
+
+
+def test_an_interruption_between_accumulated_batches_leaves_no_trace(tmp_path, monkeypatch):
+    changes = dict(gradient_accumulation=3, batch_seconds=1.0, evaluations_per_epoch=2)
+    whole = run(tmp_path / "whole", **changes)
+    assert whole[1].steps == 15 or whole[1].steps % 3 == 0
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CTCTrainer, "training_step", at_step(whole[1].steps // 2, interrupt))
+        run(tmp_path / "cut", **changes)
+    assert_same_run(run(tmp_path / "cut", **changes), whole)
+
+
+@pytest.mark.parametrize("method", ["_save_optimizer_and_scheduler", "_save_rng_state"])
+def test_a_checkpoint_that_is_not_whole_is_ignored(undisturbed, tmp_path, monkeypatch, method):
+    """Interrupted after the weights of a checkpoint are written, before the rest of it is."""
+    original = getattr(CTCTrainer, method)
+
+    def save(self, output_dir):
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+        original(self, output_dir)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CTCTrainer, method, save)
+        run(tmp_path)
+    assert (tmp_path / "checkpoint-6" / "model.safetensors").is_file()
+    assert last_checkpoint(tmp_path).name == "checkpoint-4"
+    assert_same_run(run(tmp_path), undisturbed)
+
+
+def test_an_interruption_while_old_checkpoints_are_removed_leaves_no_trace(undisturbed, tmp_path, monkeypatch):
+    """At most the checkpoint being removed may be lost, and a half-removed one must not count as whole."""
+    removed = []
+
+    def remove_half(path, *args, **kwargs):
+        (Path(path) / "model.safetensors").unlink()
+        removed.append(Path(path).name)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shutil.rmtree", remove_half)
+        run(tmp_path)
+    assert removed and last_checkpoint(tmp_path).name not in removed
+    assert_same_run(run(tmp_path), undisturbed)
+
+
+def test_leftovers_of_other_checkpoints_do_not_disturb(undisturbed, tmp_path):
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-999").mkdir()
+    (tmp_path / "checkpoint-999" / "model.safetensors").write_bytes(b"half")
+    assert_same_run(run(tmp_path), undisturbed)
+
+
+def test_patience_is_remembered(tmp_path, monkeypatch):
+    scripted(monkeypatch, 0.9, 0.5, 0.6, 0.7, 0.1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CTCTrainer, "training_step", at_step(5, interrupt))
+        run(tmp_path, patience=2)
+    _, result = run(tmp_path, patience=2)
+    assert result.stopped_early and evaluated_steps(result) == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("changes", [{}, {"patience": 1}, {"epochs": 1.75}])
+def test_a_run_that_came_to_its_end_is_not_continued(tmp_path, monkeypatch, changes):
+    """Killed after the last checkpoint, before the step was marked done: there is nothing left to train."""
+    first = run(tmp_path, **changes)
+    assert first[1].stopped_early == ("patience" in changes)
+    monkeypatch.setattr(CTCTrainer, "training_step", interrupt)
+    assert_same_run(run(tmp_path, **changes), first)
+
+
+def test_a_run_folder_can_be_moved(undisturbed, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CTCTrainer, "training_step", at_step(11, interrupt))
+        run(tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert_same_run(run(tmp_path / "there"), undisturbed)
+
+
+def test_a_relative_folder_starts_at_the_project_root(tmp_path, monkeypatch):
+    for name in ("notebooks", "params"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    run("reports/here", epochs=0.25)
+    assert (tmp_path / "reports" / "here" / "checkpoint-1" / CHECKPOINT_MARKER).is_file()
+    assert not list((tmp_path / "notebooks").iterdir())
+
+
+def test_seconds_add_up_over_resumptions(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CTCTrainer, "training_step", at_step(3, interrupt))
+        run(tmp_path, epochs=1)
+    marker = last_checkpoint(tmp_path) / CHECKPOINT_MARKER
+    spent = read_json(marker)
+    assert 0 < spent["seconds"] < 60
+    write_json(marker, spent | {"seconds": 1000.0})
+    _, result = run(tmp_path, epochs=1)
+    assert 1000 < result.seconds < 1060
+
+
+def test_the_newest_whole_checkpoint_is_found_by_number(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    for step in (9, 10, 11):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step < 11:
+            write_json(tmp_path / f"checkpoint-{step}" / CHECKPOINT_MARKER, {"step": step, "seconds": 1.0})
+    assert last_checkpoint(tmp_path).name == "checkpoint-10"
+
+
+def test_a_killed_process_leaves_no_trace(undisturbed, tmp_path):
+    killed = subprocess.run([sys.executable, __file__, tmp_path, "7"], timeout=120, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert last_checkpoint(tmp_path).name == "checkpoint-6"  # in the middle of the second epoch
+    assert_same_run(run(tmp_path), undisturbed)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    CTCTrainer.training_step = at_step(int(sys.argv[2]), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    run(sys.argv[1])
