@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo quick full smoke baseline lab test lint format clean python
+.PHONY: help demo quick full smoke baseline lab test lint format example clean python
 
 help: ## show this list
 	@awk -F ': ## ' '/^[a-z]+: ## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -43,6 +43,16 @@ format: .venv/.installed
 	.venv/bin/python -m nbstripout --keep-id notebooks/*.ipynb
 	.venv/bin/python -m ruff check --fix-only .
 	.venv/bin/python -m ruff format .
+
+example: ## keep a run: make example RUN=demo copies its pages, tables and figures to reports/examples
+example: SOURCE = reports/$(RUN)
+example: TARGET = reports/examples/$(RUN)
+example:
+	@test -f "$(SOURCE)/06_compare.html" || { echo "$(SOURCE) is no finished run: make example RUN=demo" >&2; exit 1; }
+	rm -rf $(TARGET) && mkdir -p $(TARGET)
+	cp -R $(SOURCE)/*.html $(SOURCE)/summary.txt $(SOURCE)/params.json $(SOURCE)/tables $(SOURCE)/figures \
+		$(SOURCE)/metrics $(SOURCE)/predictions $(TARGET)
+	@du -sh $(TARGET)
 
 clean: ## remove .venv and caches; reports stay
 	rm -rf .venv *.egg-info build dist .pytest_cache .ruff_cache

@@ -9,6 +9,7 @@ Called again, it skips what is unchanged and resumes what was interrupted.
 """
 
 import argparse
+import shlex
 import signal
 import sys
 import time
@@ -97,9 +98,17 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
         for step in steps[forced:]:
             run.discard(step.name)
         write_json(run.path / "params.json", values)
-        pipeline.run_steps(steps, start, place, say)
+        pipeline.run_steps(steps, start, place, say, command_of(args))
         say(str(run.path / "index.html"))
     return 0
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """What makes this run again from nothing."""
+    words = ["python", "run_all.py", args.params]
+    words += ["--set", *args.set] if args.set else []
+    words += ["--name", args.name] if args.name and args.name != "auto" else []
+    return shlex.join(words)
 
 
 def state(run: Run, steps: list, index: int, start: int, forced: int) -> str:

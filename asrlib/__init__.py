@@ -12,6 +12,7 @@ _PUBLIC = {
     "load": "asrlib.models.families",
     "open_corpus": "asrlib.data.corpus",
     "analyze_compression_quality": "asrlib.conversion.quality",
+    "collect_statistics": "asrlib.conversion.statistics",
     "convert": "asrlib.conversion.convert",
     "to_standard_attention": "asrlib.conversion.convert",
     "evaluate": "asrlib.evaluation",

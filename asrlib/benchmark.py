@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from asrlib.attention.cache import kv_cache_bytes
 from asrlib.data.corpus import SAMPLE_RATE, Corpus
-from asrlib.evaluation import choose_device, inference, interval, resample_sums
+from asrlib.evaluation import interval, resample_sums
 from asrlib.models.families import frames_per_second
+from asrlib.models.inference import choose_device, inference
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

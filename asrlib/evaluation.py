@@ -6,8 +6,6 @@ Shapes: N utterances, R resamples, B batch, S samples of audio, T frames, C chan
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,97 +19,13 @@ from tqdm import tqdm
 
 from asrlib.data.batches import BucketBatchSampler, CTCCollator, CTCDataset
 from asrlib.data.corpus import Corpus
-from asrlib.models.families import attention_modules, frame_counts
+from asrlib.models.families import frame_counts
+from asrlib.models.inference import choose_device, inference, padding_silenced
 from asrlib.runs import atomic_write, resolve
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FIELDS = {"id", "speaker", "seconds", "reference", "hypothesis"}  # of a transcript
 RESAMPLES = 10_000
 SEED = 0
-
-
-# ---- running a model ---------------------------------------------------------------------------------------
-
-
-def choose_device(device: str | None, model: nn.Module) -> torch.device:
-    """`auto` is the accelerator where there is one, else the CPU; None is where the model already is."""
-    if device is None:
-        return next(model.parameters()).device
-    if device == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return torch.device(device)
-
-
-@contextmanager
-def inference(*models: nn.Module, device: torch.device, precision: str = "fp32") -> Iterator[None]:
-    """Evaluation mode, on `device`, without gradients; the models leave as they came, but stay on `device`.
-
-    `precision` is fp32, bf16 or fp16, by autocast; anything else raises ValueError.
-    """
-    if precision not in AUTOCAST:
-        raise ValueError(f"precision is {precision!r}: choose one of {', '.join(AUTOCAST)}")
-    for model in models:
-        model.to(device)
-    modules = [module for model in models for module in model.modules()]
-    modes = [(module, module.training) for module in modules]
-    # transformers' Conformer rounds its table of positions to the dtype of a call and keeps the rounded one:
-    # unless it is put back, every fp32 call after a bf16 call is off.
-    buffers = [(module, *buffer) for module in modules for buffer in module.named_buffers(recurse=False)]
-    for model in models:
-        model.eval()
-    dtype = AUTOCAST[precision]
-    try:
-        # no_grad, not inference_mode: with position tables cached under the latter no model can be trained.
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for module, name, value in buffers:
-            setattr(module, name, value)
-
-
-@contextmanager
-def padding_silenced(model: nn.Module, frames_B: torch.Tensor) -> Iterator[None]:
-    """Zeroes what lies behind the end of each utterance before every convolution over encoder frames.
-
-    transformers' Conformer masks padding in its attention only. Its depthwise convolutions read what the
-    layers before them left there, so that the last frames of an utterance depend on its neighbours in the
-    batch. Zeros are what the convolution reads where the utterance is alone.
-    """
-    longest = int(frames_B.max())
-    beyond_BT = torch.arange(longest, device=frames_B.device) >= frames_B[:, None]
-
-    def silence(convolution: nn.Conv1d, inputs: tuple) -> tuple:
-        x_BCT, *others = inputs
-        if x_BCT.shape[-1] == longest:  # else it works at another rate, as the feature encoder does
-            x_BCT = x_BCT.masked_fill(beyond_BT[:, None], 0)
-        return x_BCT, *others
-
-    wide = [m for m in model.modules() if isinstance(m, nn.Conv1d) and m.kernel_size[0] > 1]
-    handles = [m.register_forward_pre_hook(silence) for m in wide if beyond_BT.any()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def zero_attention(model: nn.Module) -> Iterator[None]:
-    """Replaces the output of every attention module by zeros: what is left is the model without attention."""
-
-    def zeros(module, inputs, output):
-        if isinstance(output, tuple):
-            return torch.zeros_like(output[0]), *output[1:]
-        return torch.zeros_like(output)
-
-    handles = [module.register_forward_hook(zeros) for module in attention_modules(model)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # ---- transcripts -------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def percent(fraction: float, digits: int = 2) -> str:
 def change(value: float, reference: float) -> str:
     """−75 %, +3.5 %."""
     text = f"{100 * (value / reference - 1):+.1f}".removesuffix(".0")
-    return ("0" if text in ("+0", "-0") else text.replace("-", "−")) + " %"
+    return ("±0" if text in ("+0", "-0") else text.replace("-", "−")) + " %"
 
 
 def size(n_bytes: float) -> str:
@@ -82,11 +82,10 @@ def _png(fig: "Figure", alt: str | None) -> bytes:
     return buffer.getvalue()
 
 
-def save_figure(fig: "Figure", path: Path, alt: str | None = None) -> Path:
+def save_figure(fig: "Figure", path: Path, alt: str | None = None) -> None:
     """Write `fig` as PNG; its description (default: the one the figure was made with) is kept in the file."""
     with atomic_write(path, "wb") as file:
         file.write(_png(fig, alt))
-    return path
 
 
 def show_figure(fig: "Figure", alt: str | None = None) -> None:
@@ -174,7 +173,14 @@ def wer_vs_cache(table: pd.DataFrame) -> "Figure":
                 ax.errorbar(x, wer, reach, **look, ls="", ms=7, capsize=3, lw=1.3)
             (x0, y0), (x1, y1) = points[0], points[-1]
             ax.plot([x0, x1], [y0, y1], color=GREY, lw=1, ls=":", zorder=1)
-            ax.annotate(split, ((x0 + x1) / 2, (y0 + y1) / 2), (0, 5), textcoords="offset points", ha="center", size=9)
+            ax.annotate(
+                split,
+                (0.7 * x0 + 0.3 * x1, 0.7 * y0 + 0.3 * y1),
+                (0, 6),
+                textcoords="offset points",
+                ha="center",
+                size=9,
+            )
         ax.axvline(50, color=GREY, lw=1, ls="--", zorder=0)
         note = " exact: one latent\n as wide as the model"
         ax.text(50, 0.02, note, transform=ax.get_xaxis_transform(), size=7.5, color=GREY, va="bottom")

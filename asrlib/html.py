@@ -7,7 +7,7 @@ names) is escaped.
 
 import base64
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +156,7 @@ def _tidy_outputs(cell: "NotebookNode") -> None:
         if output.output_type == "stream":
             output.text = final_terminal_text(output.text)
     kept = [o for o in kept if o.output_type != "stream" or o.text]
-    lines = [line for line in final_terminal_text(messages).split("\n") if line]
+    lines = _last_states(line for line in final_terminal_text(messages).split("\n") if line)
     if lines:  # one folded block at the end: bars and messages of a cell interleave in meaningless ways
         kept.append(new_output("stream", name="stderr", text="\n".join(lines)))
     cell.outputs = kept
@@ -180,6 +180,18 @@ def final_terminal_text(text: str) -> str:
             lines[row] = line[:column] + piece + line[column + len(piece) :]
             column += len(piece)
     return "\n".join(line.rstrip() for line in lines).strip("\n")
+
+
+def _last_states(lines: Iterable[str]) -> list[str]:
+    """Keep one line of each progress bar: nbclient, joining streams, drops the cursor-up of nested bars."""
+    kept, running = [], None
+    for line in lines:
+        bar = re.match(r"(.*?)\s*(\d+)%\|", line)
+        if running is not None and bar and bar[1] == running:
+            kept.pop()
+        kept.append(line)
+        running = bar[1] if bar and bar[2] != "100" else None
+    return kept
 
 
 def _first_heading(node: "NotebookNode") -> str | None:

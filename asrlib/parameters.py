@@ -57,7 +57,7 @@ LIMITS: dict[str, Any] = {
     "latent_dim": AT_LEAST_ONE,
     "cache_cut": Field(gt=0, lt=1),
     "layout": one_of("joint", "split"),
-    "method": one_of("svd"),
+    "method": one_of("svd", "whitened", "two_sided"),
     "trainable": one_of("attention", "latent", "all"),
     "epochs": NOT_NEGATIVE,
     "learning_rate": POSITIVE,

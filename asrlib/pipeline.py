@@ -325,15 +325,16 @@ def _explain(error: Exception) -> str:
 # ---- all steps ---------------------------------------------------------------------------------------------
 
 
-def run_steps(steps: list[Step], start: int, place: Workplace, say: Callable[[str], None]) -> None:
-    """Execute `steps[start:]`, keeping the index page up to date. Raises StepFailed where a step fails."""
+def run_steps(steps: list[Step], start: int, place: Workplace, say: Callable[[str], None], command: str) -> None:
+    """Execute `steps[start:]`, keeping the index page up to date; it shows `command` to those who want to repeat
+    the run. Raises StepFailed where a step fails."""
     from asrlib.report import write_index
 
     run = place.run
     expected = [expected_seconds(place.root, run, step) for step in steps]
     for step in steps[start:]:  # before the first one runs: whatever happens now, they are out of date
         run.outdate(step.name)
-    write_index(run.path)
+    write_index(run.path, command)
     begin = time.monotonic()
     for index, step in enumerate(steps[start:], start):
         title = f"[{index + 1}/{len(steps)}] {step.name}"
@@ -341,7 +342,7 @@ def run_steps(steps: list[Step], start: int, place: Workplace, say: Callable[[st
             say(f"{title} ...")
         seconds = execute(step, place, title)
         elapsed = clock(time.monotonic() - begin)
-        write_index(run.path)
+        write_index(run.path, command)
         say(f"{title} took {clock(seconds)} (elapsed {elapsed}{time_left(expected[index + 1 :])})")
 
 

@@ -6,7 +6,7 @@ The figures (figures.py) and the HTML of pages and tables (html.py) are reached 
 
 import os
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import pandas as pd
@@ -32,7 +32,7 @@ from asrlib.figures import (
     wer_vs_cache,
 )
 from asrlib.html import PAGES, diff_transcripts, display_table, render_notebook, table_html
-from asrlib.runs import Run, atomic_write, read_json
+from asrlib.runs import STEP_OF_METRICS, Run, atomic_write, read_json
 
 __all__ = [  # what notebooks call
     "CLAIMED", "cache_comparison", "comparison_table", "diff_transcripts", "display_table", "error_heatmap",
@@ -56,10 +56,11 @@ CLAIMED = pd.DataFrame(
 # ---- the comparison ----------------------------------------------------------------------------------------
 
 
-def _metrics(run: Run, name: str) -> dict:
-    """metrics/<name>.json, or nothing where that step has not run."""
-    path = run.path / "metrics" / f"{name}.json"
-    return read_json(path) if path.is_file() else {}
+def _metrics(run: Run, completed_only: bool = False) -> dict[str, dict]:
+    """All metrics/*.json by name; an empty one where a step has not run (or is not marked as completed)."""
+    paths = {name: run.path / "metrics" / f"{name}.json" for name in STEP_OF_METRICS}
+    wanted = {n for n, step in STEP_OF_METRICS.items() if not completed_only or run.completed(step)}
+    return {n: read_json(path) if n in wanted and path.is_file() else {} for n, path in paths.items()}
 
 
 def comparison_table(run: Run) -> pd.DataFrame:
@@ -70,10 +71,13 @@ def comparison_table(run: Run) -> pd.DataFrame:
     latency_ms (mean per utterance), latency_ms_p50, latency_ms_p95, rtfx, speed_ratio (to the baseline) with
     speed_ratio_low and _high, peak_memory_bytes. NaN: unknown.
     """
-    names = ("baseline", "convert", "evaluate", "benchmark")
-    before, convert, evaluate, benchmark = (_metrics(run, name) for name in names)
-    scores = evaluate.get("systems") or {"baseline": before.get("splits", {})}
-    timings = benchmark.get("systems", {})
+    return _table(_metrics(run))
+
+
+def _table(metrics: dict[str, dict]) -> pd.DataFrame:
+    before, convert = metrics["baseline"], metrics["convert"]
+    scores = metrics["evaluate"].get("systems") or {"baseline": before.get("splits", {})}
+    timings = metrics["benchmark"].get("systems", {})
     full_cache = timings.get("baseline", {}).get("cache_bytes_per_second")
     cuts = {"baseline": 0.0, "converted": convert.get("cache_cut"), "finetuned": convert.get("cache_cut")}
     parameters = {"baseline": before.get("parameters"), "converted": convert.get("parameters")}
@@ -141,7 +145,11 @@ def readable_comparison(table: pd.DataFrame) -> pd.DataFrame:
 
 def headline(run: Run) -> str:
     """What the run found, in one sentence made from its figures."""
-    table = comparison_table(run)
+    return _sentence(_metrics(run))
+
+
+def _sentence(metrics: dict[str, dict]) -> str:
+    table = _table(metrics)
     measured = table.loc["baseline"].dropna().index if "baseline" in table.index else []
     splits = [split for split in splits_of(table) if f"wer_{split}" in measured]
     if not splits:
@@ -166,7 +174,7 @@ def headline(run: Run) -> str:
         words += " before any fine-tuning"
     if pd.notna(new["cache_cut"]):
         words = f"At {percent(new['cache_cut'], 1).replace('.0 %', ' %')} less cache, {words}"
-    verdict = _verdict(_metrics(run, "evaluate").get("paired", {}).get(split, {}), base, new, split)
+    verdict = _verdict(metrics["evaluate"].get("paired", {}).get(split, {}), base, new, split)
     words += f" (95 % intervals {interval(base)} and {interval(new)}; {verdict})"
     if pd.notna(new["speed_ratio"]):
         words += f", speed ×{new['speed_ratio']:.2f}"
@@ -189,7 +197,9 @@ def _verdict(paired: dict, base: pd.Series, new: pd.Series, split: str) -> str:
         return "they do not overlap" if apart else "they overlap"
     significant = p < 0.05 if p is not None else not low <= 0 <= high
     shown = "" if p is None else ", p < 0.001" if p < 0.001 else f", p = {p:.2g}"
-    return f"{'a' if significant else 'no'} significant difference in the paired bootstrap{shown}"
+    worse = new[f"wer_{split}"] > base[f"wer_{split}"]
+    found = f"significantly {'worse' if worse else 'better'}" if significant else "no significant difference"
+    return f"{found} in the paired bootstrap{shown}"
 
 
 def step_times(run: Run) -> dict[str, float]:
@@ -201,10 +211,9 @@ def step_times(run: Run) -> dict[str, float]:
 # ---- files -------------------------------------------------------------------------------------------------
 
 
-def save_table(df: pd.DataFrame, path: Path) -> Path:
+def save_table(df: pd.DataFrame, path: Path) -> None:
     with atomic_write(path) as file:
         df.to_csv(file, lineterminator="\n")
-    return path
 
 
 def write_comparison(run: Run) -> pd.DataFrame:
@@ -260,26 +269,28 @@ def summary(run: Run) -> str:
 
 
 def write_index(run_dir: str | os.PathLike, command: str | None = None) -> Path:
-    """Write index.html of a run from whatever is done so far; says what is missing. Returns its path.
+    """Write index.html of a run from its completed steps; says which are missing. Returns its path.
 
+    What an earlier run of a step left behind is not shown until that step is completed again.
     command: what makes this run, shown for those who want to repeat it (default: `python run_all.py NAME`).
     """
     run = Run.open(run_dir)
-    times, table = step_times(run), comparison_table(run)
-    if (run.path / "summary.txt").is_file():
+    times, metrics = step_times(run), _metrics(run, completed_only=True)
+    table = _table(metrics)
+    if "06_compare" in times:
         _write_summary(run)  # the step that wrote it did not know yet how long it took itself
     index = run.path / "index.html"
-    pages = [stem for stem in PAGES if (run.path / f"{stem}.html").is_file()]
+    pages = [stem for stem in times if (run.path / f"{stem}.html").is_file()]
     facts = html.page_facts(index, run.path.name, "What a smaller cache costs and saves")
     facts["links"] = {stem: facts["links"][stem] for stem in pages}
     return html.render_template(
         "index.html.j2",
         index,
         page=facts,
-        headline=unbroken(headline(run)),
+        headline=unbroken(_sentence(metrics)),
         comparison=_comparison_html(table) if len(table) else None,
-        figures=_index_figures(run, table),
-        data=_data_facts(run),
+        figures=_index_figures(run, table, times),
+        data=_data_facts(metrics),
         steps=PAGES,
         pages=pages,
         times={stem: duration(seconds) for stem, seconds in times.items()},
@@ -287,8 +298,8 @@ def write_index(run_dir: str | os.PathLike, command: str | None = None) -> Path:
         total=duration(sum(times.values())),
         command=command or f"python run_all.py {run.path.name}",
         parameters=_parameters(run),
-        provenance=_provenance(run),
-        files=[f for f in ("summary.txt", "tables/comparison_table.csv") if (run.path / f).is_file()],
+        provenance=_provenance(run, metrics),
+        files=["summary.txt", "tables/comparison_table.csv"] if "06_compare" in times else [],
     )
 
 
@@ -303,19 +314,23 @@ def _comparison_html(table: pd.DataFrame) -> Markup:
     return table_html(readable, formats=dict.fromkeys(readable, cell))
 
 
-def _index_figures(run: Run, table: pd.DataFrame) -> list[Markup]:
+def _index_figures(run: Run, table: pd.DataFrame, done: Container[str]) -> list[Markup]:
     """The figure beside the table first, then the others that the run has."""
-    names = ("wer_vs_cache", "wer_bars", "cache_comparison", "inference_time_comparison", "training_curves")
+    names = []
+    if "06_compare" in done:
+        names = ["wer_vs_cache", "wer_bars", "cache_comparison", "inference_time_comparison"]
+    elif splits_of(table):
+        save_figure(wer_bars(table), run.figures / "wer_bars.png")
+        names = ["wer_bars"]
+    if "03_finetune" in done:
+        names.append("training_curves")
     paths = [run.path / "figures" / f"{name}.png" for name in names]
-    if splits_of(table) and not paths[0].is_file():  # not compared yet: show what there is
-        save_figure(wer_bars(table), paths[1])
     return [html.figure_html(path) for path in paths if path.is_file()]
 
 
-def _data_facts(run: Run) -> list[str]:
+def _data_facts(metrics: dict[str, dict]) -> list[str]:
     """On how much speech the word errors stand: one line per split."""
-    systems = _metrics(run, "evaluate").get("systems", {})
-    scores = systems.get("baseline") or _metrics(run, "baseline").get("splits", {})
+    scores = metrics["evaluate"].get("systems", {}).get("baseline") or metrics["baseline"].get("splits", {})
     return [
         f"{split}: {s['utterances']:,} utterances, {s['words']:,} words, {duration(s['seconds_audio'])}"
         for split, s in scores.items()
@@ -332,16 +347,16 @@ def _parameters(run: Run) -> dict[str, str]:
     return {name: str(value) for name, value in given.items()}
 
 
-def _provenance(run: Run) -> dict[str, str]:
+def _provenance(run: Run, metrics: dict[str, dict]) -> dict[str, str]:
     """When, with which code and on what the run was made, as its last completed step says."""
     markers = [marker for step in PAGES if (marker := run.completed(step))]
     last = markers[-1] if markers else {}
-    benchmark = _metrics(run, "benchmark")
+    benchmark = metrics["benchmark"]
     facts = {
         "finished": last.get("time"),
         "commit": last.get("commit"),
         "versions": ", ".join(f"{name} {number}" for name, number in last.get("versions", {}).items()),
         "timed on": "{device}, {threads} threads, {dtype}".format(**benchmark) if benchmark else None,
-        "base model": _metrics(run, "baseline").get("model"),
+        "base model": metrics["baseline"].get("model"),
     }
     return {name: str(value) for name, value in facts.items() if value}

@@ -2,21 +2,24 @@
 
 import shutil
 import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jiwer
 import numpy as np
 import torch
+from safetensors.torch import load_model
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from asrlib.attention.latent import LatentKV
 from asrlib.data.batches import BucketBatchSampler, CTCCollator, CTCDataset
 from asrlib.data.corpus import Corpus
-from asrlib.evaluation import padding_silenced
 from asrlib.models.families import attention_modules, frame_counts
-from asrlib.runs import read_json, write_json
+from asrlib.models.inference import padding_silenced
+from asrlib.runs import read_json, resolve, write_json
 
 CHECKPOINT_MARKER = ".completed.json"  # Trainer writes a checkpoint file by file: only the marker says it is whole
 
@@ -85,6 +88,9 @@ class CTCTrainer(Trainer):
 
     def __init__(self, *args, settings: TrainingSettings, processor, **kwargs):
         super().__init__(*args, **kwargs)
+        # Trainer takes a forward with **kwargs for one whose loss is divided by the labels of all accumulated
+        # batches. The CTC loss is not: accumulated gradients would be added up instead of averaged.
+        self.model_accepts_loss_kwargs = False
         self.settings = settings
         self.processor = processor
 
@@ -126,27 +132,47 @@ class CTCTrainer(Trainer):
         return output.loss.detach(), ids_BT, inputs["labels"]
 
 
-class FrozenBatchNorm(TrainerCallback):
+@contextmanager
+def frozen_batch_norm(model) -> Iterator[None]:
     """Keeps BatchNorm layers whose weights are frozen in evaluation mode.
 
     Otherwise their running statistics drift towards the fine-tuning batches although nothing of them is
     being trained.
     """
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    frozen = [norm for norm in norms if not norm.weight.requires_grad]
+    for norm in frozen:
+        norm.eval()
+        norm.train = lambda mode=True, norm=norm: norm  # Trainer calls model.train() each step
+    try:
+        yield
+    finally:
+        for norm in frozen:
+            del norm.train
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        for module in model.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
-                module.train = lambda mode=True, module=module: module  # Trainer calls model.train() each step
-                module.training = False
 
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        for module in model.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                module.__dict__.pop("train", None)
+@contextmanager
+def own_precision(model, trainer: Trainer) -> Iterator[None]:
+    """Afterwards `model` computes in its own precision again, whichever it was trained in.
+
+    Trainer leaves autocast wrapped around the forward, and transformers' Conformer keeps its table of positions
+    as it was rounded for the last call.
+    """
+    tables = [(module, name) for module in model.modules() for name in module._non_persistent_buffers_set]
+    unrounded = [getattr(*table) for table in tables]
+    try:
+        yield
+    finally:
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        for table, values in zip(tables, unrounded, strict=True):
+            setattr(*table, values)
 
 
 class CheckpointMarker(TrainerCallback):
-    """Marks a checkpoint whole once every file of it is written, with the seconds spent so far."""
+    """Marks a checkpoint whole once every file of it is written, with the seconds spent so far.
+
+    Only then are those before it removed, but for the best one: a kill finds a whole one at any moment.
+    """
 
     def __init__(self, seconds_before: float):
         self.start = time.perf_counter() - seconds_before
@@ -155,10 +181,22 @@ class CheckpointMarker(TrainerCallback):
     def seconds(self) -> float:
         return time.perf_counter() - self.start
 
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:  # the loss since the last log is in no checkpoint
+            control.should_log = True
+        return control
+
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(folder / CHECKPOINT_MARKER, {"step": state.global_step, "seconds": self.seconds})
+            folder = Path(args.output_dir)
+            facts = {"step": state.global_step, "seconds": self.seconds, "finished": control.should_training_stop}
+            write_json(checkpoint_folder(folder, state.global_step) / CHECKPOINT_MARKER, facts)
+            kept = {checkpoint_folder(folder, step) for step in (state.global_step, state.best_global_step)}
+            remove_checkpoints(folder, kept)
+
+
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    return folder / f"checkpoint-{step}"
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -167,9 +205,10 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
-def remove_checkpoints(folder: Path) -> None:
+def remove_checkpoints(folder: Path, kept: Collection[Path] = ()) -> None:
     """Removes the checkpoints below `folder` (weights and optimizer states); the TensorBoard logs stay."""
-    for checkpoint in folder.glob("checkpoint-*"):
+    for checkpoint in set(folder.glob("checkpoint-*")) - set(kept):
+        (checkpoint / CHECKPOINT_MARKER).unlink(missing_ok=True)  # first: what is half removed is not whole
         shutil.rmtree(checkpoint)
 
 
@@ -184,16 +223,18 @@ def train(
     """Trains `model` in place on CTC and leaves it with the weights of the lowest validation WER.
 
     Checkpoints and TensorBoard logs go to `folder`; called again with the same folder, training resumes
-    after the last whole checkpoint and, on the CPU, ends with the same weights as an undisturbed run.
+    after the last whole checkpoint and, on the CPU, ends with the same weights as an undisturbed run. A relative
+    `folder` starts at the project root.
     Raises ValueError where settings contradict each other or the device, FloatingPointError when the loss
     is not finite.
     """
-    folder = Path(folder)
+    folder = resolve(folder)
     model.config.ctc_zero_infinity = True
     model.config.ctc_loss_reduction = "mean"  # a sum would tie the learning rate to the batch size
     trainable_parameters = select_trainable(model, settings.trainable)
     checkpoint = last_checkpoint(folder)
-    marker = CheckpointMarker(read_json(checkpoint / CHECKPOINT_MARKER)["seconds"] if checkpoint else 0.0)
+    facts = read_json(checkpoint / CHECKPOINT_MARKER) if checkpoint else {"seconds": 0.0, "finished": False}
+    marker = CheckpointMarker(facts["seconds"])
     batches = len(BucketBatchSampler([utterance.seconds for utterance in training], settings.batch_seconds))
     steps_per_epoch = -(-batches // settings.gradient_accumulation)
     trainer = CTCTrainer(
@@ -203,18 +244,21 @@ def train(
         train_dataset=CTCDataset(training, processor),
         eval_dataset=CTCDataset(validation, processor),
         compute_metrics=lambda prediction: {"wer": _word_error_rate(prediction, processor)},
-        callbacks=[
-            marker,
-            FrozenBatchNorm(),
-            EarlyStoppingCallback(early_stopping_patience=settings.patience),
-        ],
+        callbacks=[marker, EarlyStoppingCallback(early_stopping_patience=settings.patience)],
         settings=settings,
         processor=processor,
     )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    state = trainer.state
+    if facts["finished"]:  # killed after its last step: Trainer would go on for another one
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        load_model(model, checkpoint_folder(folder, state.best_global_step) / "model.safetensors")
+    else:
+        remove_checkpoints(folder, {path.parent for path in folder.glob(f"checkpoint-*/{CHECKPOINT_MARKER}")})
+        with frozen_batch_norm(model), own_precision(model, trainer):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        state = trainer.state
+    model.eval()
     return TrainingResult(
-        history=state.log_history,
+        history=[row for row in state.log_history if "loss" in row or "eval_loss" in row],
         seconds=marker.seconds,
         steps=state.global_step,
         best_step=state.best_global_step or state.global_step,
@@ -227,6 +271,8 @@ def train(
 
 def _arguments(folder: Path, settings: TrainingSettings, steps_per_epoch: int, afresh: bool) -> TrainingArguments:
     on_cpu = settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available())
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch finds no CUDA device here: use auto or cpu")
     if settings.precision == "fp16" and on_cpu:
         raise ValueError("precision is fp16, but training runs on the CPU: use bf16 or fp32")
     total_steps = max(1, round(steps_per_epoch * settings.epochs))
@@ -249,7 +295,8 @@ def _arguments(folder: Path, settings: TrainingSettings, steps_per_epoch: int, a
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,  # the best and the last
+        save_total_limit=None,  # CheckpointMarker removes them
+        restore_callback_states_from_checkpoint=True,  # how much patience is left
         load_best_model_at_end=True,
         metric_for_best_model="wer",
         greater_is_better=False,

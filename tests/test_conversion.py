@@ -7,7 +7,6 @@ import torch
 
 from asrlib import analyze_compression_quality, convert, to_standard_attention
 from asrlib.conversion.convert import decompose, factors_of, latent_dim_for
-from asrlib.conversion.factorize import KeyValueSpectrum, factorize
 from asrlib.models.families import attention_modules
 
 WIDTH, LAYERS = tiny.WIDTH, tiny.LAYERS
@@ -74,22 +73,6 @@ def test_a_joint_latent_wider_than_the_rank_is_exact_and_as_wide_as_asked(latent
         assert factors.down_k.shape == (latent_dim, WIDTH) and torch.isfinite(factors.down_k).all()
         np.testing.assert_allclose(factors.key_weight, keys, atol=1e-12)
         np.testing.assert_allclose(factors.value_weight, values, atol=1e-12)
-
-
-def test_both_factors_have_the_same_norm():
-    weights = torch.randn(2, WIDTH, WIDTH, generator=torch.Generator().manual_seed(3))
-    factors = factorize(*weights, 4, 5, "split")
-    assert factors.down_k.dtype == torch.float64
-    assert factors.down_k.norm() == pytest.approx(factors.up_k.norm())
-    assert factors.down_v.norm() == pytest.approx(factors.up_v.norm())
-
-
-@pytest.mark.parametrize("layout", ["joint", "split"])
-def test_weights_of_zero_are_kept_as_zeros(layout):
-    zeros, weights = torch.zeros(WIDTH, WIDTH), torch.randn(WIDTH, WIDTH)
-    factors = KeyValueSpectrum.of(zeros, weights, layout).cut(WIDTH, WIDTH)
-    assert factors.key_weight.abs().max() < 1e-12
-    assert torch.allclose(factors.value_weight, weights.double(), atol=1e-6)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

@@ -160,6 +160,13 @@ def test_progress_bars_and_widgets_leave_no_litter(tmp_path):
     assert "HBox" not in soup.text and "widget" not in soup.main.text
 
 
+def test_a_bar_whose_cursor_moves_were_lost_is_shown_once(tmp_path):
+    bars = "a:   0%| | 0/2\na:  50%|# | 1/2\na: 100%|##| 2/2\na:  50%|# | 1/2\nb:   0%| | 0/9\nan error\n"
+    soup = render(tmp_path, new_code_cell("", outputs=[new_output("stream", name="stderr", text=bars)]))
+    shown = soup.select_one("details.log pre").text.split("\n")
+    assert shown == ["a: 100%|##| 2/2", "a:  50%|# | 1/2", "b:   0%| | 0/9", "an error"]
+
+
 @pytest.mark.parametrize(
     ("written", "seen"),
     [
@@ -284,6 +291,7 @@ def paired(p=None, interval=None):
 
 
 CONVERTED = {name: SCORES[name] for name in ("baseline", "converted")}
+BETTER = SCORES | {"finetuned": {"test-clean": score(0.03, 0.02, 0.04)}}
 APART = SCORES | {"finetuned": {"test-clean": score(0.09, 0.08, 0.1)}}
 
 
@@ -299,9 +307,10 @@ APART = SCORES | {"finetuned": {"test-clean": score(0.09, 0.08, 0.1)}}
         ),
         (
             {"paired": paired(0.001)},
-            "; a significant difference in the paired bootstrap, p = 0.001)",
+            "; significantly worse in the paired bootstrap, p = 0.001)",
             "no significant",
         ),
+        ({"paired": paired(0.01), "scores": BETTER}, "; significantly better in the paired bootstrap,", "worse"),
         ({"paired": paired(0.0001)}, "p < 0.001)", "no significant"),
         (
             {"paired": paired(None, [-0.01, 0.02])},
@@ -310,7 +319,7 @@ APART = SCORES | {"finetuned": {"test-clean": score(0.09, 0.08, 0.1)}}
         ),
         (
             {"paired": paired(None, [0.01, 0.02])},
-            "a significant difference in the paired bootstrap)",
+            "significantly worse in the paired bootstrap)",
             "no significant",
         ),
         ({}, "they overlap)", "significant"),
@@ -412,7 +421,8 @@ def test_bars_show_the_values_and_their_intervals(run):
 
 def test_a_saved_figure_keeps_its_description_and_appears_whole(tmp_path, run):
     figure = figures.wer_bars(report.comparison_table(fill(run)))
-    path = report.save_figure(figure, tmp_path / "figures" / "wer.png")
+    path = tmp_path / "figures" / "wer.png"
+    report.save_figure(figure, path)
     with Image.open(path) as image:
         assert image.info["Description"] == figure.get_label() and image.width > 1000
     assert Markup.escape(figure.get_label()) in html.figure_html(path)
@@ -477,6 +487,21 @@ def test_index_of_a_run_half_done(run):
     assert [link["href"] for link in soup.select("nav.pages a")] == ["index.html", "00_baseline.html"]
     assert len(soup.select("figure img")) == 1
     assert "--set seed=1" in soup.select_one("dl.facts").text
+
+
+def test_index_forgets_what_is_out_of_date(run):
+    report.write_comparison(fill(run))
+    run.write_metrics("baseline", {"model": "m", "splits": SCORES["baseline"]})
+    for step in html.PAGES:
+        (run.path / f"{step}.html").touch()
+        complete(run, step, seconds=1.0)
+    for step in list(html.PAGES)[1:]:  # they are to run again
+        run.mark_started(step, "changed")
+    soup = index_of(run)
+    assert "no converted model has been evaluated yet" in soup.select_one(".lead").text
+    assert [link["href"] for link in soup.select("ol.steps a, .muted a")] == ["00_baseline.html"]
+    assert len(soup.select("figure img")) == 1 and "tuned" not in soup.select_one("figure img")["alt"]
+    assert "4.55" not in soup.main.text
 
 
 def test_index_of_a_run_not_begun(run):

@@ -8,8 +8,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from asrlib.attention.latent import LatentKV, check_latent_dim, split_ranks
-from asrlib.conversion.factorize import METHODS, Factors, KeyValueSpectrum
+from asrlib.conversion.factorize import METHODS, Decomposition, Factors, LayerWeights, decompose_layer
+from asrlib.conversion.statistics import LayerStatistics
 from asrlib.models.families import attention_modules, family_of, is_latent
+
+Candidates = tuple[Decomposition, ...]  # of one layer
+BALANCES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the values' error against the keys', from which a layer chooses
 
 
 def latent_dim_for(cache_cut: float, hidden_size: int) -> int:
@@ -29,18 +33,44 @@ def latent_dim_for(cache_cut: float, hidden_size: int) -> int:
     return latent_dim
 
 
-def decompose(model: PreTrainedModel, layout: str = "joint") -> list[KeyValueSpectrum]:
-    """The singular value decomposition of every layer's key and value projections, first layer first.
+def decompose(
+    model: PreTrainedModel,
+    layout: str = "joint",
+    method: str = "svd",
+    statistics: list[LayerStatistics] | None = None,
+) -> list[Candidates]:
+    """The decompositions of every layer's key and value projections, first layer first.
 
-    Computed once, it can be cut at many widths (`convert(..., decomposition=...)`).
+    Computed once, they can be cut at many widths (`convert(..., decomposition=...)`). A layer has one, except for
+    `two_sided` and a joint latent: there the keys' error can be weighed against the values' in several ways, and
+    `convert` takes what is best at its width. Raises ValueError where the layout or the method is impossible.
     """
+    _check_convertible(model, layout, method)
+    layers = tqdm(range(model.config.num_hidden_layers), desc="decomposing", unit="layer", leave=False)
+    return [_candidates(model, index, layout, method, statistics) for index in layers]
+
+
+def _candidates(model, index: int, layout: str, method: str, statistics: list[LayerStatistics] | None) -> Candidates:
+    attention = attention_modules(model)[index]
+    weights = LayerWeights(
+        key=attention.linear_k.weight.detach().cpu(),
+        value=attention.linear_v.weight.detach().cpu(),
+        output=attention.linear_out.weight.detach().cpu(),
+        key_bias=attention.linear_k.bias.detach().cpu(),
+        value_bias=attention.linear_v.bias.detach().cpu(),
+        heads=attention.num_heads,
+    )
+    moments = statistics[index].moments() if statistics else None
+    balances = BALANCES if method == "two_sided" and layout == "joint" else (1.0,)
+    return tuple(decompose_layer(weights, layout, method, moments, balance) for balance in balances)
+
+
+def _check_convertible(model: PreTrainedModel, layout: str, method: str) -> None:
     if is_latent(model.config):
-        raise ValueError(f"the model is latent already ({model.config.model_type}): decompose the one it came from")
+        raise ValueError(f"the model is latent already ({model.config.model_type}): convert the one it came from")
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}: choose one of {', '.join(METHODS)}")
     family_of(model.config).check_layout(model.config, layout)
-    return [
-        KeyValueSpectrum.of(attention.linear_k.weight.detach(), attention.linear_v.weight.detach(), layout)
-        for attention in tqdm(attention_modules(model), desc="decomposing", unit="layer", leave=False)
-    ]
 
 
 def convert(
@@ -49,25 +79,23 @@ def convert(
     cache_cut: float | None = None,
     layout: str = "joint",
     method: str = "svd",
-    decomposition: list[KeyValueSpectrum] | None = None,
+    statistics: list[LayerStatistics] | None = None,
+    decomposition: list[Candidates] | None = None,
 ) -> PreTrainedModel:
     """The latent twin of `model`, on the CPU, in evaluation mode.
 
     `latent_dim` is the width of what is cached per frame and layer, one number or one a layer; `cache_cut`
     gives a share to save instead. A joint latent as wide as the model is exact, and so is a split one of
-    twice that width. Raises ValueError where the width, the layout or the method is impossible.
+    twice that width. `statistics` (of `collect_statistics`) are what the methods `whitened` and `two_sided` weigh
+    errors by; what each method minimises stands in factorize.py. Raises ValueError where the width, the layout or the
+    method is impossible.
     """
-    if is_latent(model.config):
-        raise ValueError(f"the model is latent already ({model.config.model_type}): convert the one it came from")
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}: choose one of {', '.join(METHODS)}")
+    _check_convertible(model, layout, method)
     family, width = family_of(model.config), model.config.hidden_size
-    family.check_layout(model.config, layout)
     ranks = _one_a_layer(latent_dim, cache_cut, width, model.config.num_hidden_layers)
     for rank in ranks:
         check_latent_dim(rank, width, layout)
-    decomposition = decomposition or decompose(model, layout)
-    if any(spectrum.layout != layout for spectrum in decomposition):
+    if decomposition and any(one.layout != layout for candidates in decomposition for one in candidates):
         raise ValueError(f"layout is {layout}, but the decomposition was made for the other one: decompose again")
 
     settings = {key: value for key, value in model.config.to_dict().items() if key != "model_type"}
@@ -76,9 +104,12 @@ def convert(
     latent.set_attn_implementation(model.config._attn_implementation)  # no part of the config's dict
     replaced = latent.load_state_dict(model.state_dict(), strict=False)
     _check_replaced(replaced.missing_keys, replaced.unexpected_keys)
-    for ours, theirs, spectrum in zip(attention_modules(latent), attention_modules(model), decomposition, strict=True):
-        _fill(ours.latent_kv, spectrum, theirs.linear_k.bias, theirs.linear_v.bias)
-    return latent.eval()
+    latent.eval()
+    pairs = list(zip(attention_modules(latent), attention_modules(model), strict=True))
+    for index, (ours, theirs) in enumerate(tqdm(pairs, desc="converting", unit="layer", leave=False)):
+        candidates = decomposition[index] if decomposition else _candidates(model, index, layout, method, statistics)
+        _fill_best(ours, theirs, candidates, ranks[index], statistics[index] if statistics else None)
+    return latent
 
 
 def to_standard_attention(latent: PreTrainedModel) -> PreTrainedModel:
@@ -107,7 +138,8 @@ def factors_of(layer: LatentKV) -> Factors:
     joint = layer.layout == "joint"
     down_k, down_v = (layer.down, layer.down) if joint else (layer.down_k, layer.down_v)
     weights = (down_k.weight, down_v.weight, layer.up_k.weight, layer.up_v.weight)
-    return Factors(*(weight.detach().double().cpu() for weight in weights))
+    biases = (layer.up_k.bias, layer.up_v.bias)
+    return Factors(*(tensor.detach().double().cpu() for tensor in (*weights, *biases)))
 
 
 def _one_a_layer(latent_dim, cache_cut: float | None, width: int, layers: int) -> list[int]:
@@ -133,9 +165,23 @@ def _check_replaced(latent_keys: list[str], standard_keys: list[str]) -> None:
 
 
 @torch.no_grad()
-def _fill(layer: LatentKV, spectrum: KeyValueSpectrum, key_bias: torch.Tensor, value_bias: torch.Tensor) -> None:
-    rank = layer.up_k.in_features + layer.up_v.in_features if layer.layout == "split" else layer.up_k.in_features
-    factors = spectrum.cut(*(split_ranks(rank) if layer.layout == "split" else (rank, rank)))
+def _fill_best(ours, theirs, candidates: Candidates, latent_dim: int, statistics: LayerStatistics | None) -> None:
+    """Gives `ours` the candidate whose attention output on calibration speech is nearest to that of `theirs`."""
+    ranks = split_ranks(latent_dim) if candidates[0].layout == "split" else (latent_dim, latent_dim)
+    factors = [one.cut(*ranks) for one in candidates]
+    if len(candidates) > 1:
+        kept_BT, arguments = statistics.sample
+        wanted = theirs(**arguments)[0][kept_BT]
+        errors = []
+        for one in factors:
+            _fill(ours.latent_kv, one)
+            errors.append((ours(**arguments)[0][kept_BT] - wanted).norm().item())
+        factors = [factors[errors.index(min(errors))]]
+    _fill(ours.latent_kv, factors[0])
+
+
+@torch.no_grad()
+def _fill(layer: LatentKV, factors: Factors) -> None:
     if layer.layout == "joint":
         layer.down.weight.copy_(factors.down_k)
     else:
@@ -144,5 +190,5 @@ def _fill(layer: LatentKV, spectrum: KeyValueSpectrum, key_bias: torch.Tensor, v
     layer.up_k.weight.copy_(factors.up_k)
     layer.up_v.weight.copy_(factors.up_v)
     # Softmax cancels b_k, which shifts all scores of a row alike; it is kept so that keys stay comparable.
-    layer.up_k.bias.copy_(key_bias)
-    layer.up_v.bias.copy_(value_bias)
+    layer.up_k.bias.copy_(factors.key_bias)
+    layer.up_v.bias.copy_(factors.value_bias)
