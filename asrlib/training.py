@@ -202,12 +202,17 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint below `folder`, or None."""
     whole = [path.parent for path in folder.glob(f"checkpoint-*/{CHECKPOINT_MARKER}")]
-    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    return max(whole, key=_step_of, default=None)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 def remove_checkpoints(folder: Path, kept: Collection[Path] = ()) -> None:
     """Removes the checkpoints below `folder` (weights and optimizer states); the TensorBoard logs stay."""
-    for checkpoint in set(folder.glob("checkpoint-*")) - set(kept):
+    removed = set(folder.glob("checkpoint-*")) - set(kept)
+    for checkpoint in sorted(removed, key=_step_of, reverse=True):  # the last needs the best, not the other way round
         (checkpoint / CHECKPOINT_MARKER).unlink(missing_ok=True)  # first: what is half removed is not whole
         shutil.rmtree(checkpoint)
 
@@ -252,7 +257,6 @@ def train(
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         load_model(model, checkpoint_folder(folder, state.best_global_step) / "model.safetensors")
     else:
-        remove_checkpoints(folder, {path.parent for path in folder.glob(f"checkpoint-*/{CHECKPOINT_MARKER}")})
         with frozen_batch_norm(model), own_precision(model, trainer):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.state

@@ -38,7 +38,7 @@ def inputs_alone(model, corpus) -> list[torch.Tensor]:
 
 def test_they_are_those_of_every_utterance_alone(model, statistics):
     for layer, module, x_ND in zip(
-        statistics, attention_modules(model), inputs_alone(model, tiny.corpus(12)), strict=True
+        statistics.layers, attention_modules(model), inputs_alone(model, tiny.corpus(12)), strict=True
     ):
         assert layer.frames == len(x_ND)
         torch.testing.assert_close(layer.total, x_ND.sum(0), atol=1e-3, rtol=1e-4)
@@ -52,14 +52,14 @@ def test_they_are_those_of_every_utterance_alone(model, statistics):
 
 def test_the_size_of_a_batch_changes_nothing(model, statistics):
     alone = collect_statistics(model, new_processor(), tiny.corpus(12), batch_seconds=0.01)
-    for ours, theirs in zip(statistics, alone, strict=True):
+    for ours, theirs in zip(statistics.layers, alone.layers, strict=True):
         assert ours.frames == theirs.frames
         torch.testing.assert_close(ours.products, theirs.products, atol=1e-3, rtol=1e-4)
 
 
 def test_the_covariance_is_around_the_mean_and_hardly_shrunk(model, statistics):
     x_ND = inputs_alone(model, tiny.corpus(12))[1]
-    moments = statistics[1].moments()
+    moments = statistics.layers[1].moments()
     torch.testing.assert_close(moments.mean, x_ND.mean(0), atol=1e-4, rtol=1e-4)
     expected = torch.cov(x_ND.T, correction=0)
     assert (moments.covariance - expected).norm() < 1e-3 * expected.norm()
@@ -85,7 +85,7 @@ def test_too_little_speech_is_refused_and_little_warned_of():
 
 def test_only_as_much_speech_as_asked_is_taken(model):
     some = collect_statistics(model, new_processor(), tiny.corpus(40), max_seconds=7.0)
-    assert 4.0 < some[0].frames / 50 < 7.5
+    assert 4.0 < some.frames / 50 < 7.5
 
 
 def test_two_sided_takes_the_balance_that_serves_the_output_best(model, statistics):

@@ -9,8 +9,10 @@ from transformers import PreTrainedModel
 
 from asrlib.attention.latent import LatentKV, check_latent_dim, split_ranks
 from asrlib.conversion.factorize import METHODS, Decomposition, Factors, LayerWeights, decompose_layer
-from asrlib.conversion.statistics import LayerStatistics
-from asrlib.models.families import attention_modules, family_of, is_latent
+from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity
+from asrlib.conversion.statistics import LayerStatistics, Statistics
+from asrlib.models.families import attention_modules, family_of, frame_counts, is_latent
+from asrlib.models.inference import inference, padding_silenced
 
 Candidates = tuple[Decomposition, ...]  # of one layer
 BALANCES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the values' error against the keys', from which a layer chooses
@@ -37,7 +39,7 @@ def decompose(
     model: PreTrainedModel,
     layout: str = "joint",
     method: str = "svd",
-    statistics: list[LayerStatistics] | None = None,
+    statistics: Statistics | None = None,
 ) -> list[Candidates]:
     """The decompositions of every layer's key and value projections, first layer first.
 
@@ -50,7 +52,7 @@ def decompose(
     return [_candidates(model, index, layout, method, statistics) for index in layers]
 
 
-def _candidates(model, index: int, layout: str, method: str, statistics: list[LayerStatistics] | None) -> Candidates:
+def _candidates(model, index: int, layout: str, method: str, statistics: Statistics | None) -> Candidates:
     attention = attention_modules(model)[index]
     weights = LayerWeights(
         key=attention.linear_k.weight.detach().cpu(),
@@ -60,7 +62,7 @@ def _candidates(model, index: int, layout: str, method: str, statistics: list[La
         value_bias=attention.linear_v.bias.detach().cpu(),
         heads=attention.num_heads,
     )
-    moments = statistics[index].moments() if statistics else None
+    moments = statistics.layers[index].moments() if statistics else None
     balances = BALANCES if method == "two_sided" and layout == "joint" else (1.0,)
     return tuple(decompose_layer(weights, layout, method, moments, balance) for balance in balances)
 
@@ -79,27 +81,37 @@ def convert(
     cache_cut: float | None = None,
     layout: str = "joint",
     method: str = "svd",
-    statistics: list[LayerStatistics] | None = None,
+    ranks: str = "uniform",
+    rank_multiple: int = 1,
+    statistics: Statistics | None = None,
     decomposition: list[Candidates] | None = None,
 ) -> PreTrainedModel:
     """The latent twin of `model`, on the CPU, in evaluation mode.
 
     `latent_dim` is the width of what is cached per frame and layer, one number or one a layer; `cache_cut`
-    gives a share to save instead. A joint latent as wide as the model is exact, and so is a split one of
+    gives a share to save instead. `ranks` says how that budget is spent over layers (uniform, energy, sensitivity: see
+    ranks.py), in multiples of `rank_multiple`. A joint latent as wide as the model is exact, and so is a split one of
     twice that width. `statistics` (of `collect_statistics`) are what the methods `whitened` and `two_sided` weigh
     errors by; what each method minimises stands in factorize.py. Raises ValueError where the width, the layout or the
     method is impossible.
     """
     _check_convertible(model, layout, method)
     family, width = family_of(model.config), model.config.hidden_size
-    ranks = _one_a_layer(latent_dim, cache_cut, width, model.config.num_hidden_layers)
-    for rank in ranks:
-        check_latent_dim(rank, width, layout)
     if decomposition and any(one.layout != layout for candidates in decomposition for one in candidates):
         raise ValueError(f"layout is {layout}, but the decomposition was made for the other one: decompose again")
+    if ranks not in RANKS:
+        raise ValueError(f"ranks is {ranks!r}: choose one of {', '.join(RANKS)}")
+    widths = _one_a_layer(latent_dim, cache_cut, width, model.config.num_hidden_layers)
+    for one in widths:
+        check_latent_dim(one, width, layout)
+    if ranks == "uniform":
+        widths = [max(1, one // rank_multiple * rank_multiple) for one in widths]
+    else:
+        decomposition = decomposition or decompose(model, layout, method, statistics)
+        widths = _spend(model, widths, layout, ranks, rank_multiple, statistics, decomposition)
 
     settings = {key: value for key, value in model.config.to_dict().items() if key != "model_type"}
-    config = family.latent_config(**settings, latent_dim=ranks, latent_layout=layout)
+    config = family.latent_config(**settings, latent_dim=widths, latent_layout=layout)
     latent = family.latent_model(config).to(model.dtype)
     latent.set_attn_implementation(model.config._attn_implementation)  # no part of the config's dict
     replaced = latent.load_state_dict(model.state_dict(), strict=False)
@@ -108,8 +120,77 @@ def convert(
     pairs = list(zip(attention_modules(latent), attention_modules(model), strict=True))
     for index, (ours, theirs) in enumerate(tqdm(pairs, desc="converting", unit="layer", leave=False)):
         candidates = decomposition[index] if decomposition else _candidates(model, index, layout, method, statistics)
-        _fill_best(ours, theirs, candidates, ranks[index], statistics[index] if statistics else None)
+        _fill_best(ours, theirs, candidates, widths[index], statistics.layers[index] if statistics else None)
     return latent
+
+
+def _spend(model, widths, layout, ranks, multiple, statistics, decomposition) -> list[int]:
+    """One latent width a layer, with the sum of `widths` as the budget; see ranks.py."""
+    if len(set(widths)) > 1:
+        raise ValueError(f"latent_dim gives every layer its own width already: ranks={ranks!r} has nothing to spend")
+    least = 2 if layout == "split" else 1
+    if ranks == "energy":
+        return energy([candidates[0] for candidates in decomposition], widths[0], multiple, least)
+    if statistics is None:
+        raise ValueError("ranks='sensitivity' needs statistics of calibration speech: see asrlib.collect_statistics")
+    costs = measure_sensitivity(model, layout, statistics, decomposition)
+    return sensitivity(costs, widths[0], exact_latent_dim(model.config, layout), multiple, least)
+
+
+def exact_latent_dim(config, layout: str) -> int:
+    """The width from which on a latent loses nothing."""
+    return config.hidden_size if layout == "joint" else 2 * config.hidden_size
+
+
+@torch.no_grad()
+def measure_sensitivity(
+    model: PreTrainedModel, layout: str, statistics: Statistics, decomposition: list[Candidates]
+) -> list[dict[int, float]]:
+    """For every layer, {latent width: KL divergence per frame of the CTC output when that layer alone is cut}."""
+    exact = exact_latent_dim(model.config, layout)
+    probe = convert(model, exact, layout=layout, statistics=statistics, decomposition=decomposition)
+    frames_B = frame_counts(model, statistics.inputs["attention_mask"].sum(-1))
+    inputs = statistics.inputs | {"input_values": statistics.inputs["input_values"].to(model.dtype)}
+
+    def log_posteriors(any_model) -> torch.Tensor:
+        with inference(any_model, device=torch.device("cpu")), padding_silenced(any_model, frames_B):
+            logits_BTV = any_model(**inputs).logits.float()
+        return torch.cat([rows[:count] for rows, count in zip(logits_BTV, frames_B.tolist(), strict=True)]).log_softmax(
+            -1
+        )
+
+    wanted = log_posteriors(model)
+    probed = sorted({max(2, round(share * exact)) for share in PROBED_SHARES})
+    costs = []
+    for attention, candidates in zip(
+        tqdm(attention_modules(probe), desc="probing", unit="layer", leave=False), decomposition, strict=True
+    ):
+        cost = {}
+        for width in probed:
+            _fill(attention.latent_kv, _widened(candidates[len(candidates) // 2], width, layout, exact))
+            ours = log_posteriors(probe)
+            cost[width] = torch.nn.functional.kl_div(ours, wanted, log_target=True, reduction="batchmean").item()
+        _fill(attention.latent_kv, _widened(candidates[0], exact, layout, exact))
+        costs.append(cost)
+    return costs
+
+
+def _widened(decomposition: Decomposition, latent_dim: int, layout: str, exact: int) -> Factors:
+    """The factors of a narrow latent, with zeros for a layer as wide as `exact`."""
+    cut, full = (
+        decomposition.cut(*(split_ranks(width) if layout == "split" else (width, width)))
+        for width in (latent_dim, exact)
+    )
+    pad = torch.nn.functional.pad
+    missing_k, missing_v = (len(b) - len(a) for a, b in ((cut.down_k, full.down_k), (cut.down_v, full.down_v)))
+    return Factors(
+        pad(cut.down_k, (0, 0, 0, missing_k)),
+        pad(cut.down_v, (0, 0, 0, missing_v)),
+        pad(cut.up_k, (0, missing_k)),
+        pad(cut.up_v, (0, missing_v)),
+        cut.key_bias,
+        cut.value_bias,
+    )
 
 
 def to_standard_attention(latent: PreTrainedModel) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from asrlib.conversion.factorize import Moments
 from asrlib.data.batches import BucketBatchSampler, CTCCollator, CTCDataset
-from asrlib.data.corpus import Corpus
+from asrlib.data.corpus import SAMPLE_RATE, Corpus
 from asrlib.models.families import attention_modules, frame_counts
 from asrlib.models.inference import choose_device, inference, padding_silenced
 
@@ -42,10 +42,22 @@ class LayerStatistics:
         floor = shrinkage * torch.trace(covariance) / width
         return Moments(mean, covariance + floor * torch.eye(width, dtype=torch.float64), self.queries / self.frames)
 
+
+@dataclass(frozen=True)
+class Statistics:
+    """One `LayerStatistics` a layer, and a batch of the speech they come from to try things on."""
+
+    layers: list[LayerStatistics]
+    inputs: dict[str, torch.Tensor] = field(repr=False)  # input_values, attention_mask [B, S]
+
     @property
-    def condition_number(self) -> float:
-        """Largest over smallest eigenvalue of the shrunk covariance."""
-        return torch.linalg.cond(self.moments().covariance).item()
+    def frames(self) -> int:
+        return self.layers[0].frames
+
+    @property
+    def condition_numbers(self) -> list[float]:
+        """Of each layer's covariance: largest over smallest eigenvalue."""
+        return [torch.linalg.cond(layer.moments().covariance).item() for layer in self.layers]
 
 
 def collect_statistics(
@@ -55,7 +67,7 @@ def collect_statistics(
     max_seconds: float = 600.0,
     batch_seconds: float = 60.0,
     device: str | None = None,
-) -> list[LayerStatistics]:
+) -> Statistics:
     """Statistics of every attention layer of `model` over about `max_seconds` of `corpus`, first layer first.
 
     Take the training split. Raises ValueError for a test split or for fewer frames than the model is wide; warns where
@@ -64,12 +76,12 @@ def collect_statistics(
     if "test" in corpus.split:
         raise ValueError(f"calibration on {corpus.split!r} would spoil the test: give a training split")
     device = choose_device(device, model)
-    share = min(1.0, max_seconds / max(corpus.seconds, 1e-9))
-    corpus = corpus.sample(max(1, int(share * len(corpus))))
+    corpus = corpus.excerpt(max_seconds)
     modules = attention_modules(model)
     layers = [_empty(module) for module in modules]
     sampler = BucketBatchSampler([u.seconds for u in corpus], batch_seconds, shuffle=False)
     loader = DataLoader(CTCDataset(corpus, processor), batch_sampler=sampler, collate_fn=CTCCollator(processor))
+    inputs: dict[str, torch.Tensor] = {}
     kept_BT: torch.Tensor  # of the batch at hand: which frames are no padding
 
     def watch(module, args, kwargs, layer):
@@ -85,6 +97,8 @@ def collect_statistics(
         with inference(model, device=device):
             for batch in tqdm(loader, desc="collecting statistics", unit="batch", leave=False):
                 mask_BS = batch["attention_mask"].to(device)
+                rows = _sample_rows(batch["input_values"].shape[1] / SAMPLE_RATE)
+                inputs = inputs or {name: batch[name][:rows] for name in ("input_values", "attention_mask")}
                 frames_B = frame_counts(model, mask_BS.sum(-1))
                 kept_BT = torch.arange(int(frames_B.max()), device=device) < frames_B[:, None]
                 with padding_silenced(model, frames_B):
@@ -93,7 +107,11 @@ def collect_statistics(
         for hook in hooks:
             hook.remove()
     _check_amount(layers[0], model.config)
-    return layers
+    return Statistics(layers, inputs)
+
+
+def _sample_rows(seconds: float) -> int:
+    return max(1, int(SAMPLE_SECONDS / seconds))
 
 
 def _empty(module) -> LayerStatistics:
@@ -122,7 +140,7 @@ def _accumulate(layer: LayerStatistics, module, x_BTD: torch.Tensor, kept_BT: to
     layer.products += (x_ND.T @ x_ND).cpu()
     layer.queries += torch.einsum("nhi,nhj->hij", queries_NHE, queries_NHE).cpu()
     if layer.sample is None:
-        rows = max(1, int(SAMPLE_SECONDS * 50 / x_BTD.shape[1]))
+        rows = _sample_rows(x_BTD.shape[1] / 50)
         sample = {
             name: value[:rows] if torch.is_tensor(value) and len(value) == len(x_BTD) else value
             for name, value in kwargs.items()

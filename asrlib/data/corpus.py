@@ -5,7 +5,9 @@ its reason. Opening reads headers only; audio is decoded when `Utterance.audio()
 16 kHz mono, so a corpus of a hundred hours costs a few megabytes until it is used.
 """
 
+import bisect
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -94,8 +96,17 @@ class Corpus(Sequence[Utterance]):
             return self
         if n < 1:
             raise ValueError(f"a sample needs at least one utterance, not {n}; None means all")
-        chosen = set(sorted(range(len(self)), key=lambda i: _digest(f"{seed} {self[i].id}"))[:n])
+        chosen = set(self._shuffled(seed)[:n])
         return replace(self, utterances=tuple(u for i, u in enumerate(self) if i in chosen))
+
+    def excerpt(self, seconds: float, seed: int = 0) -> "Corpus":
+        """As many utterances as last `seconds` together, at least one; chosen as `sample` chooses."""
+        order = self._shuffled(seed)
+        total = list(itertools.accumulate(self[i].seconds for i in order))
+        return self.sample(max(1, bisect.bisect_right(total, seconds)), seed) if order else self
+
+    def _shuffled(self, seed: int) -> list[int]:
+        return sorted(range(len(self)), key=lambda i: _digest(f"{seed} {self[i].id}"))
 
     def usable(self, processor, frames: Callable[[int], int], check_audio: bool = True) -> "Corpus":
         """The corpus without the rows that a CTC model with this processor cannot be trained or scored on.
@@ -167,12 +178,17 @@ def open_usable(
     samples: int | None = None,
     seed: int = 0,
     rejected: Path | None = None,
+    seconds: float | None = None,
 ) -> Corpus:
     """What every notebook begins with: open a split, take a sample of it, drop what this model cannot use.
 
-    `frames`: samples → encoder frames. `rejected`: a folder for SPLIT.jsonl, the rows dropped and why.
+    `frames`: samples → encoder frames. `samples` and `seconds` bound the sample. `rejected`: a folder for SPLIT.jsonl,
+    the rows dropped and why.
     """
-    corpus = open_corpus(source, split).sample(samples, seed).usable(processor, frames)
+    corpus = open_corpus(source, split).sample(samples, seed)
+    if seconds is not None:
+        corpus = corpus.excerpt(seconds, seed)
+    corpus = corpus.usable(processor, frames)
     if rejected is not None:
         corpus.write_rejected(rejected / f"{split}.jsonl")
     return corpus
