@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_model
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, ProgressCallback
 
 from asrlib.attention.latent import LatentKV
 from asrlib.data.batches import BucketBatchSampler, CTCCollator, CTCDataset
@@ -39,6 +40,9 @@ class TrainingSettings:
     gradient_checkpointing: bool = False
     evaluations_per_epoch: int = 1  # each is followed by a checkpoint
     patience: int = 3  # evaluations without a lower WER before stopping
+    ctc_weight: float = 1.0  # of the CTC loss; 0 learns from a teacher alone
+    kl_weight: float = 0.0  # of the KL divergence from a teacher's CTC posteriors, nats per frame
+    hidden_weight: float = 0.0  # of the squared error of each layer's output, relative to the teacher's
     precision: str = "fp32"  # fp32 | bf16 | fp16
     device: str = "auto"  # auto | cpu | cuda
     seed: int = 0
@@ -84,15 +88,16 @@ def select_trainable(model, which: str) -> int:
 
 
 class CTCTrainer(Trainer):
-    """Trainer with batches bounded by seconds of audio and greedy transcripts as predictions."""
+    """Trainer with batches bounded by seconds of audio, greedy transcripts as predictions, and a teacher."""
 
-    def __init__(self, *args, settings: TrainingSettings, processor, **kwargs):
+    def __init__(self, *args, settings: TrainingSettings, processor, teacher=None, **kwargs):
         super().__init__(*args, **kwargs)
         # Trainer takes a forward with **kwargs for one whose loss is divided by the labels of all accumulated
         # batches. The CTC loss is not: accumulated gradients would be added up instead of averaged.
         self.model_accepts_loss_kwargs = False
         self.settings = settings
         self.processor = processor
+        self.teacher = teacher and teacher.to(self.args.device).eval().requires_grad_(False)
 
     def _loader(self, dataset: CTCDataset, shuffle: bool) -> DataLoader:
         seconds = [utterance.seconds for utterance in dataset.corpus]
@@ -112,6 +117,25 @@ class CTCTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         return self._loader(eval_dataset or self.eval_dataset, shuffle=False)
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.teacher is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with torch.no_grad():
+            heard = {name: inputs[name] for name in ("input_values", "attention_mask")}
+            theirs = self.teacher(**heard, output_hidden_states=True)
+        ours = model(**inputs, output_hidden_states=True)
+        frames_B = frame_counts(self.teacher, inputs["attention_mask"].sum(-1))
+        kept_BT = torch.arange(ours.logits.shape[1], device=ours.logits.device) < frames_B[:, None]
+        layers = [
+            relative_squared_error(a[kept_BT], b[kept_BT])
+            for a, b in zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True)
+        ]
+        settings = self.settings
+        loss = settings.ctc_weight * ours.loss
+        loss = loss + settings.kl_weight * posterior_divergence(ours.logits[kept_BT], theirs.logits[kept_BT])
+        loss = loss + settings.hidden_weight * sum(layers) / len(layers)
+        return (loss, ours) if return_outputs else loss
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
@@ -130,6 +154,24 @@ class CTCTrainer(Trainer):
         beyond_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) >= frames_B[:, None]
         ids_BT = ids_BT.masked_fill(beyond_BT, self.processor.tokenizer.pad_token_id)  # the CTC blank
         return output.loss.detach(), ids_BT, inputs["labels"]
+
+
+def posterior_divergence(logits_NV: torch.Tensor, teacher_NV: torch.Tensor) -> torch.Tensor:
+    """KL(teacher ‖ student) of the posteriors over N frames, nats per frame (Hinton et al. 2015, temperature 1)."""
+    ours, theirs = (values.float().log_softmax(-1) for values in (logits_NV, teacher_NV))
+    return torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+
+
+def relative_squared_error(ours_ND: torch.Tensor, theirs_ND: torch.Tensor) -> torch.Tensor:
+    """‖ours − theirs‖² / ‖theirs‖²: 1 where nothing of the teacher's is left, at any layer's scale."""
+    return (ours_ND.float() - theirs_ND.float()).square().sum() / theirs_ND.float().square().sum()
+
+
+class Progress(ProgressCallback):
+    """A progress bar, and nothing else: the losses are in the history, and in TensorBoard."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        pass
 
 
 @contextmanager
@@ -224,16 +266,24 @@ def train(
     validation: Corpus,
     folder: str | Path,
     settings: TrainingSettings = TrainingSettings(),
+    teacher=None,
 ) -> TrainingResult:
     """Trains `model` in place on CTC and leaves it with the weights of the lowest validation WER.
 
     Checkpoints and TensorBoard logs go to `folder`; called again with the same folder, training resumes
     after the last whole checkpoint and, on the CPU, ends with the same weights as an undisturbed run. A relative
-    `folder` starts at the project root.
+    `folder` starts at the project root. A `teacher` is a model with the same layers and vocabulary, usually the one
+    that `model` was converted from; `settings` weigh what is learnt from it.
     Raises ValueError where settings contradict each other or the device, FloatingPointError when the loss
     is not finite.
     """
     folder = resolve(folder)
+    if not (settings.ctc_weight or settings.kl_weight or settings.hidden_weight):
+        raise ValueError("ctc_weight, kl_weight and hidden_weight are all 0: there is nothing to learn from")
+    if not (settings.kl_weight or settings.hidden_weight):
+        teacher = None
+    elif teacher is None:
+        raise ValueError("kl_weight and hidden_weight weigh what is learnt from a teacher, and none was given")
     model.config.ctc_zero_infinity = True
     model.config.ctc_loss_reduction = "mean"  # a sum would tie the learning rate to the batch size
     trainable_parameters = select_trainable(model, settings.trainable)
@@ -252,7 +302,10 @@ def train(
         callbacks=[marker, EarlyStoppingCallback(early_stopping_patience=settings.patience)],
         settings=settings,
         processor=processor,
+        teacher=teacher,
     )
+    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
+    trainer.add_callback(Progress)
     if facts["finished"]:  # killed after its last step: Trainer would go on for another one
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         load_model(model, checkpoint_folder(folder, state.best_global_step) / "model.safetensors")

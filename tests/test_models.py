@@ -166,7 +166,7 @@ def test_a_config_without_widths_is_the_uncompressed_floor(layout):
 
 
 def test_rotary_positions_and_a_joint_latent_exclude_each_other():
-    with pytest.raises(ValueError, match="rotary positions .* one joint latent cannot serve both: use layout: split"):
+    with pytest.raises(ValueError, match=r"rotary positions .* one joint latent cannot serve both: use layout: split"):
         convert(tiny.conformer("rotary"), 8, layout="joint")
 
 
