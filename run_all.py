@@ -93,7 +93,7 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
         say(f"params {file.name} → {run.path}")
         for index, step in enumerate(steps):
             seconds = pipeline.expected_seconds(root, run, step)
-            took = f"{pipeline.clock(seconds):>12}" if seconds is not None else ""
+            took = f"{pipeline.duration(seconds):>12}" if seconds is not None else ""
             say(f"  {step.name:<24}{state(run, steps, index, start, forced):<12}{took}".rstrip())
         for step in steps[forced:]:
             run.discard(step.name)

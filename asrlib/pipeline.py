@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 import nbformat
 
+from asrlib.figures import duration
 from asrlib.parameters import Schema
 from asrlib.runs import Run, atomic_write, fingerprint, folder_fingerprint, read_json, remove_partial
 
@@ -341,9 +342,9 @@ def run_steps(steps: list[Step], start: int, place: Workplace, say: Callable[[st
         if not sys.stderr.isatty():
             say(f"{title} ...")
         seconds = execute(step, place, title)
-        elapsed = clock(time.monotonic() - begin)
+        elapsed = duration(time.monotonic() - begin)
         write_index(run.path, command)
-        say(f"{title} took {clock(seconds)} (elapsed {elapsed}{time_left(expected[index + 1 :])})")
+        say(f"{title} took {duration(seconds)} (elapsed {elapsed}{time_left(expected[index + 1 :])})")
 
 
 def expected_seconds(root: Path, run: Run, step: Step) -> float | None:
@@ -362,15 +363,7 @@ def time_left(expected: list[float | None]) -> str:
     known = [seconds for seconds in expected if seconds is not None]
     if not known:
         return ""
-    return f", {'about' if len(known) == len(expected) else 'more than'} {clock(sum(known))} left"
-
-
-def clock(seconds: float) -> str:
-    """`7.3 s`, `4 min 05 s`, `2 h 07 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return f", {'about' if len(known) == len(expected) else 'more than'} {duration(sum(known))} left"
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 import run_all
+from asrlib.figures import duration
 from asrlib.parameters import (
     LIMITS,
     BadParameter,
@@ -21,7 +22,7 @@ from asrlib.parameters import (
     read_assignments,
     read_params_file,
 )
-from asrlib.pipeline import clock, find_notebooks, first_to_run, plan, time_left
+from asrlib.pipeline import find_notebooks, first_to_run, plan, time_left
 from asrlib.runs import Run, project_root, read_json, write_json
 
 ROOT = project_root(Path(__file__).parent)
@@ -488,11 +489,19 @@ def test_time_left_says_what_is_not_known(expected, text):
     assert time_left(expected) == text
 
 
-def test_clock():
-    assert [clock(seconds) for seconds in (0.04, 59.94, 60, 3599, 3600)] == [
+def test_duration():
+    assert [duration(seconds) for seconds in (0.04, 59.94, 60, 3599, 3600)] == [
         "0.0 s",
         "59.9 s",
         "1 min 00 s",
         "59 min 59 s",
         "1 h 00 min",
     ]
+
+
+def test_what_the_command_line_asks_of_the_cache_goes_before_what_the_file_asks(tmp_path):
+    notebooks = find_notebooks(ROOT)
+    file = tmp_path / "mine.yaml"
+    file.write_text("latent_dim: 4\nepochs: 2\n")
+    values, _ = run_all.read_values(file, ["cache_cut=0.5"], Schema(notebooks), list(notebooks))
+    assert values == {"cache_cut": 0.5, "epochs": 2}

@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCTC, Wav2Vec2ConformerForCTC
+from transformers import AutoModelForCTC, EvalPrediction, Wav2Vec2ConformerForCTC
 
 from asrlib import convert, evaluate, training
 from asrlib.data.batches import BucketBatchSampler
@@ -213,10 +214,11 @@ def test_evaluations_per_epoch(tmp_path, epochs, evaluations, steps):
     assert result.steps == steps[-1] and not result.stopped_early
 
 
-def test_accumulated_batches_weigh_as_much_as_one_large_batch(tmp_path):
+def test_accumulated_batches_weigh_as_much_as_one_large_batch(tmp_path, monkeypatch):
     same = tiny.corpus(1)[:1].utterances * 8
     corpus = Corpus("noise", "train", same)
-    logged = []
+    logged, batches = [], []
+    monkeypatch.setattr(CTCTrainer, "training_step", at_step(0, lambda: batches.append(1)))
     for batch_seconds, accumulation in ((same[0].seconds, 4), (4.001 * same[0].seconds, 1)):
         quiet = dict(hidden_dropout=0, activation_dropout=0, attention_dropout=0, conformer_conv_dropout=0)
         model = tiny.conformer(**quiet, final_dropout=0, mask_time_prob=0)
@@ -226,6 +228,7 @@ def test_accumulated_batches_weigh_as_much_as_one_large_batch(tmp_path):
         )  # fmt: skip
         result = train(model, new_processor(), corpus, corpus, tmp_path / str(accumulation), chosen)
         logged.append([(row["loss"], row["grad_norm"]) for row in result.history if "loss" in row])
+    assert len(batches) == 4 + 1  # in the first step
     assert len(logged[0]) == 4  # two steps an epoch, both ways
     for (loss, norm), (other_loss, other_norm) in zip(*logged, strict=True):
         assert loss == pytest.approx(other_loss, rel=1e-3) and norm == pytest.approx(other_norm, rel=1e-3)
@@ -236,7 +239,37 @@ def test_gradient_checkpointing_ends_with_the_same_weights(tmp_path):
     frugal = run(
         tmp_path / "frugal", convert(tiny.conformer(), 6), trainable="latent", epochs=1, gradient_checkpointing=True
     )
+    assert frugal.model.is_activation_checkpointing and not plain.model.is_activation_checkpointing
     assert_same_weights(plain.last, frugal.last)
+
+
+def test_batches_are_composed_anew_in_every_epoch_and_by_every_seed(tmp_path, monkeypatch):
+    original, seen = CTCTrainer.training_step, []
+
+    def training_step(self, model, inputs, *args):
+        seen.append(inputs["attention_mask"].sum(-1).tolist())  # durations tell the utterances apart
+        return original(self, model, inputs, *args)
+
+    monkeypatch.setattr(CTCTrainer, "training_step", training_step)
+    for seed in (0, 0, 1):
+        run(tmp_path / str(len(seen)), epochs=2, seed=seed)
+    epochs = [seen[start : start + STEPS_PER_EPOCH] for start in range(0, len(seen), STEPS_PER_EPOCH)]
+    assert len(epochs) == 6
+    assert all(sorted(sum(epoch, [])) == sorted(sum(epochs[0], [])) for epoch in epochs)
+    assert epochs[0] != epochs[1] and epochs[:2] == epochs[2:4] and epochs[0] != epochs[4]
+
+
+def test_the_loss_does_not_depend_on_how_many_share_a_batch(tmp_path):
+    model = run(tmp_path, tiny.conformer(ctc_loss_reduction="sum", ctc_zero_infinity=False), epochs=0.25).model
+    assert model.config.ctc_loss_reduction == "mean" and model.config.ctc_zero_infinity
+
+
+def test_doubled_letters_of_a_reference_are_not_merged(processor):
+    blank, t, e = processor.tokenizer.convert_tokens_to_ids(["<pad>", "T", "E"])
+    said = EvalPrediction(np.array([[t, t, blank, e, blank, e, -100]]), np.array([[t, e, e, -100]]))
+    assert training._word_error_rate(said, processor) == 0.0
+    said = EvalPrediction(np.array([[t, t, blank, e, e, e, -100]]), np.array([[t, e, e, -100]]))
+    assert training._word_error_rate(said, processor) == 1.0
 
 
 def test_a_model_trained_in_bf16_computes_in_fp32_afterwards(tmp_path):
