@@ -208,6 +208,22 @@ def test_impossible_widths_are_refused(tiny_model, arguments, said):
         convert(tiny_model, **arguments)
 
 
+@pytest.mark.parametrize("latent_dim", [2, 5, 16, 24, 31, 32])
+def test_energy_spends_the_whole_budget_of_a_split_latent(latent_dim):
+    mha = tiny.conformer()
+    with torch.no_grad():  # all that the keys of the first layer say is one number
+        weight = attention_modules(mha)[0].linear_k.weight
+        weight.copy_(torch.outer(weight[:, 0], weight[0]))
+    widths = convert(mha, latent_dim, ranks="energy", layout="split").config.latent_dim
+    assert sum(widths) == LAYERS * latent_dim
+    assert widths[0] < widths[1] or latent_dim in (2, 31, 32)  # there is next to no choice
+
+
+def test_a_width_below_the_multiple_stays_possible(tiny_model):
+    for layout, width in (("joint", 1), ("split", 2)):
+        assert convert(tiny_model, 3, rank_multiple=4, layout=layout).config.latent_dim == [width] * LAYERS
+
+
 # ---- what it cost ------------------------------------------------------------------------------------------
 
 

@@ -105,7 +105,7 @@ def convert(
     for one in widths:
         check_latent_dim(one, width, layout)
     if ranks == "uniform":
-        widths = [max(1, one // rank_multiple * rank_multiple) for one in widths]
+        widths = [max(2 if layout == "split" else 1, one // rank_multiple * rank_multiple) for one in widths]
     else:
         decomposition = decomposition or decompose(model, layout, method, statistics)
         widths = _spend(model, widths, layout, ranks, rank_multiple, statistics, decomposition)

@@ -24,14 +24,15 @@ PROBED_SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the width, w
 def energy(decompositions: Sequence[Decomposition], latent_dim: int, multiple: int = 1, least: int = 1) -> list[int]:
     """Greedy on squared singular values: `multiple` more numbers at a time to the layer that they explain most of.
 
-    Optimal, since every layer's values fall. A layer gets at least `least`, at most its width.
+    Optimal, since every layer's values fall (a split latent's in pairs). A layer gets at least `least`, at most what
+    is exact.
     """
     gains = []
     for decomposition in decompositions:
-        explained = sum(
-            directions.values.square() / directions.values.square().sum() for directions in decomposition.directions
-        )
-        gains.append(np.add.reduceat(explained.numpy(), np.arange(0, len(explained), multiple)))
+        squares = [directions.values.square().numpy() for directions in decomposition.directions]
+        # Of a split latent's numbers every other one is the values', the first one included: see split_ranks.
+        explained = np.stack([square / square.sum() for square in reversed(squares)], axis=1).ravel()
+        gains.append(np.add.reduceat(explained, np.arange(0, len(explained), multiple)))
     start = _start(latent_dim, multiple, least)
     ranks, budget = [start] * len(gains), latent_dim * len(gains)
     waiting = [(-gain[start // multiple], layer) for layer, gain in enumerate(gains) if start // multiple < len(gain)]
