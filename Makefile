@@ -45,14 +45,12 @@ format: .venv/.installed
 	.venv/bin/python -m ruff format .
 
 example: ## keep a run: make example RUN=demo copies its pages, tables and figures to reports/examples
-example: SOURCE = reports/$(RUN)
-example: TARGET = reports/examples/$(RUN)
 example:
-	@test -f "$(SOURCE)/06_compare.html" || { echo "$(SOURCE) is no finished run: make example RUN=demo" >&2; exit 1; }
-	rm -rf $(TARGET) && mkdir -p $(TARGET)
-	cp -R $(SOURCE)/*.html $(SOURCE)/summary.txt $(SOURCE)/params.json $(SOURCE)/tables $(SOURCE)/figures \
-		$(SOURCE)/metrics $(SOURCE)/predictions $(TARGET)
-	@du -sh $(TARGET)
+	@test -f "reports/$(RUN)/index.html" || { echo "no run at reports/$(RUN): make example RUN=demo" >&2; exit 1; }
+	rm -rf reports/examples/$(RUN) && mkdir -p reports/examples/$(RUN)
+	cd reports/$(RUN) && for part in *.html *.txt params.json tables figures metrics predictions; do \
+		test ! -e $$part || cp -R $$part ../examples/$(RUN); done
+	@du -sh reports/examples/$(RUN)
 
 clean: ## remove .venv and caches; reports stay
 	rm -rf .venv *.egg-info build dist .pytest_cache .ruff_cache

@@ -71,11 +71,12 @@ def collect_statistics(
     """Statistics of every attention layer of `model` over about `max_seconds` of `corpus`, first layer first.
 
     Take the training split. Raises ValueError for a test split or for fewer frames than the model is wide; warns where
-    there is too little speech for the width and says how much is enough. 24 layers of width 1024 take 0.3 GB.
+    there is too little speech for the width and says how much is enough. `device`: where to run, see
+    `models.inference.choose_device`; the model ends where it was. 24 layers of width 1024 take 0.3 GB.
     """
     if "test" in corpus.split:
         raise ValueError(f"calibration on {corpus.split!r} would spoil the test: give a training split")
-    device = choose_device(device, model)
+    home, device = choose_device(None, model), choose_device(device, model)
     corpus = corpus.excerpt(max_seconds)
     modules = attention_modules(model)
     layers = [_empty(module) for module in modules]
@@ -104,6 +105,7 @@ def collect_statistics(
                 with padding_silenced(model, frames_B):
                     model(batch["input_values"].to(device), attention_mask=mask_BS)
     finally:
+        model.to(home)
         for hook in hooks:
             hook.remove()
     _check_amount(layers[0], model.config)
@@ -142,10 +144,10 @@ def _accumulate(layer: LayerStatistics, module, x_BTD: torch.Tensor, kept_BT: to
     if layer.sample is None:
         rows = _sample_rows(x_BTD.shape[1] / 50)
         sample = {
-            name: value[:rows] if torch.is_tensor(value) and len(value) == len(x_BTD) else value
+            name: (value[:rows] if len(value) == len(x_BTD) else value).cpu() if torch.is_tensor(value) else value
             for name, value in kwargs.items()
         }
-        layer.sample = (kept_BT[:rows], sample)
+        layer.sample = (kept_BT[:rows].cpu(), sample)  # on the CPU, where models are converted
 
 
 def _check_amount(layer: LayerStatistics, config) -> None:

@@ -6,7 +6,8 @@ cache and read back through the very opener that reads LibriSpeech itself.
 
     python -m asrlib.data.synthetic            # make it now, print where it lies
 
-Splits never share a voice, nor a sentence: a hash of the sentence decides which split may speak it.
+Splits never share a voice, nor, but for the two test splits among themselves, a sentence: a hash of the sentence
+decides which split may speak it.
 """
 
 import ctypes
