@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 SAMPLE_RATE = 16_000  # Hz, of the corpus
-VERSION = 1  # raise it when anything below changes what is spoken: it names the cache folder
+VERSION = 2  # raise it when anything below changes what is spoken: it names the cache folder
 SEED = 960
 BLOCK = 250  # utterances per worker process, see `_speak_block`
 
@@ -173,6 +173,8 @@ class Espeak:
         self.sample_rate = self._library.espeak_Initialize(_RETRIEVAL, 0, data, 0)  # Hz
         if self.sample_rate <= 0:
             raise RuntimeError(f"espeak-ng did not start from {data.decode()}: reinstall espeakng-loader")
+        # The breath of some voices is noise, which espeak-ng seeds by the clock.
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(SEED))
         self._samples: list[np.ndarray] = []
         self._callback = _SYNTH_CALLBACK(self._collect)  # kept: C holds only a pointer to it
         self._library.espeak_SetSynthCallback(self._callback)
