@@ -10,19 +10,16 @@ from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
 
 from asrlib.data.corpus import SAMPLE_RATE, Corpus, Utterance
 from asrlib.evaluation import (
-    choose_device,
     evaluate,
-    inference,
     load_predictions,
-    padding_silenced,
     paired_bootstrap,
     resample_sums,
     score,
     transcribe,
     write_predictions,
-    zero_attention,
 )
 from asrlib.models.families import attention_modules, frame_counts, new_processor
+from asrlib.models.inference import choose_device, inference, padding_silenced, zero_attention
 
 SECONDS = (0.5, 1.3, 0.8, 2.0, 0.8)  # neither sorted nor distinct
 
