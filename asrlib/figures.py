@@ -269,7 +269,7 @@ def training_curves(history: Sequence[Mapping], best_step: int | None = None) ->
         ):
             seen = df[["step", column]].dropna()
             ax.plot(seen["step"], scale * seen[column], color=colour, marker=marker, ms=4, label=label)
-        loss.set_ylabel("CTC loss")
+        loss.set_ylabel("loss")
         loss.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
         wer.set_ylabel("validation WER (%)")
         rate.set(ylabel="learning rate", xlabel="training step")

@@ -392,7 +392,7 @@ def drawn(run):
         (
             figures.training_curves(history, best_step=10),
             "8.00 %",
-            {"CTC loss", "validation WER (%)", "learning rate", "training step"},
+            {"loss", "validation WER (%)", "learning rate", "training step"},
         ),
         (
             figures.spectrum_figure(spectra, latent_dim=2),
