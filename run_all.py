@@ -20,6 +20,7 @@ from asrlib.parameters import (
     BadParameter,
     Schema,
     check_latent_dim,
+    check_surroundings,
     model_width,
     nearest,
     read_assignments,
@@ -135,6 +136,7 @@ def read_values(
             given.pop(other, None)  # two ways to say one thing: the command line's goes before the file's
     values = schema.check(given | assigned, origin | dict.fromkeys(assigned, "--set"))
     check_width(schema.defaults | values)
+    check_surroundings(schema.defaults | values)
     return values, [step for step in steps if step in chosen]
 
 
@@ -173,6 +175,8 @@ def run_name(name: str | None, file: Path) -> str:
         name = f"{file.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     if Path(name).name != name:
         raise BadParameter(f"--name {name!r} should be one folder name, without slashes")
+    if name.startswith(".") or name == "examples":
+        raise BadParameter(f"--name {name!r} is taken: name the run otherwise, without a leading dot")
     return name
 
 

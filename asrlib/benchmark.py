@@ -58,7 +58,7 @@ def benchmark(
     many times as fast as the first system, a paired quantity. `peak_memory_bytes` is what one pass over the
     longest utterance takes on top of weights and input, None where the device cannot tell.
 
-    `corpus` is measured whole: see `spread_over_durations`. `device`: see `evaluation.choose_device`.
+    `corpus` is measured whole: see `spread_over_durations`. `device`: see `models.inference.choose_device`.
     Raises ValueError where there is nothing to measure.
     """
     if not systems or not len(corpus) or repeats < 1:

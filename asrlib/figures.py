@@ -182,7 +182,7 @@ def wer_vs_cache(table: pd.DataFrame) -> "Figure":
                 size=9,
             )
         ax.axvline(50, color=GREY, lw=1, ls="--", zorder=0)
-        note = " exact: one latent\n as wide as the model"
+        note = " half: a joint latent\n is exact here"
         ax.text(50, 0.02, note, transform=ax.get_xaxis_transform(), size=7.5, color=GREY, va="bottom")
         ax.set(xlim=(0, 106), xlabel="K/V cache (% of the baseline's)", ylabel="word error rate (%)")
         ax.set_ylim(bottom=0)
@@ -231,7 +231,7 @@ def cache_comparison(table: pd.DataFrame) -> "Figure":
         full = table["cache_bytes_per_second"].get("baseline")
         if pd.notna(full):
             axes[0, 0].axvline(full / 2048, color=GREY, lw=1, ls="--", zorder=3)
-            note = "dashed: half, which is exact for any model"
+            note = "dashed: half, where a joint latent is exact"
             axes[0, 0].set_title(note, size=9, weight="normal", color=GREY, loc="right")
     fig.set_label("K/V cache per second of audio. " + _described(table, ["cache_bytes_per_second"], size))
     return fig

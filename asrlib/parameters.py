@@ -50,6 +50,7 @@ LIMITS: dict[str, Any] = {
     "num_heads": AT_LEAST_ONE,
     "depthwise_kernel": AT_LEAST_ONE,
     "dropout": Field(ge=0, lt=1),
+    "baseline_samples": AT_LEAST_ONE,
     "baseline_epochs": POSITIVE,
     "baseline_learning_rate": POSITIVE,
     "baseline_batch_seconds": POSITIVE,
@@ -300,3 +301,32 @@ def model_width(source: str, revision: str | None = None) -> int | None:
             return None
         config = Path(cached)
     return read_json(config).get("hidden_size")
+
+
+def check_surroundings(values: dict[str, Any]) -> None:
+    """Refuses what would fail in the middle of a run for what this machine has: model, splits, device, precision.
+
+    Reads no audio, no weights and nothing from a network: a hub id is taken on trust. Raises BadParameter.
+    """
+    import torch
+
+    from asrlib.data.corpus import check_splits
+    from asrlib.models.families import resolve_model
+
+    try:
+        if values.get("model") and not values.get("architecture"):
+            resolve_model(values["model"])
+        if values.get("corpus"):
+            named = [values.get("train_split"), values.get("validation_split"), *values.get("eval_splits", [])]
+            check_splits(values["corpus"], filter(None, named))
+    except (FileNotFoundError, ValueError) as error:
+        raise BadParameter(str(error)) from None
+    device, cuda = values.get("device", "auto"), torch.cuda.is_available()
+    if device.startswith("cuda") and not cuda:
+        raise BadParameter(f"'device' is {device}, but torch finds no CUDA device here: use auto or cpu")
+    for name in ("precision", "baseline_precision"):
+        if values.get(name) == "fp16" and (device == "cpu" or not cuda):
+            raise BadParameter(f"{name!r} is fp16, which needs a CUDA device: use bf16 or fp32")
+    weights = [values.get(name) for name in ("ctc_weight", "kl_weight", "hidden_weight")]
+    if None not in weights and not any(weights):
+        raise BadParameter("'ctc_weight', 'kl_weight' and 'hidden_weight' are all 0: there is nothing to learn from")

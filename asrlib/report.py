@@ -329,9 +329,15 @@ def _index_figures(run: Run, table: pd.DataFrame, done: Container[str]) -> list[
 
 
 def _data_facts(metrics: dict[str, dict]) -> list[str]:
-    """On how much speech the word errors stand: one line per split."""
+    """What the word errors are those of: the model, then one line per split."""
+    before = metrics["baseline"]
+    named = (
+        [f"model {before['model']}, {before['parameters'] / 1e6:.2f} M parameters, corpus {before['corpus']}"]
+        if before.get("corpus")
+        else []
+    )
     scores = metrics["evaluate"].get("systems", {}).get("baseline") or metrics["baseline"].get("splits", {})
-    return [
+    return named + [
         f"{split}: {s['utterances']:,} utterances, {s['words']:,} words, {duration(s['seconds_audio'])}"
         for split, s in scores.items()
     ]

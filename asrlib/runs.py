@@ -176,7 +176,11 @@ class Run:
         return self._folder("rejected")
 
     def write_metrics(self, name: str, values: dict) -> None:
-        """Write metrics/<name>.json."""
+        """Write metrics/<name>.json. A step that counted as completed, run again by hand, no longer does, nor do those
+        after it: run_all will run them again."""
+        steps = list(STEP_OF_METRICS.values())
+        for step in steps[steps.index(STEP_OF_METRICS[name]) :] if name in STEP_OF_METRICS else ():
+            self.outdate(step)
         write_json(self.path / "metrics" / f"{name}.json", values)
 
     def read_metrics(self, name: str) -> dict:

@@ -5,9 +5,9 @@ import pytest
 import tiny
 import torch
 
-from asrlib import analyze_compression_quality, convert, to_standard_attention
+from asrlib import analyze_compression_quality, collect_statistics, convert, to_standard_attention
 from asrlib.conversion.convert import decompose, factors_of, latent_dim_for
-from asrlib.models.families import attention_modules
+from asrlib.models.families import attention_modules, new_processor
 
 WIDTH, LAYERS = tiny.WIDTH, tiny.LAYERS
 
@@ -219,9 +219,17 @@ def test_energy_spends_the_whole_budget_of_a_split_latent(latent_dim):
     assert widths[0] < widths[1] or latent_dim in (2, 31, 32)  # there is next to no choice
 
 
-def test_a_width_below_the_multiple_stays_possible(tiny_model):
-    for layout, width in (("joint", 1), ("split", 2)):
-        assert convert(tiny_model, 3, rank_multiple=4, layout=layout).config.latent_dim == [width] * LAYERS
+@pytest.mark.parametrize("latent_dim", [3, [3, 9]])
+def test_a_width_below_the_multiple_is_refused(tiny_model, latent_dim):
+    with pytest.raises(ValueError, match="no room for the 4 that each needs"):
+        convert(tiny_model, latent_dim, rank_multiple=4)
+
+
+def test_a_choice_needs_statistics_to_choose_by(tiny_model):
+    statistics = collect_statistics(tiny_model, new_processor(), tiny.corpus(12))
+    decomposition = decompose(tiny_model, "joint", "two_sided", statistics)
+    with pytest.raises(ValueError, match="no statistics were given to choose by"):
+        convert(tiny_model, 4, method="two_sided", decomposition=decomposition)
 
 
 # ---- what it cost ------------------------------------------------------------------------------------------

@@ -564,3 +564,31 @@ def test_real_speech(root, split, suffix, count, speakers):
         audio = utterance.audio()
         assert len(audio) == pytest.approx(utterance.seconds * 16_000, abs=2)
         assert 0.005 < audio.std() < 0.5
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_one_manifest_serves_several_splits_only_by_a_column(tmp_path, suffix):
+    for name in ("a", "b", "c"):
+        soundfile.write(tmp_path / f"{name}.wav", tone(), 16_000)
+    rows = [
+        {"audio": f"{name}.wav", "text": "HI", "split": split}
+        for name, split in zip("abc", ["train", "train", "test"], strict=True)
+    ]
+    manifest = tmp_path / f"speech{suffix}"
+
+    def write(rows):
+        if suffix == ".jsonl":
+            manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+            manifest.write_text("\n".join(lines) + "\n")
+
+    write(rows)
+    assert [u.id for u in open_corpus(manifest, "train")] == ["a.wav", "b.wav"]
+    assert [u.id for u in open_corpus(manifest, "test")] == ["c.wav"]
+    with pytest.raises(ValueError, match="no rows of split 'dev'; splits found: test, train"):
+        open_corpus(manifest, "dev")
+    write([{key: row[key] for key in ("audio", "text")} for row in rows])
+    assert len(open_corpus(manifest)) == len(open_corpus(manifest, "speech")) == 3
+    with pytest.raises(ValueError, match="is one split, 'speech', and 'test' was asked for"):
+        open_corpus(manifest, "test")

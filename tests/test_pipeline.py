@@ -132,3 +132,8 @@ def test_notebooks_are_committed_without_outputs_and_stay_short(step):
     assert len(lines) <= 140
     assert not any(line.startswith(("def ", "class ")) for line in lines)
     assert json.dumps(notebook.metadata).count("tags") == 0
+
+
+def test_the_notebooks_own_defaults_are_the_demo():
+    defaults, demo = Schema(find_notebooks(ROOT)).defaults, read_params_file(ROOT / "params" / "demo.yaml")
+    assert {name: defaults[name] for name in demo} == demo

@@ -197,6 +197,8 @@ def gone(kernels):
         (["--set", "epochs=[1"], "the value of 'epochs' (in --set) is not valid YAML"),
         (["--from", "01_secnd"], "unknown step '01_secnd' (in --from): did you mean '01_second'?"),
         (["--name", "a/b"], "--name 'a/b' should be one folder name, without slashes"),
+        (["--name", ".."], "--name '..' is taken"),
+        (["--name", "examples"], "--name 'examples' is taken"),
     ],
 )
 def test_impossible_calls_are_refused_before_anything_starts(project, monkeypatch, capsys, words, message):

@@ -158,3 +158,12 @@ def test_fingerprints_tell_values_apart_but_not_the_order_of_names(tmp_path):
     changed = folder_fingerprint(tmp_path)
     (tmp_path / "data" / "text.py").rename(tmp_path / "text.py")
     assert len({before, changed, folder_fingerprint(tmp_path)}) == 3
+
+
+def test_a_step_run_again_by_hand_is_no_longer_completed_nor_are_those_after_it(tmp_path):
+    run = Run(tmp_path)
+    for step in ("00_baseline", "01_convert", "02_analyze_svd_error", "03_finetune"):
+        run.mark_completed(step, "same", 1.0)
+    run.write_metrics("convert", {})
+    assert run.completed("00_baseline")
+    assert not any(run.completed(step) for step in ("01_convert", "02_analyze_svd_error", "03_finetune"))

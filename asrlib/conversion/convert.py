@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from asrlib.attention.latent import LatentKV, check_latent_dim, split_ranks
 from asrlib.conversion.factorize import METHODS, Decomposition, Factors, LayerWeights, decompose_layer
-from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity
+from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity, smallest_rank
 from asrlib.conversion.statistics import LayerStatistics, Statistics
 from asrlib.models.families import attention_modules, family_of, frame_counts, is_latent
 from asrlib.models.inference import inference, padding_silenced
@@ -104,8 +104,12 @@ def convert(
     widths = _one_a_layer(latent_dim, cache_cut, width, model.config.num_hidden_layers)
     for one in widths:
         check_latent_dim(one, width, layout)
+    if decomposition and statistics is None and any(len(candidates) > 1 for candidates in decomposition):
+        raise ValueError("this decomposition leaves a choice, and no statistics were given to choose by: give both")
     if ranks == "uniform":
-        widths = [max(2 if layout == "split" else 1, one // rank_multiple * rank_multiple) for one in widths]
+        least = 2 if layout == "split" else 1
+        smallest_rank(min(widths), rank_multiple, least)  # refuses what would be rounded down to nothing
+        widths = [one // rank_multiple * rank_multiple for one in widths]
     else:
         decomposition = decomposition or decompose(model, layout, method, statistics)
         widths = _spend(model, widths, layout, ranks, rank_multiple, statistics, decomposition)
@@ -130,7 +134,7 @@ def _spend(model, widths, layout, ranks, multiple, statistics, decomposition) ->
         raise ValueError(f"latent_dim gives every layer its own width already: ranks={ranks!r} has nothing to spend")
     least = 2 if layout == "split" else 1
     if ranks == "energy":
-        return energy([candidates[0] for candidates in decomposition], widths[0], multiple, least)
+        return energy([candidates[len(candidates) // 2] for candidates in decomposition], widths[0], multiple, least)
     if statistics is None:
         raise ValueError("ranks='sensitivity' needs statistics of calibration speech: see asrlib.collect_statistics")
     costs = measure_sensitivity(model, layout, statistics, decomposition)

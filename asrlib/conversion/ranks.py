@@ -33,7 +33,7 @@ def energy(decompositions: Sequence[Decomposition], latent_dim: int, multiple: i
         # Of a split latent's numbers every other one is the values', the first one included: see split_ranks.
         explained = np.stack([square / square.sum() for square in reversed(squares)], axis=1).ravel()
         gains.append(np.add.reduceat(explained, np.arange(0, len(explained), multiple)))
-    start = _start(latent_dim, multiple, least)
+    start = smallest_rank(latent_dim, multiple, least)
     ranks, budget = [start] * len(gains), latent_dim * len(gains)
     waiting = [(-gain[start // multiple], layer) for layer, gain in enumerate(gains) if start // multiple < len(gain)]
     heapq.heapify(waiting)
@@ -53,7 +53,7 @@ def sensitivity(
     `costs`: for every layer, {rank: measured cost}; between measured ranks the logarithm of the cost is taken to be
     linear in that of the rank. A layer as wide as `width` costs nothing. Exact for these curves.
     """
-    choices = range(_start(latent_dim, multiple, least), width + 1, multiple)
+    choices = range(smallest_rank(latent_dim, multiple, least), width + 1, multiple)
     curves = [[_interpolated(cost, width)(rank) for rank in choices] for cost in costs]
     budget = latent_dim * len(costs) // multiple  # in units of `multiple`
     units = [rank // multiple for rank in choices]
@@ -73,8 +73,8 @@ def sensitivity(
     return ranks[::-1]
 
 
-def _start(latent_dim: int, multiple: int, least: int) -> int:
-    """The fewest numbers that a layer can get; ValueError where the budget has not even that for each."""
+def smallest_rank(latent_dim: int, multiple: int, least: int) -> int:
+    """The fewest numbers a layer can get, a multiple of `multiple`; ValueError where the budget has not even that."""
     start = max(1, math.ceil(least / multiple)) * multiple
     if start > latent_dim:
         raise ValueError(

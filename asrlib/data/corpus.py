@@ -28,6 +28,7 @@ from asrlib.runs import atomic_write, resolve
 
 AUDIO_SUFFIXES = {".flac", ".ogg", ".opus", ".wav"}  # a LibriSpeech folder is searched for these
 UNKNOWN_SPEAKER = "unknown"
+HUB_ID = r"[\w.-]+/[\w.-]+(:[\w.-]+)?"  # owner/name, owner/name:configuration
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def open_corpus(source: str | os.PathLike, split: str | None = None, revision: s
             if holds_tables(path):
                 return open_folder(path, split)
         return open_librispeech(path, split)  # which also says what was looked for
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(source)):
+    if re.fullmatch(HUB_ID, str(source)):
         from asrlib.data.hub import open_hub
 
         return open_hub(str(source), split or "train", revision)
@@ -168,6 +169,24 @@ def open_corpus(source: str | os.PathLike, split: str | None = None, revision: s
         f"no corpus at {source}: give 'synthetic', an existing folder, a .jsonl or .csv manifest, "
         "or a hub data set as owner/name"
     )
+
+
+def check_splits(source: str | os.PathLike, splits: Iterable[str]) -> None:
+    """Raises FileNotFoundError or ValueError where `open_corpus` is sure to fail, as far as can be told at a glance."""
+    path, found = resolve(source), None
+    if source == "synthetic":
+        from asrlib.data.synthetic import SPLITS
+
+        found = list(SPLITS)
+    elif path.is_dir():
+        roots = [root for root in (path, path / "LibriSpeech") if root.is_dir()]
+        found = [name for root in roots for name in find_splits(root)]
+        found = found or [file.stem for file in path.iterdir() if file.suffix in (".jsonl", ".csv")]
+    elif not path.exists() and not re.fullmatch(HUB_ID, str(source)):
+        raise FileNotFoundError(f"there is no corpus at {path}")
+    missing = [split for split in splits if found and split not in found]
+    if missing:
+        raise ValueError(f"corpus {source} has no split {missing[0]!r}: it has {', '.join(sorted(found))}")
 
 
 def open_usable(

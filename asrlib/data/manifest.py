@@ -13,8 +13,9 @@ from asrlib.data.corpus import UNKNOWN_SPEAKER, Corpus, Rejected, Row, gather, n
 def open_manifest(path: str | os.PathLike, split: str | None = None) -> Corpus:
     """A .jsonl (one object a line) or .csv (with a header) file, UTF-8.
 
-    Columns: audio (a path, relative ones from the manifest's folder) and text; optional speaker and id.
-    `split` only names the result: a manifest is one split. Raises ValueError naming missing columns.
+    Columns: audio (a path, relative ones from the manifest's folder) and text; optional speaker, id and split. With a
+    column `split` the rows of that split are taken; without one the file is one split, named as the file is, so that
+    nobody tests on what was trained on. Raises ValueError naming missing columns or splits.
     """
     path = Path(path)
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
@@ -26,6 +27,16 @@ def open_manifest(path: str | os.PathLike, split: str | None = None) -> Corpus:
     if missing:
         raise ValueError(
             f"{path} has no column {' and no column '.join(missing)}; columns found: {', '.join(columns) or 'none'}"
+        )
+    if split and "split" in columns:
+        found = {str(row.get("split")) for _, row in rows if isinstance(row, dict)}
+        if split not in found:
+            raise ValueError(f"{path} has no rows of split {split!r}; splits found: {', '.join(sorted(found))}")
+        rows = [(line, row) for line, row in rows if isinstance(row, str) or str(row.get("split")) == split]
+    elif split and split != path.stem:
+        raise ValueError(
+            f"{path} is one split, {path.stem!r}, and {split!r} was asked for: add a column `split`, or give a folder "
+            f"of {path.stem}{path.suffix} and {split}{path.suffix}"
         )
     return gather(path.stem, split or path.stem, _manifest_rows(path, rows))
 
