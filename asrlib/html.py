@@ -39,11 +39,11 @@ Format = str | Callable[[Any], str]
 # ---- pages -------------------------------------------------------------------------------------------------
 
 
-def render_notebook(notebook: Path, page: Path, run_dir: Path | None = None) -> Path:
+def render_notebook(notebook: Path, page: Path, run_dir: Path | None = None, pages: Iterable[str] = PAGES) -> Path:
     """Write the executed `notebook` as one HTML file; returns its path.
 
     Code is folded, parameters become one table, progress bars and messages are reduced to their last state
-    and folded. The page is named after the notebook's first heading and `run_dir` (default: its own folder).
+    and folded. The page is named after the notebook's first heading and `run_dir` (default: its own folder). `pages`: the stems of the pages that the run has or will have, to link to.
     """
     import nbformat
     from bs4 import BeautifulSoup
@@ -64,7 +64,7 @@ def render_notebook(notebook: Path, page: Path, run_dir: Path | None = None) -> 
         embed_images=True,
         anchor_link_text="#",
     )
-    facts = page_facts(page, (run_dir or page.parent).name, _first_heading(node) or notebook.stem)
+    facts = page_facts(page, (run_dir or page.parent).name, _first_heading(node) or notebook.stem, pages)
     resources = {"metadata": {"path": str(notebook.parent)}, "page": facts}
     html, _ = exporter.from_notebook_node(node, resources)
 
@@ -88,11 +88,11 @@ def render_template(name: str, target: Path, **values: Any) -> Path:
     return resolve(target)
 
 
-def page_facts(page: Path, run_name: str, title: str) -> dict:
+def page_facts(page: Path, run_name: str, title: str, pages: Iterable[str] = PAGES) -> dict:
     """What the frame around every page needs: title, navigation, neighbours, colours of the code."""
-    stems = list(PAGES)
-    here = stems.index(page.stem) if page.stem in PAGES else None
-    link = {s: {"href": f"{s}.html", "number": s[:2], "name": name} for s, (name, _) in PAGES.items()}
+    stems = [stem for stem in PAGES if stem in set(pages)]
+    here = stems.index(page.stem) if page.stem in stems else None
+    link = {s: {"href": f"{s}.html", "number": s[:2], "name": name} for s, (name, _) in PAGES.items() if s in stems}
     return {
         "title": title,
         "run": run_name,

@@ -204,10 +204,11 @@ def logged(run: Run) -> Iterator[TextIO]:
 # ---- one step ----------------------------------------------------------------------------------------------
 
 
-def execute(step: Step, place: Workplace, title: str = "") -> float:
+def execute(step: Step, place: Workplace, title: str, pages: list[str]) -> float:
     """Run one notebook and render its page; seconds it took. Only then is the step marked as completed.
 
-    `title` labels the progress bar (on a terminal only). Raises StepFailed; a later call then resumes here.
+    `title` labels the progress bar (on a terminal only), the page links to `pages`. Raises StepFailed; a later call then
+    resumes here.
     """
     from asrlib.report import render_notebook
 
@@ -234,7 +235,7 @@ def execute(step: Step, place: Workplace, title: str = "") -> float:
     with atomic_write(executed) as file:
         nbformat.write(notebook, file)
     running.unlink()
-    render_notebook(executed, run.path / f"{step.name}.html")
+    render_notebook(executed, run.path / f"{step.name}.html", pages=pages)
     run.mark_completed(
         step.name,
         step.fingerprint,
@@ -341,7 +342,7 @@ def run_steps(steps: list[Step], start: int, place: Workplace, say: Callable[[st
         title = f"[{index + 1}/{len(steps)}] {step.name}"
         if not sys.stderr.isatty():
             say(f"{title} ...")
-        seconds = execute(step, place, title)
+        seconds = execute(step, place, title, [step.name for step in steps])
         elapsed = duration(time.monotonic() - begin)
         write_index(run.path, command)
         say(f"{title} took {duration(seconds)} (elapsed {elapsed}{time_left(expected[index + 1 :])})")

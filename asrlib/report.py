@@ -281,8 +281,7 @@ def write_index(run_dir: str | os.PathLike, command: str | None = None) -> Path:
         _write_summary(run)  # the step that wrote it did not know yet how long it took itself
     index = run.path / "index.html"
     pages = [stem for stem in times if (run.path / f"{stem}.html").is_file()]
-    facts = html.page_facts(index, run.path.name, "What a smaller cache costs and saves")
-    facts["links"] = {stem: facts["links"][stem] for stem in pages}
+    facts = html.page_facts(index, run.path.name, "What a smaller cache costs and saves", pages)
     return html.render_template(
         "index.html.j2",
         index,

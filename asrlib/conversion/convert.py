@@ -12,7 +12,7 @@ from asrlib.conversion.factorize import METHODS, Decomposition, Factors, LayerWe
 from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity, smallest_rank
 from asrlib.conversion.statistics import LayerStatistics, Statistics
 from asrlib.models.families import attention_modules, family_of, frame_counts, is_latent
-from asrlib.models.inference import inference, padding_silenced
+from asrlib.models.inference import inference, on_cpu, padding_silenced
 
 Candidates = tuple[Decomposition, ...]  # of one layer
 BALANCES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the values' error against the keys', from which a layer chooses
@@ -86,7 +86,7 @@ def convert(
     statistics: Statistics | None = None,
     decomposition: list[Candidates] | None = None,
 ) -> PreTrainedModel:
-    """The latent twin of `model`, on the CPU, in evaluation mode.
+    """The latent twin of `model`, on the CPU, in evaluation mode; `model` ends where it was.
 
     `latent_dim` is the width of what is cached per frame and layer, one number or one a layer; `cache_cut`
     gives a share to save instead. `ranks` says how that budget is spent over layers (uniform, energy, sensitivity: see
@@ -106,25 +106,28 @@ def convert(
         check_latent_dim(one, width, layout)
     if decomposition and statistics is None and any(len(candidates) > 1 for candidates in decomposition):
         raise ValueError("this decomposition leaves a choice, and no statistics were given to choose by: give both")
-    if ranks == "uniform":
-        least = 2 if layout == "split" else 1
-        smallest_rank(min(widths), rank_multiple, least)  # refuses what would be rounded down to nothing
-        widths = [one // rank_multiple * rank_multiple for one in widths]
-    else:
-        decomposition = decomposition or decompose(model, layout, method, statistics)
-        widths = _spend(model, widths, layout, ranks, rank_multiple, statistics, decomposition)
+    with on_cpu(model):
+        if ranks == "uniform":
+            least = 2 if layout == "split" else 1
+            smallest_rank(min(widths), rank_multiple, least)  # refuses what would be rounded down to nothing
+            widths = [one // rank_multiple * rank_multiple for one in widths]
+        else:
+            decomposition = decomposition or decompose(model, layout, method, statistics)
+            widths = _spend(model, widths, layout, ranks, rank_multiple, statistics, decomposition)
 
-    settings = {key: value for key, value in model.config.to_dict().items() if key != "model_type"}
-    config = family.latent_config(**settings, latent_dim=widths, latent_layout=layout)
-    latent = family.latent_model(config).to(model.dtype)
-    latent.set_attn_implementation(model.config._attn_implementation)  # no part of the config's dict
-    replaced = latent.load_state_dict(model.state_dict(), strict=False)
-    _check_replaced(replaced.missing_keys, replaced.unexpected_keys)
-    latent.eval()
-    pairs = list(zip(attention_modules(latent), attention_modules(model), strict=True))
-    for index, (ours, theirs) in enumerate(tqdm(pairs, desc="converting", unit="layer", leave=False)):
-        candidates = decomposition[index] if decomposition else _candidates(model, index, layout, method, statistics)
-        _fill_best(ours, theirs, candidates, widths[index], statistics.layers[index] if statistics else None)
+        settings = {key: value for key, value in model.config.to_dict().items() if key != "model_type"}
+        config = family.latent_config(**settings, latent_dim=widths, latent_layout=layout)
+        latent = family.latent_model(config).to(model.dtype)
+        latent.set_attn_implementation(model.config._attn_implementation)  # no part of the config's dict
+        replaced = latent.load_state_dict(model.state_dict(), strict=False)
+        _check_replaced(replaced.missing_keys, replaced.unexpected_keys)
+        latent.eval()
+        pairs = list(zip(attention_modules(latent), attention_modules(model), strict=True))
+        for index, (ours, theirs) in enumerate(tqdm(pairs, desc="converting", unit="layer", leave=False)):
+            candidates = (
+                decomposition[index] if decomposition else _candidates(model, index, layout, method, statistics)
+            )
+            _fill_best(ours, theirs, candidates, widths[index], statistics.layers[index] if statistics else None)
     return latent
 
 

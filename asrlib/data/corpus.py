@@ -179,9 +179,7 @@ def check_splits(source: str | os.PathLike, splits: Iterable[str]) -> None:
 
         found = list(SPLITS)
     elif path.is_dir():
-        roots = [root for root in (path, path / "LibriSpeech") if root.is_dir()]
-        found = [name for root in roots for name in find_splits(root)]
-        found = found or [file.stem for file in path.iterdir() if file.suffix in (".jsonl", ".csv")]
+        found = list(find_splits(path)) or [file.stem for file in path.iterdir() if file.suffix in (".jsonl", ".csv")]
     elif not path.exists() and not re.fullmatch(HUB_ID, str(source)):
         raise FileNotFoundError(f"there is no corpus at {path}")
     missing = [split for split in splits if found and split not in found]

@@ -24,6 +24,17 @@ def choose_device(device: str | None, model: nn.Module) -> torch.device:
 
 
 @contextmanager
+def on_cpu(model: nn.Module) -> Iterator[None]:
+    """`model` on the CPU, and afterwards where it was."""
+    home = choose_device(None, model)
+    model.to("cpu")
+    try:
+        yield
+    finally:
+        model.to(home)
+
+
+@contextmanager
 def inference(*models: nn.Module, device: torch.device, precision: str = "fp32") -> Iterator[None]:
     """Evaluation mode, on `device`, without gradients; the models leave as they came, but stay on `device`.
 
