@@ -42,8 +42,9 @@ Format = str | Callable[[Any], str]
 def render_notebook(notebook: Path, page: Path, run_dir: Path | None = None, pages: Iterable[str] = PAGES) -> Path:
     """Write the executed `notebook` as one HTML file; returns its path.
 
-    Code is folded, parameters become one table, progress bars and messages are reduced to their last state
-    and folded. The page is named after the notebook's first heading and `run_dir` (default: its own folder). `pages`: the stems of the pages that the run has or will have, to link to.
+    Code is folded, parameters become one table, progress bars and messages are reduced to their last state and folded.
+    The page is named after the notebook's first heading and `run_dir` (default: its own folder). `pages`: the stems of
+    the pages that the run has or will have, to link to.
     """
     import nbformat
     from bs4 import BeautifulSoup

@@ -207,8 +207,8 @@ def logged(run: Run) -> Iterator[TextIO]:
 def execute(step: Step, place: Workplace, title: str, pages: list[str]) -> float:
     """Run one notebook and render its page; seconds it took. Only then is the step marked as completed.
 
-    `title` labels the progress bar (on a terminal only), the page links to `pages`. Raises StepFailed; a later call then
-    resumes here.
+    `title` labels the progress bar (on a terminal only), the page links to `pages`. Raises StepFailed; a later call
+    then resumes here.
     """
     from asrlib.report import render_notebook
 
