@@ -139,10 +139,14 @@ def open_corpus(source: str | os.PathLike, split: str | None = None, revision: s
     source: "synthetic" · a LibriSpeech folder · a manifest (.jsonl or .csv) or a folder of SPLIT.jsonl or
         SPLIT.csv · a folder of parquet files or one written by `Dataset.save_to_disk` · otherwise a data set
         on the hub, `owner/name` or `owner/name:configuration`. Relative paths start at the project root.
-    split: by default the only one there is, otherwise "train".
+    split: by default the only one there is, otherwise "train". "a+b" joins splits a and b.
     revision: of a data set on the hub.
     Raises FileNotFoundError or ValueError, saying what was found instead.
     """
+    if split and "+" in split:
+        parts = [open_corpus(source, part, revision) for part in parts_of(split)]
+        rejected = [row for part in parts for row in part.rejected]
+        return _corpus(parts[0].name, split, _apart(u for part in parts for u in part), rejected)
     if source == "synthetic":
         from asrlib.data.synthetic import open_synthetic
 
@@ -182,9 +186,18 @@ def check_splits(source: str | os.PathLike, splits: Iterable[str]) -> None:
         found = list(find_splits(path)) or [file.stem for file in path.iterdir() if file.suffix in (".jsonl", ".csv")]
     elif not path.exists() and not re.fullmatch(HUB_ID, str(source)):
         raise FileNotFoundError(f"there is no corpus at {path}")
-    missing = [split for split in splits if found and split not in found]
+    asked = [part for split in splits for part in parts_of(split)]
+    missing = [split for split in asked if found and split not in found]
     if missing:
         raise ValueError(f"corpus {source} has no split {missing[0]!r}: it has {', '.join(sorted(found))}")
+
+
+def parts_of(split: str) -> list[str]:
+    """The splits that "a+b" joins; ValueError where one is missing or given twice."""
+    parts = split.split("+")
+    if not all(parts) or len(set(parts)) < len(parts):
+        raise ValueError(f"split is {split!r}: join different splits like train-clean-100+train-clean-360")
+    return parts
 
 
 def open_usable(
@@ -234,7 +247,7 @@ def speech_table(corpora: dict[str, Corpus]):
 def open_librispeech(root: str | os.PathLike, split: str | None = None) -> Corpus:
     """SPEAKER/CHAPTER/*.{flac,ogg,opus,wav} beside *.trans.txt, whose lines are "ID TEXT".
 
-    root: the folder that holds the split (root/SPLIT or root/LibriSpeech/SPLIT), or the split itself.
+    root: the folder that holds the split (root/SPLIT or root/CORPUS/SPLIT), or the split itself.
     Audio without a transcript and transcripts without audio are rejected rows.
     Raises FileNotFoundError, naming the splits there are; ValueError if no row is usable.
     """
@@ -252,8 +265,11 @@ def find_splits(root: Path) -> dict[str, Path]:
     """Name → folder of the LibriSpeech splits at `root`: `root` alone where it is one itself."""
     if _is_split(root):
         return {root.resolve().name: root}
-    folders = [folder for parent in (root, root / "LibriSpeech") for folder in sorted(parent.glob("*/"))]
-    return {folder.name: folder for folder in folders if _is_split(folder)}
+    folders = sorted(root.glob("*/"))
+    splits = [folder for folder in folders if _is_split(folder)]
+    below = [inner for folder in folders if folder not in splits for inner in sorted(folder.glob("*/"))]
+    # Of two that have one name the nearer counts.
+    return {folder.name: folder for folder in [*filter(_is_split, below), *splits]}
 
 
 def _is_split(folder: Path) -> bool:
@@ -304,18 +320,23 @@ def gather(name: str, split: str, rows: Iterable[Row | Rejected]) -> Corpus:
     Ids that occur again get a number, so that transcripts can be told apart.
     Raises ValueError if there is no usable row.
     """
-    utterances, rejected, taken = [], [], set()
-    for row in _in_threads(_admit, list(rows), f"reading {split}"):
-        if isinstance(row, Rejected):
-            rejected.append(row)
-            continue
-        id, count = row.id, 1
+    admitted = _in_threads(_admit, list(rows), f"reading {split}")
+    utterances = _apart(row for row in admitted if isinstance(row, Utterance))
+    return _corpus(name, split, utterances, [row for row in admitted if isinstance(row, Rejected)])
+
+
+def _apart(utterances: Iterable[Utterance]) -> list[Utterance]:
+    """The utterances with a number behind each id that occurs again."""
+    taken: set[str] = set()
+    told_apart = []
+    for utterance in utterances:
+        id, count = utterance.id, 1
         while id in taken:
             count += 1
-            id = f"{row.id}#{count}"
+            id = f"{utterance.id}#{count}"
         taken.add(id)
-        utterances.append(row if id == row.id else replace(row, id=id))
-    return _corpus(name, split, utterances, rejected)
+        told_apart.append(utterance if id == utterance.id else replace(utterance, id=id))
+    return told_apart
 
 
 def _corpus(name: str, split: str, utterances: list[Utterance], rejected: list[Rejected]) -> Corpus:
