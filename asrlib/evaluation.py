@@ -2,10 +2,11 @@
 
 Transcripts are greedy CTC. Error rates are fractions over a whole corpus (errors of all utterances divided by
 words of all utterances), with intervals and significance from resampling utterances.
-Shapes: N utterances, R resamples, B batch, S samples of audio, T frames, C channels.
+Shapes: N utterances, R resamples, B batch, S samples of audio, T frames, V tokens of the vocabulary.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,12 +39,14 @@ def transcribe(
     batch_seconds: float = 60.0,
     device: str | None = None,
     precision: str = "fp32",
+    record: Callable[[int, torch.Tensor], None] | None = None,
 ) -> list[dict]:
     """Greedy transcripts in the order of the corpus: {id, speaker, seconds, reference, hypothesis} each.
 
     The reference is the text of the corpus as it stands. `batch_seconds` bounds the padded audio in a batch
-    and changes the speed, not the transcripts: each is that of the utterance alone. Raises UnusableAudio
-    where an utterance cannot be decoded.
+    and changes the speed, not the transcripts: each is that of the utterance alone. `record` is called once for every
+    utterance, in no particular order, with its place in the corpus and its logits [T, V], unpadded frames alone, on the
+    device. Raises UnusableAudio where an utterance cannot be decoded.
     """
     device = choose_device(device, model)
     if getattr(model.config, "feat_extract_norm", "layer") == "group":
@@ -59,11 +62,16 @@ def transcribe(
     hypotheses = [""] * len(corpus)
     with (
         inference(model, device=device, precision=precision),
-        tqdm(total=len(corpus), desc=f"transcribing {corpus.split}", unit="utt") as progress,
+        # leave=None: below another bar it goes when it is done
+        tqdm(total=len(corpus), desc=f"transcribing {corpus.split}", unit="utt", leave=None) as progress,
     ):
         for indices, batch in zip(batches, loader, strict=True):
-            for i, text in zip(indices, processor.batch_decode(_greedy(model, batch, device)), strict=True):
+            logits = _logits(model, batch, device)
+            texts = processor.batch_decode([logits_TV.argmax(-1).tolist() for logits_TV in logits])
+            for i, text, logits_TV in zip(indices, texts, logits, strict=True):
                 hypotheses[i] = text
+                if record is not None:
+                    record(i, logits_TV)
             progress.update(len(indices))
     return [
         {"id": u.id, "speaker": u.speaker, "seconds": u.seconds, "reference": u.text, "hypothesis": text}
@@ -71,13 +79,13 @@ def transcribe(
     ]
 
 
-def _greedy(model: nn.Module, batch: dict, device: torch.device) -> list[list[int]]:
-    """Best token of each unpadded frame: B lists of different lengths."""
+def _logits(model: nn.Module, batch: dict, device: torch.device) -> list[torch.Tensor]:
+    """Logits [T, V] of the unpadded frames of each utterance: B tensors of different lengths."""
     mask_BS = batch["attention_mask"].to(device)
     frames_B = frame_counts(model, mask_BS.sum(-1))
     with padding_silenced(model, frames_B):
         logits_BTV = model(batch["input_values"].to(device, model.dtype), attention_mask=mask_BS).logits
-    return [ids[:n] for ids, n in zip(logits_BTV.argmax(-1).tolist(), frames_B.tolist(), strict=True)]
+    return [logits_TV[:n] for logits_TV, n in zip(logits_BTV, frames_B.tolist(), strict=True)]
 
 
 def write_predictions(path: str | Path, predictions: list[dict]) -> None:

@@ -98,6 +98,12 @@ def show_figure(fig: "Figure", alt: str | None = None) -> None:
     display(image, metadata={"image/png": {"alt": alt, "width": width}}, raw=True)
 
 
+def keep_figure(fig: "Figure", path: Path) -> None:
+    """Save and show it."""
+    save_figure(fig, path)
+    show_figure(fig)
+
+
 # ---- drawings ----------------------------------------------------------------------------------------------
 
 
@@ -293,64 +299,4 @@ def training_curves(history: Sequence[Mapping], best_step: int | None = None) ->
     wers = df["eval_wer"].dropna()
     found = f" Validation WER from {percent(wers.iloc[0])} to {percent(wers.iloc[-1])}." if len(wers) else ""
     fig.set_label(f"Training curves over {df['step'].max():.0f} steps.{found}")
-    return fig
-
-
-def spectrum_figure(spectra: Mapping[int | str, Sequence[float]], latent_dim: int | None = None) -> "Figure":
-    """Singular values of each layer, relative to its largest, and the share of energy that a rank keeps."""
-    import numpy as np
-    import seaborn as sns
-
-    palette = sns.color_palette("viridis", len(spectra))
-    with _style():
-        fig, axes = _figure(9, 3.6, 1, 2)
-        for (layer, values), colour in zip(spectra.items(), palette, strict=True):
-            values = np.asarray(values, dtype=float)
-            rank = np.arange(1, len(values) + 1)
-            axes[0, 0].semilogy(rank, values / values[0], color=colour, lw=1.4, label=str(layer))
-            energy = 100 * np.cumsum(values**2) / np.sum(values**2)
-            axes[0, 1].plot(rank, energy, color=colour, lw=1.4, label=str(layer))
-        axes[0, 0].set(xlabel="index", ylabel="singular value ÷ the largest")
-        axes[0, 1].set(xlabel="rank kept", ylabel="energy kept (%)", ylim=(None, 101))
-        for ax in axes[0]:
-            ax.spines[["top", "right"]].set_visible(False)
-            if latent_dim:
-                ax.axvline(latent_dim, color=GREY, lw=1, ls="--", label=f"latent_dim {latent_dim}")
-        columns = 1 + len(spectra) // 8
-        axes[0, 1].legend(frameon=False, title="layer", fontsize=8, ncols=columns, loc="lower right")
-    at = f", {latent_dim} marked" if latent_dim else ""
-    fig.set_label(f"Singular spectrum and energy kept against rank for {len(spectra)} layers{at}.")
-    return fig
-
-
-def error_heatmap(df: pd.DataFrame) -> "Figure":
-    """Relative error of keys, values and attention output per layer and latent width, a row per layout.
-
-    df: columns layer, latent_dim, key_error, value_error, output_error, and layout if there are several.
-    """
-    import seaborn as sns
-
-    quantities = {"key_error": "K", "value_error": "V", "output_error": "attention output"}
-    layouts = list(df["layout"].unique()) if "layout" in df else [None]
-    n_layers, n_widths = df["layer"].nunique(), df["latent_dim"].nunique()
-    largest = 100 * df[list(quantities)].to_numpy().max()
-    with _style():
-        height = len(layouts) * (max(0.26 * n_layers, 1.2) + 0.5) + 0.6
-        fig, axes = _figure(10, height, len(layouts), 3, sharex=True, sharey=True)
-        for row, layout in zip(axes, layouts, strict=True):
-            part = df if layout is None else df[df["layout"] == layout]
-            for ax, (column, name) in zip(row, quantities.items(), strict=True):
-                grid = 100 * part.pivot_table(index="layer", columns="latent_dim", values=column)
-                numbers = {"annot": n_widths <= 10, "fmt": ".0f", "annot_kws": {"size": 7.5}}
-                sns.heatmap(grid, ax=ax, vmin=0, vmax=largest, cmap="rocket_r", cbar=False, linewidths=0.5, **numbers)
-                ax.set_title(name if layout is None else f"{name}, {layout} latent", size=10)
-                ax.set(xlabel="", ylabel="layer" if ax is row[0] else "")
-                ax.tick_params(labelsize=8.5, rotation=0)
-        for ax in axes[-1]:
-            ax.set_xlabel("latent_dim (numbers per frame)")
-        fig.colorbar(axes[0, 0].collections[0], ax=axes, label="relative error (%)", pad=0.01)
-    mean = df.groupby("latent_dim")["output_error"].mean()
-    ends = ", ".join(f"{percent(mean[w], 1)} at latent_dim {w}" for w in (mean.index.min(), mean.index.max()))
-    about = f"Relative errors of K, V and attention output in {n_layers} layers."
-    fig.set_label(f"{about} Mean error of the attention output: {ends}.")
     return fig

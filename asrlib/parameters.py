@@ -58,7 +58,7 @@ LIMITS: dict[str, Any] = {
     "latent_dim": AT_LEAST_ONE,
     "cache_cut": Field(gt=0, lt=1),
     "layout": one_of("joint", "split"),
-    "method": one_of("svd", "whitened", "two_sided"),
+    "method": one_of("svd", "whitened", "two_sided", "attended"),
     "ctc_weight": NOT_NEGATIVE,
     "kl_weight": NOT_NEGATIVE,
     "hidden_weight": NOT_NEGATIVE,

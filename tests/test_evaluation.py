@@ -114,6 +114,19 @@ def test_transcripts_are_those_of_each_utterance_alone(processor, corpus, norm, 
     assert [row["id"] for row in rows] == [u.id for u in corpus]
 
 
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_the_logits_behind_the_transcripts_can_be_recorded(processor, corpus, norm):
+    model = conformer(feat_extract_norm=norm)
+    recorded = {}
+    rows = transcribe(model, processor, corpus, batch_seconds=4, record=recorded.__setitem__)
+    assert sorted(recorded) == list(range(len(corpus)))
+    for i, utterance in enumerate(corpus):
+        inputs = processor(utterance.audio(), sampling_rate=SAMPLE_RATE, return_tensors="pt")
+        with torch.no_grad():
+            torch.testing.assert_close(recorded[i], model(inputs.input_values).logits[0], atol=1e-4, rtol=1e-4)
+        assert processor.decode(recorded[i].argmax(-1)) == rows[i]["hypothesis"]
+
+
 @pytest.mark.parametrize("positions", ["relative", "rotary", None])
 def test_padding_changes_logits_unless_it_is_silenced(processor, positions):
     model = conformer(position_embeddings_type=positions)

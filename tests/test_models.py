@@ -407,3 +407,84 @@ def test_heads_must_divide_the_width(processor):
         new_model("wav2vec2-conformer", processor, 30, 2, 4, 7, 0.1, seed=0)
     with pytest.raises(ValueError, match="architecture is 'lstm': choose one of"):
         new_model("lstm", processor, 32, 2, 4, 7, 0.1, seed=0)
+
+
+# ---- a split latent whose keys and values have widths of their own -----------------------------------------
+
+
+def test_a_split_latent_gives_the_keys_what_it_is_told():
+    layer = LatentKV(WIDTH, 9, "split", key_dim=7)
+    assert layer.ranks == (7, 2)
+    assert layer.down_k.weight.shape == (7, WIDTH) and layer.down_v.weight.shape == (2, WIDTH)
+    assert LatentKV(WIDTH, 9, "split").ranks == split_ranks(9)
+    assert LatentKV(WIDTH, 9).ranks == (9, 9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({"latent_dim": [5, 32], "latent_layout": "split"}, [2, 16]),  # an odd number is the value's
+        ({"latent_layout": "split"}, [WIDTH, WIDTH]),
+        ({"latent_dim": [5, 20], "latent_layout": "split", "latent_key_dim": [4, 16]}, [4, 16]),
+        ({"latent_dim": [5, 20], "latent_layout": "split", "latent_key_dim": (1, 4)}, [1, 4]),
+        ({"latent_dim": [5, 20]}, []),
+    ],
+)
+def test_a_config_says_what_is_the_keys(changes, keys):
+    config = latent_config(**changes)
+    assert config.latent_key_dim == keys
+    again = AutoConfig.for_model(**json.loads(config.to_json_string()))
+    assert again.latent_key_dim == keys and again.latent_dim == config.latent_dim
+    assert kv_cache_bytes(config, frames=10) == 10 * sum(config.latent_dim) * 4
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ([4], "latent_key_dim has 1 widths for 2 layers: give one a layer"),
+        ([4, 4, 4], "latent_key_dim has 3 widths for 2 layers"),
+        ([0, 8], "latent_key_dim is 0, but of a latent of 6 numbers the keys take between 1 and 5"),
+        ([6, 8], "latent_key_dim is 6, but of a latent of 6 numbers the keys take between 1 and 5"),
+        ([3, 17], "latent_key_dim is 17, but of a latent of 20 numbers the keys take between 4 and 16"),
+        ([3, 3], "latent_key_dim is 3, but of a latent of 20 .* between 4 and 16 .in a model of width 16"),
+        ([-1, 8], "latent_key_dim is -1"),
+    ],
+)
+def test_keys_of_an_impossible_width_are_refused(keys, said):
+    with pytest.raises(StrictDataclassClassValidationError, match=said):
+        latent_config(latent_dim=[6, 20], latent_layout="split", latent_key_dim=keys)
+
+
+def test_a_joint_latent_has_no_width_for_keys_alone():
+    said = "latent_key_dim is 3, but all of a joint latent is the keys' and the values': leave it out, or use layout"
+    with pytest.raises(StrictDataclassClassValidationError, match=said):
+        latent_config(latent_dim=[6, 8], latent_key_dim=[3, 4])
+    with pytest.raises(ValueError, match=said):
+        LatentKV(WIDTH, 6, key_dim=3)
+
+
+@pytest.mark.parametrize("positions", ["relative", "rotary", None])
+def test_unequal_widths_survive_the_disk(positions, processor, tmp_path):
+    mla = Wav2Vec2ConformerMLAForCTC(
+        latent_config(
+            position_embeddings_type=positions, latent_layout="split", latent_dim=[7, 20], latent_key_dim=[6, 5]
+        )
+    ).eval()
+    assert [layer.latent_kv.ranks for layer in attention_modules(mla)] == [(6, 1), (5, 15)]
+    mla.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, _ = load(tmp_path)
+    assert again.config.latent_key_dim == [6, 5] and again.config.latent_dim == [7, 20]
+    with torch.no_grad():
+        assert torch.equal(again(**tiny.padded_batch()).logits, mla(**tiny.padded_batch()).logits)
+
+
+def test_a_split_model_saved_before_there_were_widths_for_keys_loads_as_it_was(saved, tmp_path):
+    folder = shutil.copytree(saved[0] / "split", tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings.pop("latent_key_dim") == [3, 3]
+    (folder / "config.json").write_text(json.dumps(settings))
+    model, _ = load(folder)
+    assert [layer.latent_kv.ranks for layer in attention_modules(model)] == [(3, 4)] * LAYERS
+    with torch.no_grad():
+        assert torch.equal(model(**tiny.padded_batch()).logits, saved[1]["split"](**tiny.padded_batch()).logits)

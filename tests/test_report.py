@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from asrlib import figures, html, report
+from asrlib import conversion_figures, figures, html, report
 from asrlib.runs import MissingStep, Run, write_json
 
 SCRIPT = "<script>alert('x')</script>"
@@ -395,12 +395,12 @@ def drawn(run):
             {"loss", "validation WER (%)", "learning rate", "training step"},
         ),
         (
-            figures.spectrum_figure(spectra, latent_dim=2),
+            conversion_figures.spectrum_figure(spectra, latent_dim=2),
             "2 layers, 2 marked",
-            {"index", "singular value ÷ the largest", "rank kept", "energy kept (%)"},
+            {"direction, the largest first", "singular value ÷ the largest", "directions kept", "energy kept (%)"},
         ),
-        (figures.error_heatmap(errors), "11.1 % at latent_dim 18", layer),
-        (figures.error_heatmap(layouts), "5.6 % at latent_dim 36", layer),
+        (conversion_figures.error_heatmap(errors), "11.1 % at latent_dim 18", layer),
+        (conversion_figures.error_heatmap(layouts), "5.6 % at latent_dim 36", layer),
     ]
 
 

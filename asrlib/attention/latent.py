@@ -10,11 +10,11 @@ from torch import nn
 LAYOUTS = ("joint", "split")
 
 
-def check_latent_dim(latent_dim: int, width: int, layout: str) -> None:
+def check_latent_dim(latent_dim: int, width: int, layout: str, key_dim: int | None = None) -> None:
     """Raises ValueError unless a latent of `latent_dim` numbers can serve keys and values of `width`.
 
     Keys and values are `width` numbers each, so a latent wider than both together saves nothing; a split
-    latent needs one number for either half.
+    latent needs one number for either. `key_dim` says how many of a split latent's numbers are the keys'.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}: choose one of {', '.join(LAYOUTS)}")
@@ -24,10 +24,23 @@ def check_latent_dim(latent_dim: int, width: int, layout: str) -> None:
             f"latent_dim is {latent_dim}, but a {layout} latent of a model of width {width} has between {least} "
             f"and {2 * width} numbers per frame (2 x {width} is what keys and values take uncompressed)"
         )
+    if key_dim is None:
+        return
+    if layout == "joint":
+        raise ValueError(
+            f"latent_key_dim is {key_dim}, but all of a joint latent is the keys' and the values': leave it out, or "
+            "use layout: split"
+        )
+    fewest, most = max(1, latent_dim - width), min(width, latent_dim - 1)
+    if not fewest <= key_dim <= most:
+        raise ValueError(
+            f"latent_key_dim is {key_dim}, but of a latent of {latent_dim} numbers the keys take between {fewest} and "
+            f"{most} (in a model of width {width}, keys and values have 1 to {width} each)"
+        )
 
 
 def split_ranks(latent_dim: int) -> tuple[int, int]:
-    """(rank for keys, rank for values) of a split latent; an odd number is the value's."""
+    """(rank for keys, rank for values) of a split latent that nobody divided: an odd number is the value's."""
     return latent_dim // 2, latent_dim - latent_dim // 2
 
 
@@ -35,24 +48,32 @@ class LatentKV(nn.Module):
     """Keys and values [B, T, D] of inputs [B, T, D] through what is cached, a latent [B, T, R].
 
     joint: one latent serves both, K = up_k(down(x)), V = up_v(down(x)).
-    split: two latents, of ranks `split_ranks(R)`, for keys and values that read different inputs.
+    split: two latents, R_k + R_v = R, for keys and values that read different inputs, or need unequal ranks.
+    `key_dim` is R_k; None: halves, as `split_ranks` says.
 
     The product to compare with the weight it replaces is `up_k.weight @ down.weight`: nn.Linear holds
     [out, in].
     """
 
-    def __init__(self, width: int, latent_dim: int, layout: str = "joint"):
+    def __init__(self, width: int, latent_dim: int, layout: str = "joint", key_dim: int | None = None):
         super().__init__()
-        check_latent_dim(latent_dim, width, layout)
+        check_latent_dim(latent_dim, width, layout, key_dim)
         self.layout = layout
-        rank_k, rank_v = (latent_dim, latent_dim) if layout == "joint" else split_ranks(latent_dim)
         if layout == "joint":
+            rank_k = rank_v = latent_dim
             self.down = nn.Linear(width, latent_dim, bias=False)
         else:
+            rank_k = split_ranks(latent_dim)[0] if key_dim is None else key_dim
+            rank_v = latent_dim - rank_k
             self.down_k = nn.Linear(width, rank_k, bias=False)
             self.down_v = nn.Linear(width, rank_v, bias=False)
         self.up_k = nn.Linear(rank_k, width)
         self.up_v = nn.Linear(rank_v, width)
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """(R_k, R_v); a joint latent's one rank, twice."""
+        return self.up_k.in_features, self.up_v.in_features
 
     def keys(self, x_BTD: torch.Tensor) -> torch.Tensor:
         return self.up_k((self.down if self.layout == "joint" else self.down_k)(x_BTD))

@@ -7,14 +7,16 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from asrlib.attention.latent import LatentKV, check_latent_dim, split_ranks
-from asrlib.conversion.factorize import METHODS, Decomposition, Factors, LayerWeights, decompose_layer
+from asrlib.attention.latent import LatentKV, check_latent_dim
+from asrlib.conversion.attended import AttendedDecomposition, decompose_attended
+from asrlib.conversion.factorize import METHODS, NEEDS_STATISTICS, Decomposition, Factors, LayerWeights, decompose_layer
 from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity, smallest_rank
+from asrlib.conversion.sequential import convert_in_sequence
 from asrlib.conversion.statistics import LayerStatistics, Statistics
 from asrlib.models.families import attention_modules, family_of, frame_counts, is_latent
 from asrlib.models.inference import inference, on_cpu, padding_silenced
 
-Candidates = tuple[Decomposition, ...]  # of one layer
+Candidates = tuple[Decomposition | AttendedDecomposition, ...]  # of one layer
 BALANCES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the values' error against the keys', from which a layer chooses
 
 
@@ -49,10 +51,12 @@ def decompose(
     """
     _check_convertible(model, layout, method)
     layers = tqdm(range(model.config.num_hidden_layers), desc="decomposing", unit="layer", leave=False)
-    return [_candidates(model, index, layout, method, statistics) for index in layers]
+    return [
+        _candidates(model, index, layout, method, statistics.layers[index] if statistics else None) for index in layers
+    ]
 
 
-def _candidates(model, index: int, layout: str, method: str, statistics: Statistics | None) -> Candidates:
+def _candidates(model, index: int, layout: str, method: str, statistics: LayerStatistics | None) -> Candidates:
     attention = attention_modules(model)[index]
     weights = LayerWeights(
         key=attention.linear_k.weight.detach().cpu(),
@@ -62,8 +66,10 @@ def _candidates(model, index: int, layout: str, method: str, statistics: Statist
         value_bias=attention.linear_v.bias.detach().cpu(),
         heads=attention.num_heads,
     )
-    moments = statistics.layers[index].moments() if statistics else None
-    balances = BALANCES if method == "two_sided" and layout == "joint" else (1.0,)
+    moments = statistics.moments() if statistics else None
+    balances = BALANCES if method in ("two_sided", "attended") and layout == "joint" else (1.0,)
+    if method == "attended":
+        return tuple(decompose_attended(weights, layout, moments, balance) for balance in balances)
     return tuple(decompose_layer(weights, layout, method, moments, balance) for balance in balances)
 
 
@@ -85,17 +91,27 @@ def convert(
     rank_multiple: int = 1,
     statistics: Statistics | None = None,
     decomposition: list[Candidates] | None = None,
+    sequential: bool = False,
+    reestimate_batch_norm: bool = False,
+    sensitivities: list[dict[int, float]] | None = None,
 ) -> PreTrainedModel:
     """The latent twin of `model`, on the CPU, in evaluation mode; `model` ends where it was.
 
     `latent_dim` is the width of what is cached per frame and layer, one number or one a layer; `cache_cut`
     gives a share to save instead. `ranks` says how that budget is spent over layers (uniform, energy, sensitivity: see
-    ranks.py), in multiples of `rank_multiple`. A joint latent as wide as the model is exact, and so is a split one of
-    twice that width. `statistics` (of `collect_statistics`) are what the methods `whitened` and `two_sided` weigh
-    errors by; what each method minimises stands in factorize.py. Raises ValueError where the width, the layout or the
-    method is impossible.
+    ranks.py), in multiples of `rank_multiple`; but for uniform, keys and values of a split latent get ranks apart.
+    A joint latent as wide as the model is exact, and so is a split one of twice that width. `statistics` (of
+    `collect_statistics`) are what the methods `whitened` and `two_sided` weigh errors by; what each method minimises
+    stands in factorize.py. `sequential` fits each layer to what reaches it through those already converted, and
+    `reestimate_batch_norm` corrects the moments of BatchNorm likewise: see sequential.py. `decomposition` and
+    `sensitivities` (of `decompose` and `measure_sensitivity`) are computed where they are needed and not given. Raises
+    ValueError where the width, the layout or the method is impossible.
     """
     _check_convertible(model, layout, method)
+    if (sequential or reestimate_batch_norm) and statistics is None:
+        raise ValueError("sequential and reestimate_batch_norm need calibration speech: see asrlib.collect_statistics")
+    if sequential and method not in NEEDS_STATISTICS:
+        raise ValueError(f"method {method!r} looks at weights alone: sequential has nothing to change, leave it out")
     family, width = family_of(model.config), model.config.hidden_size
     if decomposition and any(one.layout != layout for candidates in decomposition for one in candidates):
         raise ValueError(f"layout is {layout}, but the decomposition was made for the other one: decompose again")
@@ -108,40 +124,69 @@ def convert(
         raise ValueError("this decomposition leaves a choice, and no statistics were given to choose by: give both")
     with on_cpu(model):
         if ranks == "uniform":
-            least = 2 if layout == "split" else 1
-            smallest_rank(min(widths), rank_multiple, least)  # refuses what would be rounded down to nothing
-            widths = [one // rank_multiple * rank_multiple for one in widths]
+            smallest_rank(min(widths), [2 * width], rank_multiple)  # refuses what would be rounded down to nothing
+            widths, key_widths = [one // rank_multiple * rank_multiple for one in widths], []
         else:
             decomposition = decomposition or decompose(model, layout, method, statistics)
-            widths = _spend(model, widths, layout, ranks, rank_multiple, statistics, decomposition)
+            widths, key_widths = _spend(
+                model, widths, layout, ranks, rank_multiple, statistics, decomposition, sensitivities
+            )
 
         settings = {key: value for key, value in model.config.to_dict().items() if key != "model_type"}
-        config = family.latent_config(**settings, latent_dim=widths, latent_layout=layout)
+        config = family.latent_config(**settings, latent_dim=widths, latent_layout=layout, latent_key_dim=key_widths)
         latent = family.latent_model(config).to(model.dtype)
         latent.set_attn_implementation(model.config._attn_implementation)  # no part of the config's dict
         replaced = latent.load_state_dict(model.state_dict(), strict=False)
         _check_replaced(replaced.missing_keys, replaced.unexpected_keys)
         latent.eval()
-        pairs = list(zip(attention_modules(latent), attention_modules(model), strict=True))
-        for index, (ours, theirs) in enumerate(tqdm(pairs, desc="converting", unit="layer", leave=False)):
-            candidates = (
-                decomposition[index] if decomposition else _candidates(model, index, layout, method, statistics)
+        attentions = attention_modules(latent)
+
+        def fit(index: int, layer: LayerStatistics | None) -> None:
+            if decomposition and not sequential:
+                candidates = decomposition[index]
+            else:
+                candidates = _candidates(model, index, layout, method, layer)
+            _fill_best(attentions[index], candidates, layer)
+
+        if not sequential:
+            for index in tqdm(range(len(attentions)), desc="converting", unit="layer", leave=False):
+                fit(index, statistics.layers[index] if statistics else None)
+        if sequential or reestimate_batch_norm:
+            convert_in_sequence(
+                model,
+                latent,
+                statistics.speech,
+                fit if sequential else None,
+                reestimate_batch_norm,
+                attention=sequential and method == "attended",
             )
-            _fill_best(ours, theirs, candidates, widths[index], statistics.layers[index] if statistics else None)
-    return latent
+    return latent.to("cpu")
 
 
-def _spend(model, widths, layout, ranks, multiple, statistics, decomposition) -> list[int]:
-    """One latent width a layer, with the sum of `widths` as the budget; see ranks.py."""
+def _spend(
+    model, widths, layout, ranks, multiple, statistics, decomposition, sensitivities
+) -> tuple[list[int], list[int]]:
+    """(latent widths, how much of each is the keys': none if joint), one a layer, within the sum of `widths`.
+
+    See ranks.py. Its groups are a joint latent's layers, or a split latent's keys and values, layer by layer.
+    """
     if len(set(widths)) > 1:
         raise ValueError(f"latent_dim gives every layer its own width already: ranks={ranks!r} has nothing to spend")
-    least = 2 if layout == "split" else 1
-    if ranks == "energy":
-        return energy([candidates[len(candidates) // 2] for candidates in decomposition], widths[0], multiple, least)
-    if statistics is None:
+    if ranks == "sensitivity" and statistics is None:
         raise ValueError("ranks='sensitivity' needs statistics of calibration speech: see asrlib.collect_statistics")
-    costs = measure_sensitivity(model, layout, statistics, decomposition)
-    return sensitivity(costs, widths[0], exact_latent_dim(model.config, layout), multiple, least)
+    middles = [candidates[len(candidates) // 2] for candidates in decomposition]
+    groups = [directions.values for middle in middles for directions in middle.directions]
+    budget, group_widths = sum(widths), [len(values) for values in groups]
+    smallest_rank(budget, group_widths, multiple)  # refuses before anything is measured
+    if ranks == "energy":
+        spent = energy(groups, budget, multiple)
+    else:
+        costs = sensitivities or measure_sensitivity(model, layout, statistics, decomposition)
+        spent = sensitivity(costs, budget, group_widths, multiple)
+    if layout == "joint":
+        return spent, []
+    keys, values = spent[::2], spent[1::2]
+    return [rank_k + rank_v for rank_k, rank_v in zip(keys, values, strict=True)], keys
 
 
 def exact_latent_dim(config, layout: str) -> int:
@@ -153,7 +198,11 @@ def exact_latent_dim(config, layout: str) -> int:
 def measure_sensitivity(
     model: PreTrainedModel, layout: str, statistics: Statistics, decomposition: list[Candidates]
 ) -> list[dict[int, float]]:
-    """For every layer, {latent width: KL divergence per frame of the CTC output when that layer alone is cut}."""
+    """For every group of ranks.py, {rank: KL divergence per frame of the CTC output when that group alone is cut}.
+
+    Joint: one group a layer; split: two, keys and values, layer by layer.
+    """
+    width = model.config.hidden_size
     exact = exact_latent_dim(model.config, layout)
     probe = convert(model, exact, layout=layout, statistics=statistics, decomposition=decomposition)
     frames_B = frame_counts(model, statistics.inputs["attention_mask"].sum(-1))
@@ -167,29 +216,29 @@ def measure_sensitivity(
         )
 
     wanted = log_posteriors(model)
-    probed = sorted({max(2, round(share * exact)) for share in PROBED_SHARES})
+    probed = sorted({max(1, round(share * width)) for share in PROBED_SHARES})
+    groups = [(True, True)] if layout == "joint" else [(True, False), (False, True)]  # are keys, are values cut?
     costs = []
     for attention, candidates in zip(
         tqdm(attention_modules(probe), desc="probing", unit="layer", leave=False), decomposition, strict=True
     ):
-        cost = {}
-        for width in probed:
-            _fill(attention.latent_kv, _widened(candidates[len(candidates) // 2], width, layout, exact))
-            ours = log_posteriors(probe)
-            cost[width] = torch.nn.functional.kl_div(ours, wanted, log_target=True, reduction="batchmean").item()
-        _fill(attention.latent_kv, _widened(candidates[0], exact, layout, exact))
-        costs.append(cost)
+        middle = candidates[len(candidates) // 2]
+        for cut_keys, cut_values in groups:
+            cost = {}
+            for rank in probed:
+                ranks = (rank if cut_keys else width, rank if cut_values else width)
+                _fill(attention.latent_kv, _widened(middle.cut(*ranks), width))
+                ours = log_posteriors(probe)
+                cost[rank] = torch.nn.functional.kl_div(ours, wanted, log_target=True, reduction="batchmean").item()
+            costs.append(cost)
+        _fill(attention.latent_kv, middle.cut(width, width))
     return costs
 
 
-def _widened(decomposition: Decomposition, latent_dim: int, layout: str, exact: int) -> Factors:
-    """The factors of a narrow latent, with zeros for a layer as wide as `exact`."""
-    cut, full = (
-        decomposition.cut(*(split_ranks(width) if layout == "split" else (width, width)))
-        for width in (latent_dim, exact)
-    )
+def _widened(cut: Factors, width: int) -> Factors:
+    """The same factors with zeros, for a latent that has `width` numbers for keys and as many for values."""
     pad = torch.nn.functional.pad
-    missing_k, missing_v = (len(b) - len(a) for a, b in ((cut.down_k, full.down_k), (cut.down_v, full.down_v)))
+    missing_k, missing_v = width - len(cut.down_k), width - len(cut.down_v)
     return Factors(
         pad(cut.down_k, (0, 0, 0, missing_k)),
         pad(cut.down_v, (0, 0, 0, missing_v)),
@@ -205,7 +254,7 @@ def to_standard_attention(latent: PreTrainedModel) -> PreTrainedModel:
     if not is_latent(latent.config):
         raise ValueError(f"the model has standard attention already ({latent.config.model_type})")
     family = family_of(latent.config)
-    dropped = {"model_type", "latent_dim", "latent_layout", "architectures"}
+    dropped = {"model_type", "latent_dim", "latent_layout", "latent_key_dim", "architectures"}
     settings = {key: value for key, value in latent.config.to_dict().items() if key not in dropped}
     model = family.standard_model(family.standard_config(**settings)).to(latent.dtype)
     model.set_attn_implementation(latent.config._attn_implementation)
@@ -253,19 +302,16 @@ def _check_replaced(latent_keys: list[str], standard_keys: list[str]) -> None:
 
 
 @torch.no_grad()
-def _fill_best(ours, theirs, candidates: Candidates, latent_dim: int, statistics: LayerStatistics | None) -> None:
-    """Gives `ours` the candidate whose attention output on calibration speech is nearest to that of `theirs`."""
-    ranks = split_ranks(latent_dim) if candidates[0].layout == "split" else (latent_dim, latent_dim)
-    factors = [one.cut(*ranks) for one in candidates]
+def _fill_best(attention, candidates: Candidates, statistics: LayerStatistics | None) -> None:
+    """Gives `attention` the candidate that serves its output on calibration speech best."""
+    factors = [one.cut(*attention.latent_kv.ranks) for one in candidates]
     if len(candidates) > 1:
-        kept_BT, arguments = statistics.sample
-        wanted = theirs(**arguments)[0][kept_BT]
         errors = []
         for one in factors:
-            _fill(ours.latent_kv, one)
-            errors.append((ours(**arguments)[0][kept_BT] - wanted).norm().item())
+            _fill(attention.latent_kv, one)
+            errors.append(statistics.sample.error(attention))
         factors = [factors[errors.index(min(errors))]]
-    _fill(ours.latent_kv, factors[0])
+    _fill(attention.latent_kv, factors[0])
 
 
 @torch.no_grad()

@@ -10,7 +10,9 @@ a metric A_h per head on what comes out,
     G = S (Σ_h W_hᵀ A_h W_h) S = U diag(λ) Uᵀ,      down = U_Rᵀ S⁻¹,      up = W S U_R,
 
 minimises E‖A^½ (W − up·down)(x − μ)‖² over all factors of rank R (Eckart and Young 1936, applied to A^½ W S). The bias
-that goes with it, b + (W − up·down) μ, takes the mean error out.
+that goes with it, b + (W − up·down) μ, takes the mean error out. Behind layers that are converted already, what is read
+is no longer x but x̂: there W stands for its regression on x̂ (`Target.of`) and Σ for the covariance of x̂, which makes it
+the reduced-rank regression of W x on x̂ (Izenman 1975).
 
     method      S       A for keys                    A for values             minimises the error of
     svd         I       I                             I                        the weights
@@ -25,8 +27,8 @@ from dataclasses import dataclass
 
 import torch
 
-METHODS = ("svd", "whitened", "two_sided")
-NEEDS_STATISTICS = ("whitened", "two_sided")
+METHODS = ("svd", "whitened", "two_sided", "attended")  # the last one: attended.py
+NEEDS_STATISTICS = ("whitened", "two_sided", "attended")
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,48 @@ class LayerWeights:
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Second moments of one layer's inputs and queries over calibration speech, float64."""
+class InputMoments:
+    """First and second moments of what a projection reads over calibration speech, float64.
+
+    Behind layers that are converted already it reads x̂ where it should read x: then `mean` and `covariance` are those
+    of x̂, and `wanted_mean` and `cross` say what is known of x.
+    """
 
     mean: torch.Tensor  # μ [D]
     covariance: torch.Tensor  # Σ [D, D], around the mean, not singular
+    wanted_mean: torch.Tensor | None = None  # of x [D]
+    cross: torch.Tensor | None = None  # E[(x − μ_x)(x̂ − μ)ᵀ] [D, D]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of one layer, over calibration speech, float64. Keys and values read the same, but for rotary positions."""
+
+    key: InputMoments
+    value: InputMoments
     query: torch.Tensor  # Q_h [H, d_h, d_h], around zero, of q_h + u
+    attended_key: InputMoments | None = None  # of what keys read, as attention weighs it: see attended.py
+    attended_values: tuple[InputMoments, ...] | None = None  # for each head, of what attention makes of the inputs
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a projection should give, in terms of what it reads: weight (x − mean) + bias."""
+
+    weight: torch.Tensor  # [D, D]
+    bias: torch.Tensor  # [D]
+    mean: torch.Tensor  # [D]
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, bias: torch.Tensor, moments: InputMoments | None) -> "Target":
+        """W x + b, or the best guess at it from x̂: W E[(x − μ_x)(x̂ − μ)ᵀ] Σ⁻¹ (x̂ − μ) + W μ_x + b."""
+        weight, bias = weight.double(), bias.double()
+        if moments is None:
+            return cls(weight, bias, torch.zeros_like(bias))
+        if moments.cross is None:
+            return cls(weight, bias + weight @ moments.mean, moments.mean)
+        regressed = torch.linalg.solve(moments.covariance, (weight @ moments.cross).T).T
+        return cls(regressed, bias + weight @ moments.wanted_mean, moments.mean)
 
 
 @dataclass(frozen=True)
@@ -90,7 +128,7 @@ class Directions:
     def cut(self, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(down [rank, D], up [D, rank]) for `weight` [D, D]; directions beyond D are zero, and change nothing."""
         missing = max(0, rank - len(self.values))
-        down, up = self.encode[:rank], weight.double() @ self.decode[:, :rank]
+        down, up = self.encode[:rank], weight @ self.decode[:, :rank]
         return torch.nn.functional.pad(down, (0, 0, 0, missing)), torch.nn.functional.pad(up, (0, missing))
 
 
@@ -98,20 +136,17 @@ class Directions:
 class Decomposition:
     """One layer's directions, computed once and cut at any width. Joint: one set serves keys and values."""
 
-    weights: LayerWeights
     layout: str
     directions: tuple[Directions, ...]  # joint: one; split: keys, values
-    mean: torch.Tensor | None  # μ [D], where it is known
+    key: Target
+    value: Target
 
     def cut(self, rank_k: int, rank_v: int) -> Factors:
         """The factors at these ranks; a joint latent has one rank, given twice."""
-        weights = self.weights
-        down_k, up_k = self.directions[0].cut(weights.key, rank_k)
-        down_v, up_v = self.directions[-1].cut(weights.value, rank_v)
-        key_bias, value_bias = weights.key_bias.double(), weights.value_bias.double()
-        if self.mean is not None:
-            key_bias = key_bias + (weights.key.double() - up_k @ down_k) @ self.mean
-            value_bias = value_bias + (weights.value.double() - up_v @ down_v) @ self.mean
+        down_k, up_k = self.directions[0].cut(self.key.weight, rank_k)
+        down_v, up_v = self.directions[-1].cut(self.value.weight, rank_v)
+        key_bias = self.key.bias - up_k @ (down_k @ self.key.mean)
+        value_bias = self.value.bias - up_v @ (down_v @ self.value.mean)
         return Factors(down_k, down_v, up_k, up_v, key_bias, value_bias)
 
 
@@ -125,7 +160,6 @@ def symmetric_root(matrix: torch.Tensor) -> torch.Tensor:
 
 def gram(weight: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor:
     """Σ_h W_hᵀ A_h W_h [D, D] of a weight [D, D] whose rows are heads of d_h, and A [H, d_h, d_h] (None: identity)."""
-    weight = weight.double()
     if metric is None:
         return weight.T @ weight
     by_head = weight.unflatten(0, (len(metric), -1))  # [H, d_h, D]
@@ -147,17 +181,25 @@ def decompose_layer(
     for name in ("key", "value"):
         if not torch.isfinite(getattr(weights, name)).all():
             raise ValueError(f"the {name} weight holds NaN or infinity: the checkpoint is damaged")
-    root = mean = key_metric = value_metric = None
-    if method in NEEDS_STATISTICS:
-        root, mean = symmetric_root(moments.covariance), moments.mean
-    if method == "two_sided":
-        output = weights.output.double().unflatten(1, (weights.heads, -1))  # [D, H, d_h]
-        key_metric, value_metric = moments.query, torch.einsum("ohi,ohj->hij", output, output)
-    grams = [gram(weights.key, key_metric), gram(weights.value, value_metric)]
+    weighed = moments if method in NEEDS_STATISTICS else None
+    targets = [
+        Target.of(weights.key, weights.key_bias, weighed and weighed.key),
+        Target.of(weights.value, weights.value_bias, weighed and weighed.value),
+    ]
+    roots = [symmetric_root(inputs.covariance) for inputs in (weighed.key, weighed.value)] if weighed else [None, None]
+    metrics = [moments.query, output_metric(weights)] if method == "two_sided" else [None, None]
+    grams = [gram(target.weight, metric) for target, metric in zip(targets, metrics, strict=True)]
     if layout == "joint":
-        keys, values = (g / _energy(g, root) for g in grams)
+        keys, values = (g / _energy(g, roots[0]) for g in grams)
         grams = [keys + balance**2 * values]
-    return Decomposition(weights, layout, tuple(Directions.of(g, root) for g in grams), mean)
+    directions = [Directions.of(g, root) for g, root in zip(grams, roots, strict=False)]
+    return Decomposition(layout, tuple(directions), *targets)
+
+
+def output_metric(weights: LayerWeights) -> torch.Tensor:
+    """W_o,hᵀ W_o,h [H, d_h, d_h]: what an error of a head's values becomes behind the output projection."""
+    output = weights.output.double().unflatten(1, (weights.heads, -1))  # [D, H, d_h]
+    return torch.einsum("ohi,ohj->hij", output, output)
 
 
 def _energy(gram: torch.Tensor, root: torch.Tensor | None) -> float:

@@ -1,77 +1,164 @@
-"""How far a latent model's keys, values and attention outputs are from those of the model it came from."""
+"""What attention loses in a latent model: keys, values, scores, attention weights and outputs, layer by layer.
 
+Names: S samples of audio, T frames, D width, H heads; 1: one utterance at a time.
+"""
+
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pandas as pd
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from asrlib.models.families import attention_modules
+from asrlib.models.families import attention_modules, frame_counts, is_latent
+from asrlib.models.inference import choose_device, inference
+
+EXCELLENT = 0.05  # relative error of the attention output, a fraction; the first system's limits, set by feel
+GOOD = 0.10
+
+
+def analyze_compression_quality(
+    mha: PreTrainedModel, mla: PreTrainedModel, inputs: dict[str, torch.Tensor]
+) -> pd.DataFrame:
+    """How far each layer of `mla` is from the layer of `mha` it came from, one row per layer.
+
+    `inputs` is one batch as the collator makes it: input_values [B, S] and, where it is padded, attention_mask
+    [B, S]. Each utterance runs through `mha` alone, without its padding, and every layer of `mla` is given what
+    that layer of `mha` reads, so that its error is its own and not its predecessors'. Layers are compared in
+    float64, whatever the models' precision, on the device of `mha`; both models stay as they are.
+
+    Columns: layer, latent_dim, and
+    key_error, value_error, output_error: ‖ours − theirs‖ / ‖theirs‖ over all frames;
+    score_error: the same of the attention scores, positions included. What is added to all scores of a query
+      alike is left out, since softmax cancels it: each row is centred over its keys;
+    attention_tv: total variation ½ Σ_j |ours_ij − theirs_ij| of attention weights (0 to 1), mean over queries, heads;
+    output_cosine: cosine of the angle between the attention outputs, mean over frames.
+
+    Raises ValueError where the two are not a standard and a latent model, or no utterance is a frame long.
+    """
+    if is_latent(mha.config) or not is_latent(mla.config):
+        raise ValueError(
+            f"the models are {mha.config.model_type} and {mla.config.model_type}: give first the one with standard "
+            "attention, then the latent one that was converted from it"
+        )
+    modules = attention_modules(mha)
+    device = choose_device(None, mha)
+    with inference(mha, device=device), _recorded_calls(modules) as calls:
+        for samples_1S in _utterances(mha, inputs):
+            mha(samples_1S.to(device, mha.dtype))
+    rows = [
+        {"layer": index, "latent_dim": mla.config.latent_dim[index]} | _layer_quality(theirs, ours, calls[index])
+        for index, (theirs, ours) in enumerate(zip(modules, attention_modules(mla), strict=True))
+    ]
+    return pd.DataFrame(rows)
+
+
+def summarise_quality(table: pd.DataFrame) -> dict[str, float | str]:
+    """The whole model in one row: of a table of `analyze_compression_quality`, the root mean square over layers of
+    each relative error, the mean of attention_tv and output_cosine, and the `verdict` on the output error."""
+    errors = table.filter(regex="_error$").pow(2).mean().pow(0.5).to_dict()
+    means = table[["attention_tv", "output_cosine"]].mean().to_dict()
+    return {**errors, **means, "verdict": verdict(errors["output_error"])}
+
+
+def verdict(output_error: float) -> str:
+    """What the first system called a relative error of the attention output, a fraction."""
+    if output_error < EXCELLENT:
+        return "excellent"
+    return "good" if output_error < GOOD else "needs fine-tuning"
+
+
+# ---- what the layers read ----------------------------------------------------------------------------------
+
+
+def _utterances(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The utterances of a batch without their padding, [1, S] each; what is too short for a frame is left out."""
+    samples_BS = inputs["input_values"]
+    mask_BS = inputs.get("attention_mask")
+    lengths_B = torch.full((len(samples_BS),), samples_BS.shape[1]) if mask_BS is None else mask_BS.sum(-1).cpu()
+    utterances = [
+        row_S[None, :length]
+        for row_S, length, frames in zip(samples_BS, lengths_B, frame_counts(model, lengths_B), strict=True)
+        if frames > 0
+    ]
+    if not utterances:
+        raise ValueError(f"no utterance of the batch ({lengths_B.tolist()} samples) is a frame long: give longer ones")
+    return utterances
 
 
 @contextmanager
-def _recorded_calls(modules: list[torch.nn.Module]) -> Iterator[list[tuple[tuple, dict]]]:
-    """The arguments of each module's next call, in order of `modules`."""
-    calls: dict[int, tuple[tuple, dict]] = {}
+def _recorded_calls(modules: list[nn.Module]) -> Iterator[list[list[dict]]]:
+    """The keyword arguments of all calls of each module, in order of `modules`."""
+    calls: list[list[dict]] = [[] for _ in modules]
     hooks = [
-        module.register_forward_pre_hook(
-            lambda _, args, kwargs, index=index: calls.__setitem__(index, (args, kwargs)), with_kwargs=True
-        )
-        for index, module in enumerate(modules)
+        module.register_forward_pre_hook(lambda _, args, kwargs, of=of: of.append(kwargs), with_kwargs=True)
+        for module, of in zip(modules, calls, strict=True)
     ]
-    recorded: list = []
     try:
-        yield recorded
-        recorded.extend(calls[index] for index in range(len(modules)))
+        yield calls
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm()).item()
+# ---- one layer ---------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()  # inference_mode would leave position tables behind that no model can be trained with
-def analyze_compression_quality(
-    mha: PreTrainedModel, mla: PreTrainedModel, inputs: dict[str, torch.Tensor]
-) -> pd.DataFrame:
-    """Relative error ‖ours − theirs‖ / ‖theirs‖ of keys, values and attention output, one row per layer.
+@torch.no_grad()
+def _layer_quality(theirs: nn.Module, ours: nn.Module, calls: list[dict]) -> dict[str, float]:
+    device = calls[0]["hidden_states"].device
+    if device.type == "mps":  # knows no float64
+        device = torch.device("cpu")
+    theirs, ours = _float64_copy(theirs, device), _float64_copy(ours, device)
+    fractions: dict[str, torch.Tensor] = {}
+    for call in calls:
+        call = {name: value.to(device).double() if torch.is_tensor(value) else value for name, value in call.items()}
+        for name, fraction_2 in _fractions(theirs, ours, call).items():
+            fractions[name] = fractions.get(name, 0) + fraction_2
+    ratios = {name: (above / below).item() for name, (above, below) in fractions.items()}
+    return {name: ratio**0.5 if name.endswith("_error") else ratio for name, ratio in ratios.items()}
 
-    `inputs` is one batch as the collator makes it (input_values [B, S], attention_mask [B, S]). Every layer
-    of `mla` is given what that layer of `mha` reads, so that its error is its own and not its
-    predecessors'. Padded frames are left out. Columns: layer, latent_dim, key_error, value_error,
-    output_error.
+
+def _float64_copy(attention: nn.Module, device: torch.device) -> nn.Module:
+    """A copy with a config of its own, which asks for eager attention: the one that returns its weights.
+
+    In float32 weights underflow where scores are 104 apart, in float64 where they are 745 apart.
     """
-    theirs, ours = attention_modules(mha.eval()), attention_modules(mla.eval())
-    inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-    key_projections = [attention.linear_k for attention in theirs]  # rotary positions turn what these read
-    with _recorded_calls(theirs) as calls, _recorded_calls(key_projections) as key_calls:
-        mha(**inputs)
-    rows = []
-    for index, (standard, latent, (args, kwargs), ((turned_BTD,), _)) in enumerate(
-        zip(theirs, ours, calls, key_calls, strict=True)
-    ):
-        x_BTD = kwargs.get("hidden_states", args[0] if args else None)
-        kept_BT = _unpadded(mha, x_BTD, inputs.get("attention_mask"))
-        outputs = [module(*args, **kwargs)[0][kept_BT] for module in (latent, standard)]
-        rows.append(
-            {
-                "layer": index,
-                "latent_dim": mla.config.latent_dim[index],
-                "key_error": _relative_error(
-                    latent.linear_k(turned_BTD)[kept_BT], standard.linear_k(turned_BTD)[kept_BT]
-                ),
-                "value_error": _relative_error(latent.linear_v(x_BTD)[kept_BT], standard.linear_v(x_BTD)[kept_BT]),
-                "output_error": _relative_error(*outputs),
-            }
-        )
-    return pd.DataFrame(rows)
+    twin = copy.deepcopy(attention).to(device).double().eval()
+    twin.config._attn_implementation = "eager"
+    return twin
 
 
-def _unpadded(model: PreTrainedModel, x_BTD: torch.Tensor, mask_BS: torch.Tensor | None) -> torch.Tensor:
-    batch, frames = x_BTD.shape[:2]
-    if mask_BS is None:
-        return torch.ones(batch, frames, dtype=torch.bool, device=x_BTD.device)
-    return model._get_feature_vector_attention_mask(frames, mask_BS).bool()
+def _fractions(theirs: nn.Module, ours: nn.Module, call: dict) -> dict[str, torch.Tensor]:
+    """One utterance's (numerator, denominator) [2] of each column, to be added up; of errors, still squared."""
+    x_1TD, read_by_keys = call["hidden_states"], []
+    hook = theirs.linear_k.register_forward_pre_hook(lambda _, args: read_by_keys.append(args[0]))
+    their_output_1TD, their_weights_1HTT = theirs(**call)
+    our_output_1TD, our_weights_1HTT = ours(**call)
+    hook.remove()
+    (turned_1TD,) = read_by_keys  # rotary positions turn it
+    return {
+        "key_error": _squares(ours.linear_k(turned_1TD), theirs.linear_k(turned_1TD)),
+        "value_error": _squares(ours.linear_v(x_1TD), theirs.linear_v(x_1TD)),
+        "score_error": _squares(_centred_scores(our_weights_1HTT), _centred_scores(their_weights_1HTT)),
+        "attention_tv": _count((our_weights_1HTT - their_weights_1HTT).abs().sum(-1) / 2),
+        "output_error": _squares(our_output_1TD, their_output_1TD),
+        "output_cosine": _count(nn.functional.cosine_similarity(our_output_1TD, their_output_1TD, dim=-1)),
+    }
+
+
+def _squares(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    return torch.stack([(ours - theirs).square().sum(), theirs.square().sum()])
+
+
+def _count(values: torch.Tensor) -> torch.Tensor:
+    return torch.stack([values.sum(), values.new_tensor(values.numel())])
+
+
+def _centred_scores(weights_1HTT: torch.Tensor) -> torch.Tensor:
+    """Scores less their mean over keys, from the weights whose logarithm they are but for a shift per query."""
+    tiny = torch.finfo(weights_1HTT.dtype).tiny  # what underflowed counts as 708 below the largest
+    scores_1HTT = weights_1HTT.clamp(min=tiny).log()
+    return scores_1HTT - scores_1HTT.mean(-1, keepdim=True)

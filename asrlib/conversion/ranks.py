@@ -1,12 +1,15 @@
-"""Who gets how much: one cache budget for the whole model, spent over its layers.
+"""Who gets how much: one cache budget for the whole model, spent over groups of numbers.
 
-A budget is a number of cached numbers per frame, all layers together: layers × latent_dim. It is never exceeded.
+A group is what one rank decides: in a joint latent a layer, in a split latent the keys of a layer, or its values. A
+budget is a number of cached numbers per frame, all groups together: layers × latent_dim. It is never exceeded.
 
-    uniform      every layer the same
-    energy       the largest singular values of all layers first, each layer's relative to its own total: what the
+    uniform      every layer the same; of a split latent, keys and values half each
+    energy       the largest singular values of all groups first, each group's relative to its own total: what the
                  weights (and, weighed, the speech) say, without running the model
-    sensitivity  every layer is cut alone, at a few widths, and the change of the CTC output measured (KL divergence per
+    sensitivity  every group is cut alone, at a few ranks, and the change of the CTC output measured (KL divergence per
                  frame); taking the changes to add up, the cheapest split of the budget is found exactly
+
+Neither of the last two knows of layers or layouts.
 """
 
 import heapq
@@ -15,78 +18,103 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from asrlib.conversion.factorize import Decomposition
-
 RANKS = ("uniform", "energy", "sensitivity")
-PROBED_SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the width, where sensitivity is measured
+PROBED_SHARES = (
+    1 / 64,
+    1 / 32,
+    1 / 16,
+    1 / 8,
+    1 / 4,
+    1 / 2,
+    3 / 4,
+)  # of a group's width, where sensitivity is measured
 
 
-def energy(decompositions: Sequence[Decomposition], latent_dim: int, multiple: int = 1, least: int = 1) -> list[int]:
-    """Greedy on squared singular values: `multiple` more numbers at a time to the layer that they explain most of.
+def energy(singular_values: Sequence[np.ndarray], budget: int, multiple: int = 1, least: int = 1) -> list[int]:
+    """Greedy on squared singular values: `multiple` more numbers at a time to the group that they explain most of.
 
-    Optimal, since every layer's values fall (a split latent's in pairs). A layer gets at least `least`, at most what
-    is exact.
+    `singular_values`: of every group, descending, arrays or tensors [width]. Optimal, since each group's fall: no other
+    split of the `budget` explains more, summed over groups. A rank is a multiple of `multiple`, at least `least`, at
+    most the group's width; ValueError where the budget has no room for that.
     """
+    widths = [len(values) for values in singular_values]
+    start = smallest_rank(budget, widths, multiple, least)
     gains = []
-    for decomposition in decompositions:
-        squares = [directions.values.square().numpy() for directions in decomposition.directions]
-        # Of a split latent's numbers every other one is the values', the first one included: see split_ranks.
-        explained = np.stack([square / square.sum() for square in reversed(squares)], axis=1).ravel()
-        gains.append(np.add.reduceat(explained, np.arange(0, len(explained), multiple)))
-    start = smallest_rank(latent_dim, multiple, least)
-    ranks, budget = [start] * len(gains), latent_dim * len(gains)
-    waiting = [(-gain[start // multiple], layer) for layer, gain in enumerate(gains) if start // multiple < len(gain)]
+    for values, width in zip(singular_values, widths, strict=True):
+        squares = np.square(np.asarray(values, dtype=np.float64))
+        explained = squares / max(squares.sum(), np.finfo(np.float64).tiny)  # a weight of zeros explains nothing
+        gains.append(explained[: width // multiple * multiple].reshape(-1, multiple).sum(1))
+    ranks = [start] * len(gains)
+    waiting = [(-gain[start // multiple], group) for group, gain in enumerate(gains) if start // multiple < len(gain)]
     heapq.heapify(waiting)
     while waiting and sum(ranks) + multiple <= budget:
-        _, layer = heapq.heappop(waiting)
-        ranks[layer] += multiple
-        if ranks[layer] // multiple < len(gains[layer]):
-            heapq.heappush(waiting, (-gains[layer][ranks[layer] // multiple], layer))
+        _, group = heapq.heappop(waiting)
+        ranks[group] += multiple
+        if ranks[group] // multiple < len(gains[group]):
+            heapq.heappush(waiting, (-gains[group][ranks[group] // multiple], group))
     return ranks
 
 
 def sensitivity(
-    costs: Sequence[dict[int, float]], latent_dim: int, width: int, multiple: int = 1, least: int = 1
+    costs: Sequence[dict[int, float]], budget: int, widths: Sequence[int], multiple: int = 1, least: int = 1
 ) -> list[int]:
-    """The split of the budget with the lowest sum of costs, by dynamic programming.
+    """The split of the `budget` with the lowest sum of costs, by dynamic programming over groups.
 
-    `costs`: for every layer, {rank: measured cost}; between measured ranks the logarithm of the cost is taken to be
-    linear in that of the rank. A layer as wide as `width` costs nothing. Exact for these curves.
+    `costs`: for every group, {rank: measured cost}; between and below measured ranks the logarithm of the cost is taken
+    to be linear in that of the rank. A group as wide as its `widths` costs nothing. Exact for these curves. Ranks are
+    bounded as `energy`'s are.
     """
-    choices = range(smallest_rank(latent_dim, multiple, least), width + 1, multiple)
-    curves = [[_interpolated(cost, width)(rank) for rank in choices] for cost in costs]
-    budget = latent_dim * len(costs) // multiple  # in units of `multiple`
-    units = [rank // multiple for rank in choices]
-    cheapest = np.zeros(budget + 1)  # with the layers so far, at most so many units
+    start = smallest_rank(budget, widths, multiple, least)
+    cheapest = np.zeros(budget // multiple + 1)  # with the groups so far, at most so many units of `multiple`
     taken = []
-    for curve in curves:
-        totals = np.full((len(units), budget + 1), np.inf)
-        for choice, (unit, cost) in enumerate(zip(units, curve, strict=True)):
-            if unit <= budget:
-                totals[choice, unit:] = cheapest[: budget + 1 - unit] + cost
-        taken.append(totals.argmin(0))
-        cheapest = totals.min(0)
-    ranks, left = [], budget
-    for choice in reversed(taken):
-        ranks.append(choices[choice[left]])
-        left -= units[choice[left]]
+    for cost, width in zip(costs, widths, strict=True):
+        cost_at = _interpolated(cost, width)
+        total, rank_taken = np.full(len(cheapest), np.inf), np.zeros(len(cheapest), dtype=int)
+        for rank in range(start, min(width, budget) + 1, multiple):
+            unit = rank // multiple
+            offered = cheapest[: len(cheapest) - unit] + cost_at(rank)
+            better = offered < total[unit:]
+            total[unit:][better], rank_taken[unit:][better] = offered[better], rank
+        taken.append(rank_taken)
+        cheapest = total
+    ranks, left = [], len(cheapest) - 1
+    for rank_taken in reversed(taken):
+        ranks.append(int(rank_taken[left]))
+        left -= ranks[-1] // multiple
     return ranks[::-1]
 
 
-def smallest_rank(latent_dim: int, multiple: int, least: int) -> int:
-    """The fewest numbers a layer can get, a multiple of `multiple`; ValueError where the budget has not even that."""
+def smallest_rank(budget: int, widths: Sequence[int], multiple: int, least: int = 1) -> int:
+    """The lowest rank a group can get, a multiple of `multiple` and at least `least`.
+
+    `widths`: of every group. ValueError where one is narrower than that, or the budget has no room for it in each.
+    """
     start = max(1, math.ceil(least / multiple)) * multiple
-    if start > latent_dim:
+    if start > min(widths):
         raise ValueError(
-            f"a budget of {latent_dim} numbers a layer has no room for the {start} that each needs: raise latent_dim, "
-            "or lower the multiple that ranks are rounded to"
+            f"no rank between {least} and the width {min(widths)} is a multiple of {multiple}: lower the multiple that "
+            "ranks are rounded to"
+        )
+    if start * len(widths) > budget:
+        raise ValueError(
+            f"a budget of {budget} numbers per frame, for {len(widths)} ranks, has no room for the {start} that each "
+            "needs: raise latent_dim, or lower the multiple that ranks are rounded to"
         )
     return start
 
 
 def _interpolated(cost: dict[int, float], width: int) -> Callable[[int], float]:
+    """Rank → cost. Below the measured ranks the line through the first two goes on: else the last numbers of a group
+    would be free to take away."""
     ranks = sorted(rank for rank in cost if rank < width)
     falling = np.maximum.accumulate([cost[rank] for rank in reversed(ranks)])[::-1]  # never cheaper with less
     nothing = 1e-12  # for the logarithm
     x, y = np.log([*ranks, width]), np.log(np.maximum([*falling, 0.0], nothing))
-    return lambda rank: float(np.exp(np.interp(np.log(rank), x, y))) if rank < width else 0.0
+
+    def at(rank: int) -> float:
+        if rank >= width:
+            return 0.0
+        slope, below = (y[1] - y[0]) / (x[1] - x[0]), min(0.0, np.log(rank) - x[0])
+        return float(np.exp(np.interp(np.log(rank), x, y) + slope * below))
+
+    return at

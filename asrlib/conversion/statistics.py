@@ -4,51 +4,246 @@ Names: B batch, T frames, D width, H heads, d_h = D / H, N frames seen. Sums are
 """
 
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from asrlib.conversion.factorize import Moments
+from asrlib.conversion.factorize import InputMoments, Moments
 from asrlib.data.batches import BucketBatchSampler, CTCCollator, CTCDataset
 from asrlib.data.corpus import SAMPLE_RATE, Corpus
 from asrlib.models.families import attention_modules, frame_counts
-from asrlib.models.inference import choose_device, inference, padding_silenced
+from asrlib.models.inference import attention_weights, choose_device, inference, padding_silenced
 
 FRAMES_PER_DIMENSION = 10  # fewer frames than so many times the width, and the covariance is noise to a good part
 SHRINKAGE = 1e-6  # of the covariance towards its mean variance, with speech in plenty
-SAMPLE_SECONDS = 20.0  # of the batch that is kept, to measure attention outputs on
+SAMPLE_FRAMES = 1000  # of a batch are kept, to measure attention outputs on
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one attention layer read in a call, and what it gave."""
+
+    key_input: torch.Tensor  # what linear_q and linear_k read [B, T, D]: turned, for rotary positions
+    value_input: torch.Tensor  # what linear_v reads [B, T, D]
+    queries: torch.Tensor  # q_h + u [B, T, H, d_h]
+    arguments: dict  # of the call
+    output: torch.Tensor  # [B, T, D]
+    weights: torch.Tensor | None  # of attention [B, H, T, T], where they are computed (eager attention)
+
+
+@contextmanager
+def observed(attention: nn.Module, record: Callable[[Reading], None]) -> Iterator[None]:
+    """Calls `record` after every call of `attention`."""
+    seen = {}
+
+    def queries_made(module, args, output_BTD):
+        seen["queries"] = args[0], output_BTD
+
+    def called(module, args, arguments, output):
+        key_input_BTD, queries_BTD = seen.pop("queries")
+        queries_BTHE = queries_BTD.unflatten(-1, (module.num_heads, -1))
+        if module.position_embeddings_type == "relative":
+            queries_BTHE = queries_BTHE + module.pos_bias_u
+        record(Reading(key_input_BTD, arguments["hidden_states"], queries_BTHE, arguments, *output[:2]))
+
+    hooks = [
+        attention.linear_q.register_forward_hook(queries_made),
+        attention.register_forward_hook(called, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class InputSums:
+    """Running sums of what a projection reads, x; behind converted layers also of what it should read, `wanted`."""
+
+    def __init__(self, width: int):
+        self.frames = 0
+        self.total = torch.zeros(width, dtype=torch.float64)  # Σ x [D]
+        self.products = torch.zeros(width, width, dtype=torch.float64)  # Σ x xᵀ [D, D]
+        self.wanted_total: torch.Tensor | None = None  # Σ wanted [D]
+        self.cross: torch.Tensor | None = None  # Σ wanted xᵀ [D, D]
+
+    def add(self, x_ND: torch.Tensor, wanted_ND: torch.Tensor | None = None) -> None:
+        x_ND = x_ND.double()
+        self.frames += len(x_ND)
+        self.total += x_ND.sum(0).cpu()
+        self.products += (x_ND.T @ x_ND).cpu()
+        if wanted_ND is not None:
+            if self.cross is None:
+                self.wanted_total, self.cross = torch.zeros_like(self.total), torch.zeros_like(self.products)
+            wanted_ND = wanted_ND.double()
+            self.wanted_total += wanted_ND.sum(0).cpu()
+            self.cross += (wanted_ND.T @ x_ND).cpu()
+
+    def moments(self) -> InputMoments:
+        """Σ is shrunk towards tr(Σ)/D · I, the more the fewer frames there are for its D² numbers."""
+        mean = self.total / self.frames
+        covariance = self.products / self.frames - torch.outer(mean, mean)
+        covariance = (covariance + covariance.T) / 2
+        width = len(mean)
+        shrinkage = SHRINKAGE + 0.01 * width / self.frames
+        floor = shrinkage * torch.trace(covariance) / width * torch.eye(width, dtype=torch.float64)
+        if self.cross is None:
+            return InputMoments(mean, covariance + floor)
+        wanted_mean = self.wanted_total / self.frames
+        # The same floor: where nothing is known, the input is taken for what it should be.
+        cross = self.cross / self.frames - torch.outer(wanted_mean, mean) + floor
+        return InputMoments(mean, covariance + floor, wanted_mean, cross)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an attention layer, over a few utterances, and what it should give: to try factors on. On the CPU."""
+
+    arguments: dict
+    kept_BT: torch.Tensor  # frames that are no padding
+    wanted_BTD: torch.Tensor
+
+    @classmethod
+    def of(cls, arguments: dict, kept_BT: torch.Tensor, wanted_BTD: torch.Tensor) -> "Sample":
+        """Of the first utterances of a batch."""
+        batch, rows = len(kept_BT), _sample_rows(kept_BT)
+
+        def first(value):
+            return (value[:rows] if len(value) == batch else value).cpu() if torch.is_tensor(value) else value
+
+        return cls({name: first(value) for name, value in arguments.items()}, first(kept_BT), first(wanted_BTD))
+
+    @property
+    def size(self) -> float:
+        """‖wanted‖ over unpadded frames."""
+        return self.wanted_BTD[self.kept_BT].norm().item()
+
+    def error(self, attention: nn.Module) -> float:
+        """‖output − wanted‖ over unpadded frames."""
+        device = next(attention.parameters()).device
+        arguments = {name: v.to(device) if torch.is_tensor(v) else v for name, v in self.arguments.items()}
+        output_BTD = attention(**arguments)[0].cpu()
+        return (output_BTD - self.wanted_BTD)[self.kept_BT].norm().item()
+
+
+def _sample_rows(kept_BT: torch.Tensor) -> int:
+    return max(1, SAMPLE_FRAMES // kept_BT.shape[1])
 
 
 @dataclass
 class LayerStatistics:
     """Running sums of one attention layer; `moments` is what the factorisations read."""
 
-    frames: int
-    total: torch.Tensor  # Σ x [D]
-    products: torch.Tensor  # Σ x xᵀ [D, D]
+    key: InputSums
+    value: InputSums  # the same as `key`, but for rotary positions
     queries: torch.Tensor  # Σ (q_h + u)(q_h + u)ᵀ [H, d_h, d_h]
-    sample: tuple[tuple, dict] | None = field(default=None, repr=False)  # arguments of one call, and which frames count
+    attention: "AttentionSums | None" = None
+    sample: Sample | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, attention: nn.Module, weights: bool = False) -> "LayerStatistics":
+        """Empty sums; `weights`: also of what attention makes of the inputs."""
+        width, heads = attention.linear_q.in_features, attention.num_heads
+        key = InputSums(width)
+        value = InputSums(width) if attention.position_embeddings_type == "rotary" else key
+        queries = torch.zeros(heads, width // heads, width // heads, dtype=torch.float64)
+        return cls(key, value, queries, AttentionSums(width, heads) if weights else None)
+
+    @property
+    def frames(self) -> int:
+        return self.key.frames
+
+    def add(self, reading: Reading, kept_BT: torch.Tensor, wanted: Reading | None = None) -> None:
+        """A call, and behind converted layers what the unconverted model has in its place."""
+        self.key.add(reading.key_input[kept_BT], wanted and wanted.key_input[kept_BT])
+        if self.value is not self.key:
+            self.value.add(reading.value_input[kept_BT], wanted and wanted.value_input[kept_BT])
+        queries_NHE = reading.queries[kept_BT].double()
+        self.queries += torch.einsum("nhi,nhj->hij", queries_NHE, queries_NHE).cpu()
+        if self.attention:
+            self.attention.add(reading, kept_BT, wanted or reading)
+        if self.sample is None:
+            self.sample = Sample.of(reading.arguments, kept_BT, (wanted or reading).output)
 
     def moments(self) -> Moments:
-        """μ, Σ and Q. Σ is shrunk towards tr(Σ)/D · I, the more the fewer frames there are for its D² numbers."""
-        mean = self.total / self.frames
-        covariance = self.products / self.frames - torch.outer(mean, mean)
-        covariance = (covariance + covariance.T) / 2
-        width = len(mean)
-        shrinkage = SHRINKAGE + 0.01 * width / self.frames
-        floor = shrinkage * torch.trace(covariance) / width
-        return Moments(mean, covariance + floor * torch.eye(width, dtype=torch.float64), self.queries / self.frames)
+        """μ, Σ and Q, and where weights were seen, Σ as attention sees it."""
+        key = self.key.moments()
+        value = key if self.value is self.key else self.value.moments()
+        query = self.queries / self.frames
+        if self.attention is None:
+            return Moments(key, value, query)
+        # Softmax knows no mean of the keys; that of all frames keeps them comparable.
+        attended_key = replace(self.attention.key.moments(), mean=key.mean, wanted_mean=key.wanted_mean)
+        return Moments(key, value, query, attended_key, tuple(sums.moments() for sums in self.attention.values))
+
+
+class AttentionSums:
+    """Running sums of what attention makes of the inputs: see attended.py.
+
+    Behind converted layers the weights are those of the unconverted model, since the layer at hand is yet to be made.
+    """
+
+    def __init__(self, width: int, heads: int):
+        self.key = InputSums(width)  # around each query's mean, by its weights; all heads together
+        self.values = [InputSums(width) for _ in range(heads)]  # means by the weights
+
+    def add(self, reading: Reading, kept_BT: torch.Tensor, wanted: Reading) -> None:
+        behind = wanted is not reading
+        for utterance, kept_T in enumerate(kept_BT):
+            weights_HTT = wanted.weights[utterance][:, kept_T][:, :, kept_T].float()
+            inputs = [
+                (one.key_input[utterance][kept_T].float(), one.value_input[utterance][kept_T].float())
+                for one in ((reading, wanted) if behind else (reading,))
+            ]
+            self._add_keys(weights_HTT, *(key_TD for key_TD, _ in inputs))
+            means = [weights_HTT @ value_TD for _, value_TD in inputs]  # [H, T, D]
+            for head, sums in enumerate(self.values):
+                sums.add(*(mean_HTD[head] for mean_HTD in means))
+
+    def _add_keys(self, weights_HTT: torch.Tensor, x_TD: torch.Tensor, wanted_TD: torch.Tensor | None = None) -> None:
+        attended_T = weights_HTT.sum((0, 1)).double()
+
+        def covariance(a_TD, b_TD):  # Σ_hi Σ_j a_hij (a_j − ā_hi)(b_j − b̄_hi)ᵀ
+            a_mean, b_mean = ((weights_HTT @ one_TD).flatten(0, 1).double() for one_TD in (a_TD, b_TD))
+            a_TD, b_TD = a_TD.double(), b_TD.double()
+            return ((a_TD * attended_T[:, None]).T @ b_TD - a_mean.T @ b_mean).cpu()
+
+        self.key.frames += weights_HTT.shape[0] * weights_HTT.shape[1]
+        self.key.products += covariance(x_TD, x_TD)
+        if wanted_TD is not None:
+            if self.key.cross is None:
+                self.key.wanted_total = torch.zeros_like(self.key.total)
+                self.key.cross = torch.zeros_like(self.key.products)
+            self.key.cross += covariance(wanted_TD, x_TD)
+
+
+@dataclass(frozen=True)
+class CalibrationSpeech:
+    """Batches of speech for a model to run on, the same in the same order each time."""
+
+    batches: Iterable[dict[str, torch.Tensor]] = field(repr=False)
+    device: torch.device
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        """{input_values, attention_mask} [B, S], on the device."""
+        for batch in tqdm(self.batches, desc="calibration speech", unit="batch", leave=False):
+            yield {name: batch[name].to(self.device) for name in ("input_values", "attention_mask")}
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """One `LayerStatistics` a layer, and a batch of the speech they come from to try things on."""
+    """One `LayerStatistics` a layer, and the speech that they come from."""
 
     layers: list[LayerStatistics]
-    inputs: dict[str, torch.Tensor] = field(repr=False)  # input_values, attention_mask [B, S]
+    speech: CalibrationSpeech = field(repr=False)
+    inputs: dict[str, torch.Tensor] = field(repr=False)  # a few utterances of it, on the CPU
 
     @property
     def frames(self) -> int:
@@ -57,7 +252,14 @@ class Statistics:
     @property
     def condition_numbers(self) -> list[float]:
         """Of each layer's covariance: largest over smallest eigenvalue."""
-        return [torch.linalg.cond(layer.moments().covariance).item() for layer in self.layers]
+        return [torch.linalg.cond(layer.moments().key.covariance).item() for layer in self.layers]
+
+
+@contextmanager
+def unpadded(model: nn.Module, frames_B: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Which frames [B, T] are no padding, while padding does not leak through `model`'s convolutions."""
+    with padding_silenced(model, frames_B):
+        yield torch.arange(int(frames_B.max()), device=frames_B.device) < frames_B[:, None]
 
 
 def collect_statistics(
@@ -67,92 +269,44 @@ def collect_statistics(
     max_seconds: float = 600.0,
     batch_seconds: float = 60.0,
     device: str | None = None,
+    attention: bool = False,
 ) -> Statistics:
     """Statistics of every attention layer of `model` over about `max_seconds` of `corpus`, first layer first.
 
     Take the training split. Raises ValueError for a test split or for fewer frames than the model is wide; warns where
     there is too little speech for the width and says how much is enough. `device`: where to run, see
-    `models.inference.choose_device`; the model ends where it was. 24 layers of width 1024 take 0.3 GB.
+    `models.inference.choose_device`; the model ends where it was. `attention`: also what attention makes of the inputs,
+    which the method `attended` needs. 24 layers of width 1024 take 0.3 GB, with attention's 16 heads 3.6 GB.
     """
     if "test" in corpus.split:
         raise ValueError(f"calibration on {corpus.split!r} would spoil the test: give a training split")
     home, device = choose_device(None, model), choose_device(device, model)
     corpus = corpus.excerpt(max_seconds)
-    modules = attention_modules(model)
-    layers = [_empty(module) for module in modules]
     sampler = BucketBatchSampler([u.seconds for u in corpus], batch_seconds, shuffle=False)
     loader = DataLoader(CTCDataset(corpus, processor), batch_sampler=sampler, collate_fn=CTCCollator(processor))
+    speech = CalibrationSpeech(loader, device)
+    modules = attention_modules(model)
+    layers = [LayerStatistics.of(module, attention) for module in modules]
     inputs: dict[str, torch.Tensor] = {}
-    kept_BT: torch.Tensor  # of the batch at hand: which frames are no padding
-
-    def watch(module, args, kwargs, layer):
-        _accumulate(layer, module, kwargs["hidden_states"], kept_BT, kwargs)
-
-    hooks = [
-        module.register_forward_pre_hook(
-            lambda module, args, kwargs, layer=layer: watch(module, args, kwargs, layer), with_kwargs=True
-        )
-        for module, layer in zip(modules, layers, strict=True)
-    ]
     try:
-        with inference(model, device=device):
-            for batch in tqdm(loader, desc="collecting statistics", unit="batch", leave=False):
-                mask_BS = batch["attention_mask"].to(device)
-                rows = _sample_rows(batch["input_values"].shape[1] / SAMPLE_RATE)
-                inputs = inputs or {name: batch[name][:rows] for name in ("input_values", "attention_mask")}
-                frames_B = frame_counts(model, mask_BS.sum(-1))
-                kept_BT = torch.arange(int(frames_B.max()), device=device) < frames_B[:, None]
-                with padding_silenced(model, frames_B):
-                    model(batch["input_values"].to(device), attention_mask=mask_BS)
+        with inference(model, device=device), attention_weights(*[model] * attention):
+            for batch in speech:
+                frames_B = frame_counts(model, batch["attention_mask"].sum(-1))
+                with unpadded(model, frames_B) as kept_BT, ExitStack() as watching:
+                    for module, layer in zip(modules, layers, strict=True):
+                        watching.enter_context(observed(module, partial(layer.add, kept_BT=kept_BT)))
+                    model(**batch)
+                inputs = inputs or {name: value[: _sample_rows(kept_BT)].cpu() for name, value in batch.items()}
     finally:
         model.to(home)
-        for hook in hooks:
-            hook.remove()
     _check_amount(layers[0], model.config)
-    return Statistics(layers, inputs)
-
-
-def _sample_rows(seconds: float) -> int:
-    return max(1, int(SAMPLE_SECONDS / seconds))
-
-
-def _empty(module) -> LayerStatistics:
-    width, heads = module.linear_q.in_features, module.num_heads
-    size = width // heads
-    return LayerStatistics(
-        0,
-        torch.zeros(width, dtype=torch.float64),
-        torch.zeros(width, width, dtype=torch.float64),
-        torch.zeros(heads, size, size, dtype=torch.float64),
-    )
-
-
-def _accumulate(layer: LayerStatistics, module, x_BTD: torch.Tensor, kept_BT: torch.Tensor, kwargs: dict) -> None:
-    if module.position_embeddings_type == "rotary":
-        raise ValueError(
-            "statistics of rotary positions are not there yet, whose keys read another input: use method: svd"
-        )
-    x_ND = x_BTD[kept_BT]
-    queries_NHE = module.linear_q(x_ND).unflatten(-1, (module.num_heads, -1))
-    if module.position_embeddings_type == "relative":
-        queries_NHE = queries_NHE + module.pos_bias_u
-    x_ND, queries_NHE = x_ND.double(), queries_NHE.double()
-    layer.frames += len(x_ND)
-    layer.total += x_ND.sum(0).cpu()
-    layer.products += (x_ND.T @ x_ND).cpu()
-    layer.queries += torch.einsum("nhi,nhj->hij", queries_NHE, queries_NHE).cpu()
-    if layer.sample is None:
-        rows = _sample_rows(x_BTD.shape[1] / 50)
-        sample = {
-            name: (value[:rows] if len(value) == len(x_BTD) else value).cpu() if torch.is_tensor(value) else value
-            for name, value in kwargs.items()
-        }
-        layer.sample = (kept_BT[:rows].cpu(), sample)  # on the CPU, where models are converted
+    return Statistics(layers, speech, inputs)
 
 
 def _check_amount(layer: LayerStatistics, config) -> None:
-    width, enough = len(layer.total), FRAMES_PER_DIMENSION * len(layer.total)
-    seconds = enough * config.inputs_to_logits_ratio / 16_000
+    width = len(layer.key.total)
+    enough = FRAMES_PER_DIMENSION * width
+    seconds = enough * config.inputs_to_logits_ratio / SAMPLE_RATE
     if layer.frames < width:
         raise ValueError(
             f"{layer.frames} frames of calibration speech say too little about inputs of width {width}: give at least "

@@ -90,6 +90,19 @@ def padding_silenced(model: nn.Module, frames_B: torch.Tensor) -> Iterator[None]
 
 
 @contextmanager
+def attention_weights(*models: nn.Module) -> Iterator[None]:
+    """Attention modules return their weights, as only transformers' eager implementation does."""
+    implementations = [model.config._attn_implementation for model in models]
+    try:
+        for model in models:
+            model.set_attn_implementation("eager")
+        yield
+    finally:
+        for model, implementation in zip(models, implementations, strict=True):
+            model.set_attn_implementation(implementation)
+
+
+@contextmanager
 def zero_attention(model: nn.Module) -> Iterator[None]:
     """Replaces the output of every attention module by zeros: what is left is the model without attention."""
 

@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModelForCTC, Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
 from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerSelfAttention
 
-from asrlib.attention.latent import LatentKV, check_latent_dim
+from asrlib.attention.latent import LatentKV, check_latent_dim, split_ranks
 
 
 @strict
@@ -21,31 +21,41 @@ class Wav2Vec2ConformerMLAConfig(Wav2Vec2ConformerConfig):
     """Wav2Vec2ConformerConfig plus `latent_dim`, one cached width per layer, and `latent_layout`.
 
     An empty `latent_dim` means the uncompressed floor: a joint latent as wide as the model in every layer
-    (split: as wide as keys and values together). Raises huggingface_hub's StrictDataclassClassValidationError
-    where a width is impossible, or a joint latent is asked of rotary positions.
+    (split: as wide as keys and values together). `latent_key_dim` says how many of each layer's numbers are the
+    keys', in a split latent alone; empty: half of them, as `split_ranks` rounds it. Raises huggingface_hub's
+    StrictDataclassClassValidationError where a width is impossible, or a joint latent is asked of rotary positions
+    or given key widths.
     """
 
     model_type = "wav2vec2-conformer-mla"
 
     latent_dim: list[int] | tuple[int, ...] = ()
     latent_layout: str = "joint"
+    latent_key_dim: list[int] | tuple[int, ...] = ()
 
     def __post_init__(self, **kwargs):
         if not self.latent_dim:
             exact = self.hidden_size if self.latent_layout == "joint" else 2 * self.hidden_size
             self.latent_dim = [exact] * self.num_hidden_layers
-        self.latent_dim = list(self.latent_dim)
+        if self.latent_layout == "split" and not self.latent_key_dim:
+            self.latent_key_dim = [split_ranks(width)[0] for width in self.latent_dim]
+        self.latent_dim, self.latent_key_dim = list(self.latent_dim), list(self.latent_key_dim)
         super().__post_init__(**kwargs)
 
     def validate_latent(self):
         """Part of `@strict`'s validation."""
         check_layout(self, self.latent_layout)
-        if len(self.latent_dim) != self.num_hidden_layers:
-            raise ValueError(
-                f"latent_dim has {len(self.latent_dim)} widths for {self.num_hidden_layers} layers: give one a layer"
-            )
-        for width in self.latent_dim:
-            check_latent_dim(width, self.hidden_size, self.latent_layout)
+        layers = self.num_hidden_layers
+        for name in ("latent_dim", "latent_key_dim") if self.latent_key_dim else ("latent_dim",):
+            given = len(getattr(self, name))
+            if given != layers:
+                raise ValueError(f"{name} has {given} widths for {layers} layers: give one a layer")
+        for layer in range(layers):
+            check_latent_dim(self.latent_dim[layer], self.hidden_size, self.latent_layout, self.key_dim(layer))
+
+    def key_dim(self, layer: int) -> int | None:
+        """How many of a layer's numbers are the keys'; None in a joint latent, where all are."""
+        return self.latent_key_dim[layer] if self.latent_key_dim else None
 
 
 def check_layout(config: Wav2Vec2ConformerConfig, layout: str) -> None:
@@ -65,10 +75,12 @@ class LatentSelfAttention(Wav2Vec2ConformerSelfAttention):
     multiplications per frame more than need be, in exchange for no copy of that forward.
     """
 
-    def __init__(self, config: Wav2Vec2ConformerMLAConfig, latent_dim: int):
+    def __init__(self, config: Wav2Vec2ConformerMLAConfig, layer: int):
         super().__init__(config)
         del self.linear_k, self.linear_v
-        self.latent_kv = LatentKV(config.hidden_size, latent_dim, config.latent_layout)
+        self.latent_kv = LatentKV(
+            config.hidden_size, config.latent_dim[layer], config.latent_layout, config.key_dim(layer)
+        )
 
     def linear_k(self, x_BTD: torch.Tensor) -> torch.Tensor:
         return self.latent_kv.keys(x_BTD)
@@ -85,8 +97,8 @@ class Wav2Vec2ConformerMLAForCTC(Wav2Vec2ConformerForCTC):
 
     def __init__(self, config: Wav2Vec2ConformerMLAConfig, target_lang: str | None = None):
         super().__init__(config, target_lang)
-        for layer, latent_dim in zip(self.wav2vec2_conformer.encoder.layers, config.latent_dim, strict=True):
-            layer.self_attn = LatentSelfAttention(config, latent_dim)
+        for index, layer in enumerate(self.wav2vec2_conformer.encoder.layers):
+            layer.self_attn = LatentSelfAttention(config, index)
         self.post_init()
 
 

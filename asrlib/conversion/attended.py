@@ -1,0 +1,149 @@
+"""Factors that are right where attention looks.
+
+Softmax turns errors δs_ij of the scores into errors a_ij (δs_ij − Σ_k a_ik δs_ik) of the weights: a frame's error
+counts as much as the frame is attended to, and what all frames share not at all. Errors of values are averaged by
+attention before anything sees them. With x̄_i = Σ_j a_ij x_j, what query i makes of the inputs, `attended` minimises
+
+    keys      Σ_h E_i Σ_j a_ij ‖Q_h^½ ΔW_k,h (x_j − x̄_i)‖²,      so x counts by S = E_i Cov_{a_i}(x), mean over heads,
+    values    Σ_h E_i ‖W_o,h ΔW_v,h (x̄_ih − E x̄_ih)‖²,           so x counts by C_h = Cov_i(x̄_ih),
+
+divided by what they are with ΔW = W and summed, the values' by `balance`² (Q_h, W_o,h: see factorize.py). Given down,
+the best up is a regression, up_k = W_k S downᵀ (down S downᵀ)⁻¹ and so for each head of up_v with its C_h, and what
+error is left is a function of down alone (variable projection, Golub and Pereyra 1973): L-BFGS minimises it, from the
+directions of `two_sided` on. Names: D width, R latent width, H heads, d_h = D / H. All float64.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from asrlib.conversion.factorize import (
+    Decomposition,
+    Directions,
+    Factors,
+    InputMoments,
+    LayerWeights,
+    Moments,
+    Target,
+    decompose_layer,
+    output_metric,
+    symmetric_root,
+)
+
+ITERATIONS = 40  # of L-BFGS
+
+
+@dataclass(frozen=True)
+class Term:
+    """One error to keep low: E‖F (W x − up·down x)‖² for x of covariance S; what `down` explains of it decides."""
+
+    covariance: torch.Tensor  # S [D, D]
+    pull: torch.Tensor  # S Wᵀ Fᵀ [D, n]
+    weight: float
+
+    def explained(self, down: torch.Tensor) -> torch.Tensor:
+        """The part of the error that the best `up` removes, for `down` [R, D]; a scalar."""
+        factor = torch.linalg.cholesky(down @ self.covariance @ down.T)
+        return self.weight * torch.linalg.solve_triangular(factor, down @ self.pull, upper=False).square().sum()
+
+
+@dataclass(frozen=True)
+class AttendedDecomposition:
+    """Stands where a `Decomposition` does; a cut at another width is another search."""
+
+    start: Decomposition  # two_sided
+    weights: LayerWeights
+    moments: Moments
+    balance: float
+
+    @property
+    def layout(self) -> str:
+        return self.start.layout
+
+    @property
+    def directions(self) -> tuple[Directions, ...]:
+        return self.start.directions
+
+    def cut(self, rank_k: int, rank_v: int) -> Factors:
+        """The factors at these ranks; a joint latent has one rank, given twice."""
+        width = len(self.weights.key_bias)
+        heads, plain = self.weights.heads, self.start.cut(rank_k, rank_v)
+        if min(rank_k, rank_v) >= width:
+            return plain  # exact
+        key = Target.of(self.weights.key, self.weights.key_bias, self.moments.attended_key)
+        rows = zip(self.weights.value.chunk(heads), self.weights.value_bias.chunk(heads), strict=True)
+        values = [Target.of(*row, moments) for row, moments in zip(rows, self.moments.attended_values, strict=True)]
+        key_terms = [_term(key.weight, self.moments.query, self.moments.attended_key)]
+        value_terms = [
+            _term(target.weight, metric[None], moments)
+            for target, metric, moments in zip(
+                values, output_metric(self.weights), self.moments.attended_values, strict=True
+            )
+        ]
+        if self.layout == "joint":
+            terms = [*_shared(key_terms, 1.0), *_shared(value_terms, self.balance**2)]
+            down_k = down_v = search(plain.down_k, terms, self.moments.key.covariance)
+        else:
+            down_k = plain.down_k if rank_k >= width else search(plain.down_k, key_terms, self.moments.key.covariance)
+            down_v = (
+                plain.down_v if rank_v >= width else search(plain.down_v, value_terms, self.moments.value.covariance)
+            )
+        up_k, key_bias = _regressed(key, self.moments.attended_key, down_k)
+        parts = [
+            _regressed(target, moments, down_v)
+            for target, moments in zip(values, self.moments.attended_values, strict=True)
+        ]
+        up_v, value_bias = (torch.cat(part) for part in zip(*parts, strict=True))
+        return Factors(down_k, down_v, up_k, up_v, key_bias, value_bias)
+
+
+def decompose_attended(
+    weights: LayerWeights, layout: str, moments: Moments, balance: float = 1.0
+) -> AttendedDecomposition:
+    """See `factorize.decompose_layer`. Raises ValueError where the statistics were taken without attention."""
+    start = decompose_layer(weights, layout, "two_sided", moments, balance)
+    if moments.attended_key is None:
+        raise ValueError("method 'attended' needs statistics of attention: collect_statistics(..., attention=True)")
+    return AttendedDecomposition(start, weights, moments, balance)
+
+
+def search(down: torch.Tensor, terms: list[Term], covariance: torch.Tensor) -> torch.Tensor:
+    """The down [R, D] that explains most, from a first guess, in coordinates in which `covariance` is the identity."""
+    root = symmetric_root(covariance)
+    inverse = torch.linalg.inv(root)
+    terms = [Term(inverse @ t.covariance @ inverse, inverse @ t.pull, t.weight) for t in terms]
+    turned = torch.linalg.qr((down @ root).T)[0].T.contiguous().requires_grad_()
+    optimizer = torch.optim.LBFGS([turned], max_iter=ITERATIONS, history_size=20, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            left = -sum(term.explained(turned) for term in terms)
+            left.backward()
+        return left
+
+    optimizer.step(loss)
+    rows = torch.linalg.qr(turned.detach().T)[0].T  # the same directions: L-BFGS may have scaled and skewed them
+    return rows @ inverse
+
+
+def _term(weight: torch.Tensor, metric: torch.Tensor, moments: InputMoments) -> Term:
+    """Of a weight [n·d_h, D] and its heads' metrics [n, d_h, d_h]."""
+    values, vectors = torch.linalg.eigh(metric)
+    half = vectors * values.clamp(min=0).sqrt()[:, None]  # metric = half halfᵀ
+    seen = torch.einsum("hij,hid->hjd", half, weight.unflatten(0, (len(metric), -1))).flatten(0, 1)
+    return Term(moments.covariance, moments.covariance @ seen.T, 1.0)
+
+
+def _shared(terms: list[Term], weight: float) -> list[Term]:
+    """The terms weighed so that all there is to explain is `weight`."""
+    total = sum((term.pull * torch.linalg.solve(term.covariance, term.pull)).sum() for term in terms)
+    scale = weight / max(total.item(), torch.finfo(torch.float64).tiny)
+    return [Term(term.covariance, term.pull, scale) for term in terms]
+
+
+def _regressed(target: Target, moments: InputMoments, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(up [n, R], bias [n]) that reproduce `target` from the latent best."""
+    seen = down @ moments.covariance  # [R, D]
+    up = torch.linalg.solve(seen @ down.T, seen @ target.weight.T).T
+    return up, target.bias - up @ (down @ target.mean)

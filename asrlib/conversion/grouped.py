@@ -1,0 +1,124 @@
+"""MHA → GQA: heads that share their keys and values (Ainslie et al. 2023, arXiv 2305.13245), to compare MLA with.
+
+Names: D width, H heads, d_h = D / H, G groups of H / G neighbouring heads. A group caches one key and one value of d_h
+numbers, so a frame takes 2·G·d_h in each layer. Head h of group g reads
+
+    k_h = R_h K_g + b_h,  K_g = A_g x,        v_h = S_h V_g + c_h,  V_g = C_g x,        R_h, S_h [d_h, d_h],
+
+which is a split latent of ranks R_k = R_v = G·d_h whose `up` is zero outside of a group's block: the latent twin of a
+model holds it, runs it, and saves it. A GQA layer, whose heads take K_g and V_g as they are, computes the same:
+
+    S_h     goes into the output projection,   W_o,h ← W_o,h S_h
+    c_h     goes into its bias,                b_o ← b_o + Σ_h W_o,h c_h   (with W_o as it was; weights sum to one)
+    R_h     goes into the query,               W_q,h ← R_hᵀ W_q,h, and likewise b_q,h, u_h and v_h
+            and out of relative positions,     W_pos,h ← R_h⁻¹ W_pos,h
+    b_h     goes nowhere: it shifts all scores of a row alike, and softmax cancels that
+
+since (q_h + u_h)·(R_h K_g) = (R_hᵀ(q_h + u_h))·K_g, and (R_hᵀ(q_h + v_h))·(R_h⁻¹ p_h) = (q_h + v_h)·p_h. With relative
+positions every R_h must therefore have an inverse, as it does unless a head ignores some of what its group caches.
+
+Training a grouped twin would fill its zeros, and no GQA layer computes what it is then.
+"""
+
+from dataclasses import dataclass, replace
+from numbers import Integral
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from asrlib.conversion.convert import convert
+from asrlib.conversion.factorize import NEEDS_STATISTICS, Factors, LayerWeights, Moments, decompose_layer
+from asrlib.conversion.statistics import LayerStatistics, Statistics
+from asrlib.models.families import attention_modules
+
+GROUPING_METHODS = ("mean", "svd", "whitened", "two_sided")
+
+
+def group_heads(
+    model: PreTrainedModel, kv_heads: int, method: str = "mean", statistics: Statistics | None = None
+) -> PreTrainedModel:
+    """`model` with `kv_heads` keys and values for all its heads, as a latent twin; `model` stays as it is.
+
+    `mean` averages the projections of a group, weights and biases (section 2.1 of the paper): R_h = S_h = I. The others
+    choose A_g, C_g and R_h, S_h to minimise what factorize.py says of them, summed over the heads of a group;
+    `whitened` and `two_sided` need `statistics` (of `collect_statistics`). As many `kv_heads` as heads lose nothing.
+    Each group takes as long as a split latent of the whole layer does. Raises ValueError where `kv_heads` does not
+    divide the heads, for an unknown method, missing statistics, and a model that is latent already.
+    """
+    heads = model.config.num_attention_heads
+    if not isinstance(kv_heads, Integral) or kv_heads < 1 or heads % kv_heads:
+        divisors = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
+        raise ValueError(
+            f"kv_heads is {kv_heads!r}, but {heads} heads fall into equal groups: choose one of {divisors}"
+        )
+    if method not in GROUPING_METHODS:
+        raise ValueError(f"method is {method!r}: choose one of {', '.join(GROUPING_METHODS)}")
+    if method in NEEDS_STATISTICS and statistics is None:
+        raise ValueError(f"method {method!r} needs statistics of calibration speech: see asrlib.collect_statistics")
+    of_layers = statistics.layers if statistics else [None] * model.config.num_hidden_layers
+    grouped = [
+        (GroupedHeads(attention, int(kv_heads), method, layer),)
+        for attention, layer in zip(attention_modules(model), of_layers, strict=True)
+    ]
+    latent_dim = 2 * int(kv_heads) * (model.config.hidden_size // heads)
+    return convert(model, latent_dim, layout="split", decomposition=grouped)
+
+
+@dataclass(frozen=True)
+class GroupedHeads:
+    """What `convert` takes for a decomposition of one layer, though it can be cut at one width only."""
+
+    attention: nn.Module
+    kv_heads: int
+    method: str
+    statistics: LayerStatistics | None
+    layout: str = "split"
+
+    def cut(self, rank_k: int, rank_v: int) -> Factors:
+        """Float64; the ranks are both G·d_h, and given because a decomposition's are."""
+        key, value, output = self.attention.linear_k, self.attention.linear_v, self.attention.linear_out
+        tensors = (key.weight, value.weight, output.weight, key.bias, value.bias)
+        weights = LayerWeights(*(tensor.detach().double().cpu() for tensor in tensors), self.attention.num_heads)
+        if self.method == "mean":
+            return average(weights, self.kv_heads)
+        return least_squares(weights, self.kv_heads, self.method, self.statistics and self.statistics.moments())
+
+
+def average(weights: LayerWeights, kv_heads: int) -> Factors:
+    """Each group's keys are the mean of its heads' keys, and so are its values."""
+    by_head = weights.heads, len(weights.key) // weights.heads  # H, d_h
+    group_of_head = torch.arange(weights.heads) // (weights.heads // kv_heads)
+    member = torch.nn.functional.one_hot(group_of_head, kv_heads).to(weights.key)  # [H, G]
+    copy = torch.kron(member, torch.eye(by_head[1]).to(member))  # [D, G·d_h]: to each head, what its group holds
+    mean = copy.T * kv_heads / weights.heads
+    biases = (copy @ (mean @ bias) for bias in (weights.key_bias, weights.value_bias))
+    return Factors(mean @ weights.key, mean @ weights.value, copy, copy, *biases)
+
+
+def least_squares(weights: LayerWeights, kv_heads: int, method: str, moments: Moments | None) -> Factors:
+    """The best A_g, C_g [d_h, D], R_h, S_h and biases: what factorize.py makes of rank d_h of each group alone.
+
+    A group alone is the layer with the keys and values of all other heads at zero, where they cost nothing. Its error
+    is a sum over its own heads, so the best of each group is the best of all.
+    """
+    width = len(weights.key)
+    factors = []
+    for rows in torch.arange(width).chunk(kv_heads):
+        alone = torch.zeros(width, dtype=torch.float64).index_fill(0, rows, 1)  # [D]
+        group = replace(
+            weights,
+            key=alone[:, None] * weights.key,
+            value=alone[:, None] * weights.value,
+            key_bias=alone * weights.key_bias,
+            value_bias=alone * weights.value_bias,
+        )
+        factors.append(decompose_layer(group, "split", method, moments).cut(*[width // weights.heads] * 2))
+    return Factors(
+        torch.cat([one.down_k for one in factors]),
+        torch.cat([one.down_v for one in factors]),
+        torch.cat([one.up_k for one in factors], dim=1),
+        torch.cat([one.up_v for one in factors], dim=1),
+        sum(one.key_bias for one in factors),
+        sum(one.value_bias for one in factors),
+    )
