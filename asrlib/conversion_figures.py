@@ -112,9 +112,11 @@ def cost_of_cut(frame: pd.DataFrame) -> "Figure":
                     ax.errorbar(x, value, reach, elinewidth=0.8, capsize=1.5, label=recipe, **look)
             row[0].set(ylabel="WER (%)", title=f"{split}: word errors")
             row[1].set(ylabel="KL divergence (nats per frame)", title=f"{split}: change of the output", yscale="log")
-            top = 100 * made.loc[made["split"] == split, "wer_high"].max()
-            if top > 8 * 100 * baseline["wer_high"]:
+            if made.loc[made["split"] == split, "wer_high"].max() > 8 * baseline["wer_high"] > 0:
                 row[0].set_yscale("log")
+                row[0].yaxis.set_major_formatter(_plainly)
+                row[0].yaxis.set_minor_formatter(_plainly)
+            row[1].set_ylim(bottom=max(1e-6, row[1].get_ylim()[0]))  # below it nothing but rounding is seen
             for ax in row:
                 ax.spines[["top", "right"]].set_visible(False)
         for ax in axes[-1]:
@@ -130,6 +132,11 @@ def cost_of_cut(frame: pd.DataFrame) -> "Figure":
     )
     fig.set_label(f"WER and KL divergence against the cut of the cache. At {percent(cuts[-1])}, {said}.")
     return fig
+
+
+def _plainly(value: float, _) -> str:
+    """Tick labels of logarithmic axes: 1, 2, 5, 10, 20 … and nothing between."""
+    return f"{value:g}" if value == 0 or f"{abs(value):.0e}"[0] in "125" else ""
 
 
 def allocation_figure(frame: pd.DataFrame, recipes: Sequence[str]) -> "Figure":
@@ -174,13 +181,15 @@ def error_against_wer(frame: pd.DataFrame, limits: Sequence[float]) -> "Figure":
                 (True, "significantly worse (p < 0.05)", palette[1], "X"),
             ):
                 part = made[(made["split"] == split) & (worse == risen)]
-                x, y = 100 * part["output_error"].clip(lower=1e-4), 100 * part["wer_difference"]
+                x, y = 100 * part["output_error"].clip(lower=1e-3), 100 * part["wer_difference"]
                 ax.scatter(x, y, s=24, color=colour, marker=marker, label=name, alpha=0.8)
             for limit in limits:
                 ax.axvline(100 * limit, color=INK, lw=1, ls="--")
             ax.axhline(0, color=GREY, lw=1)
             ax.set(xscale="log", xlabel="error of the attention outputs (%)", title=split)
             ax.set_yscale("symlog", linthresh=1)
+            ax.xaxis.set_major_formatter(_plainly)
+            ax.yaxis.set_major_formatter(_plainly)
             ax.spines[["top", "right"]].set_visible(False)
         axes[0, 0].set_ylabel("WER − baseline's (points)")
         axes[0, 0].legend(frameon=False, fontsize=8, loc="upper left")

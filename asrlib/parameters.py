@@ -44,6 +44,9 @@ LIMITS: dict[str, Any] = {
     "validation_samples": AT_LEAST_ONE,
     "eval_samples": AT_LEAST_ONE,
     "analysis_samples": AT_LEAST_ONE,
+    "analysis_eval_samples": AT_LEAST_ONE,
+    "analysis_cuts": Field(min_length=1),
+    "analysis_methods": Field(min_length=1),
     "benchmark_samples": AT_LEAST_ONE,
     "hidden_size": AT_LEAST_ONE,
     "num_layers": AT_LEAST_ONE,
@@ -310,9 +313,11 @@ def check_surroundings(values: dict[str, Any]) -> None:
     """
     import torch
 
+    from asrlib.conversion.recipes import RECIPES
     from asrlib.data.corpus import check_splits
     from asrlib.models.families import resolve_model
 
+    unknown = f": choose from {'; '.join(RECIPES)}"
     try:
         if values.get("model") and not values.get("architecture"):
             resolve_model(values["model"])
@@ -327,6 +332,12 @@ def check_surroundings(values: dict[str, Any]) -> None:
     for name in ("precision", "baseline_precision"):
         if values.get(name) == "fp16" and (device == "cpu" or not cuda):
             raise BadParameter(f"{name!r} is fp16, which needs a CUDA device: use bf16 or fp32")
+    for cut in values.get("analysis_cuts", []):
+        if not isinstance(cut, float) or not 0 < cut < 1:
+            raise BadParameter(f"'analysis_cuts' holds {cut!r}: a cut lies between 0 and 1 (0.75 keeps a quarter)")
+    for name in values.get("analysis_methods", []):
+        if name not in RECIPES:
+            raise BadParameter(f"'analysis_methods' holds {name!r}{nearest(str(name), RECIPES) or unknown}")
     weights = [values.get(name) for name in ("ctc_weight", "kl_weight", "hidden_weight")]
     if None not in weights and not any(weights):
         raise BadParameter("'ctc_weight', 'kl_weight' and 'hidden_weight' are all 0: there is nothing to learn from")

@@ -67,7 +67,7 @@ def covariances(moments: Moments, method: str) -> tuple[torch.Tensor, torch.Tens
 
 
 def factor_starts(*shapes: tuple[int, ...], count: int = 2) -> list[list[torch.Tensor]]:
-    return [[0.1 * random(*shape) for shape in shapes] for _ in range(count)]
+    return [[0.3 * random(*shape) for shape in shapes] for _ in range(count)]
 
 
 def parts(weights: LayerWeights, factors) -> list[tuple]:

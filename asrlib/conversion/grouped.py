@@ -17,6 +17,9 @@ model holds it, runs it, and saves it. A GQA layer, whose heads take K_g and V_g
 since (q_h + u_h)·(R_h K_g) = (R_hᵀ(q_h + u_h))·K_g, and (R_hᵀ(q_h + v_h))·(R_h⁻¹ p_h) = (q_h + v_h)·p_h. With relative
 positions every R_h must therefore have an inverse, as it does unless a head ignores some of what its group caches.
 
+One group (multi-query attention) is thus a split latent of ranks d_h, and more are one with zeros in it: none is better
+than the split latent as wide.
+
 Training a grouped twin would fill its zeros, and no GQA layer computes what it is then.
 """
 
@@ -56,12 +59,13 @@ def group_heads(
         raise ValueError(f"method is {method!r}: choose one of {', '.join(GROUPING_METHODS)}")
     if method in NEEDS_STATISTICS and statistics is None:
         raise ValueError(f"method {method!r} needs statistics of calibration speech: see asrlib.collect_statistics")
+    kv_heads = int(kv_heads)  # numpy's integers too
     of_layers = statistics.layers if statistics else [None] * model.config.num_hidden_layers
     grouped = [
-        (GroupedHeads(attention, int(kv_heads), method, layer),)
+        (GroupedHeads(attention, kv_heads, method, layer),)
         for attention, layer in zip(attention_modules(model), of_layers, strict=True)
     ]
-    latent_dim = 2 * int(kv_heads) * (model.config.hidden_size // heads)
+    latent_dim = 2 * kv_heads * (model.config.hidden_size // heads)
     return convert(model, latent_dim, layout="split", decomposition=grouped)
 
 
@@ -87,10 +91,10 @@ class GroupedHeads:
 
 def average(weights: LayerWeights, kv_heads: int) -> Factors:
     """Each group's keys are the mean of its heads' keys, and so are its values."""
-    by_head = weights.heads, len(weights.key) // weights.heads  # H, d_h
+    size = len(weights.key) // weights.heads  # d_h
     group_of_head = torch.arange(weights.heads) // (weights.heads // kv_heads)
     member = torch.nn.functional.one_hot(group_of_head, kv_heads).to(weights.key)  # [H, G]
-    copy = torch.kron(member, torch.eye(by_head[1]).to(member))  # [D, G·d_h]: to each head, what its group holds
+    copy = torch.kron(member, torch.eye(size).to(member))  # [D, G·d_h]: to each head, what its group holds
     mean = copy.T * kv_heads / weights.heads
     biases = (copy @ (mean @ bias) for bias in (weights.key_bias, weights.value_bias))
     return Factors(mean @ weights.key, mean @ weights.value, copy, copy, *biases)
@@ -102,7 +106,7 @@ def least_squares(weights: LayerWeights, kv_heads: int, method: str, moments: Mo
     A group alone is the layer with the keys and values of all other heads at zero, where they cost nothing. Its error
     is a sum over its own heads, so the best of each group is the best of all.
     """
-    width = len(weights.key)
+    width, size = len(weights.key), len(weights.key) // weights.heads
     factors = []
     for rows in torch.arange(width).chunk(kv_heads):
         alone = torch.zeros(width, dtype=torch.float64).index_fill(0, rows, 1)  # [D]
@@ -113,7 +117,7 @@ def least_squares(weights: LayerWeights, kv_heads: int, method: str, moments: Mo
             key_bias=alone * weights.key_bias,
             value_bias=alone * weights.value_bias,
         )
-        factors.append(decompose_layer(group, "split", method, moments).cut(*[width // weights.heads] * 2))
+        factors.append(decompose_layer(group, "split", method, moments).cut(size, size))
     return Factors(
         torch.cat([one.down_k for one in factors]),
         torch.cat([one.down_v for one in factors]),

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from asrlib.attention.latent import check_latent_dim
 from asrlib.conversion.convert import convert, decompose, latent_dim_for, measure_sensitivity
+from asrlib.conversion.grouped import group_heads
 from asrlib.conversion.statistics import Statistics
 from asrlib.models.families import family_of, is_latent
 from asrlib.parameters import nearest
@@ -48,6 +49,24 @@ class Recipe:
         return lambda cut: convert(model, cache_cut=cut, **how)
 
 
+@dataclass(frozen=True)
+class GroupedRecipe:
+    """MHA → GQA, at the cuts that a number of key/value heads makes exactly."""
+
+    name: str
+    method: str = "mean"
+
+    def obstacle(self, config, cut: float) -> str | None:
+        kept = (1 - cut) * config.num_attention_heads
+        if abs(kept - round(kept)) > 1e-9 or not round(kept) or config.num_attention_heads % round(kept):
+            return f"no number of key/value heads that divides {config.num_attention_heads} makes just this cut"
+        return None
+
+    def converter(self, model: PreTrainedModel, statistics: Statistics) -> Converter:
+        heads = model.config.num_attention_heads
+        return lambda cut: group_heads(model, round((1 - cut) * heads), self.method, statistics)
+
+
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -63,6 +82,8 @@ RECIPES = {
         Recipe("attended, sensitivity, sequential", method="attended", ranks="sensitivity", sequential=True),
         Recipe("attended, sensitivity, BatchNorm", method="attended", ranks="sensitivity", batch_norm=True),
         Recipe("split attended, sensitivity", layout="split", method="attended", ranks="sensitivity"),
+        GroupedRecipe("GQA, mean of heads"),  # Ainslie et al. 2023
+        GroupedRecipe("GQA, least squares", method="two_sided"),
     )
 }
 

@@ -134,8 +134,9 @@ def as_table(rows: Iterable[Row]) -> pd.DataFrame:
             "KL": f"{row.kl:.2g}" if compared else "",
             "WER %": f"{100 * row.wer:.2f}",
             "95 % interval": _ends(row.wer_interval, ".2f"),
-            "difference": f"{100 * row.wer_difference:+.2f}" if compared else "",
-            "its interval": _ends(row.difference_interval, "+.2f") if compared else "",
+            "difference": f"{100 * row.wer_difference:+.2f} ({_ends(row.difference_interval, '+.2f')})"
+            if compared
+            else "",
             "p": ("< 0.001" if row.p < 0.001 else f"{row.p:.3f}") if compared else "",
             "seconds": f"{row.seconds:.1f}" if made else "",
         }
