@@ -26,7 +26,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 PAGES = {
     "00_baseline": ("Baseline", "the recogniser as it comes: its word errors, with and without attention"),
     "01_convert": ("Convert", "keys and values through a latent, and the proof that full width is exact"),
-    "02_analyze_svd_error": ("Error by layer", "singular spectra, and what each layer loses at each width"),
+    "02_analyze_svd_error": ("What a cut costs", "every method at every cut: word errors and what breaks first"),
     "03_finetune": ("Fine-tune", "training the converted model: losses, word errors, learning rate"),
     "04_evaluate": ("Evaluate", "transcripts and word errors of all three models on the same speech"),
     "05_benchmark": ("Benchmark", "latency, speed, memory and cache, the models taking turns"),

@@ -1,4 +1,4 @@
-"""`attended` minimises what it claims to: errors of scores where attention looks, and of what attention makes of values.
+"""`attended` minimises what it claims to: errors of scores where attention looks, and of what attention makes of inputs.
 
 The errors are computed query by query from inputs and attention weights, never from covariances. The search is local,
 and heads that look at very unlike things leave a joint latent several minima; the ones here have one.
@@ -16,7 +16,7 @@ from asrlib.conversion.factorize import Factors, InputMoments, LayerWeights, Mom
 
 WIDTH, HEADS, FRAMES, UTTERANCES = 12, 3, 12, 4
 SIZE = WIDTH // HEADS
-generator = torch.Generator().manual_seed(5)
+generator = torch.Generator().manual_seed(6)
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -94,8 +94,9 @@ def attention() -> list[torch.Tensor]:
 
 
 def some_speech() -> list[torch.Tensor]:
-    mixing, mean = random(2 * WIDTH, WIDTH), random(WIDTH)
-    return [random(FRAMES, 2 * WIDTH) @ mixing / WIDTH**0.5 + random(WIDTH) + mean for _ in range(UTTERANCES)]
+    """Inputs [T, D] of utterances, each with a mean of its own; they vary ten times more one way than another."""
+    spread, basis, mean = torch.logspace(0.5, -0.5, WIDTH).double(), torch.linalg.qr(random(WIDTH, WIDTH))[0], random(WIDTH)
+    return [(random(FRAMES, WIDTH) + 0.5 * random(WIDTH)) * spread @ basis + mean for _ in range(UTTERANCES)]
 
 
 @pytest.fixture(scope="module")
@@ -177,9 +178,8 @@ def starts(weights: LayerWeights, moments: Moments, layout: str, rank: int) -> l
     ]
 
 
-@pytest.mark.parametrize("rank", [2, 5])
-@pytest.mark.parametrize("balance", [0.5, 1.0, 2.0])
-def test_no_descent_gets_below_a_joint_latent(weights, seen, moments, balance, rank):
+@pytest.mark.parametrize(("rank", "balance"), [(2, 0.5), (4, 1.0), (5, 2.0)])
+def test_no_descent_gets_below_a_joint_latent(weights, seen, moments, rank, balance):
     error = joint_error(weights, moments.query, balance, seen)
     factors = decompose_attended(weights, "joint", moments, balance).cut(rank, rank)
     assert torch.equal(factors.down_k, factors.down_v)
@@ -307,7 +307,7 @@ def behind(read, seen, query) -> Moments:
     return moments_of(read, query, seen)
 
 
-@pytest.mark.parametrize("rank", [2, 5])
+@pytest.mark.parametrize("rank", [2, 4])
 def test_no_descent_gets_below_the_regression_on_what_is_read(weights, read, seen, behind, rank, balance=2.0):
     error = joint_error(weights, behind.query, balance, read, seen)
     factors = decompose_attended(weights, "joint", behind, balance).cut(rank, rank)

@@ -401,7 +401,52 @@ def drawn(run):
         ),
         (conversion_figures.error_heatmap(errors), "11.1 % at latent_dim 18", layer),
         (conversion_figures.error_heatmap(layouts), "5.6 % at latent_dim 36", layer),
+        (
+            conversion_figures.cost_of_cut(costs()),
+            "At 87.50 %, clean: svd 30.00 %, attended 12.00 %",
+            {"WER (%)", "KL divergence (nats per frame)", "cut of the cache (%): each step halves what is left"},
+        ),
+        (
+            conversion_figures.allocation_figure(costs(), ["attended"]),
+            "each of 2 layers, by attended",
+            {"layer", "cut of the cache (%)", "÷ the mean of all layers"},
+        ),
+        (
+            conversion_figures.error_against_wer(costs(), (0.05, 0.1)),
+            "4 conversions; the largest error without a significant change is 40 %",
+            {"error of the attention outputs (%)", "WER − baseline's (points)"},
+        ),
     ]
+
+
+def costs() -> pd.DataFrame:
+    """What conversion.rows.as_frame makes of a benchmark: one split, two methods, two cuts."""
+    rows = [
+        # recipe, cut, numbers per layer, attention error, KL, WER, p
+        ("baseline", 0.0, "32 32", 0.0, 0.0, 0.10, 1.0),
+        ("svd", 0.75, "8 8", 0.2, 0.02, 0.11, 0.5),
+        ("attended", 0.75, "6 10", 0.1, 0.01, 0.10, 1.0),
+        ("svd", 0.875, "4 4", 0.6, 0.3, 0.30, 0.0),
+        ("attended", 0.875, "3 5", 0.4, 0.1, 0.12, 0.3),
+        ("attention zeroed", 1.0, "0 0", 1.0, 2.0, 0.90, 0.0),
+    ]
+    frame = pd.DataFrame(rows, columns=["recipe", "cut", "latent_dim", "output_error", "kl", "wer", "p"])
+    ends = {f"{name}_{end}": frame[name] * by for name in ("kl", "wer") for end, by in (("low", 0.8), ("high", 1.3))}
+    return frame.assign(split="clean", wer_difference=frame["wer"] - 0.1, **ends)
+
+
+def test_costs_are_drawn_where_they_were_measured():
+    words, output = conversion_figures.cost_of_cut(costs()).axes
+    changes = [container[0].get_ydata().tolist() for container in output.containers]
+    assert changes == [[0.02, 0.3], [0.01, 0.1]]
+    measured = [c[0].get_ydata().round(1).tolist() for c in words.containers]
+    assert measured == [[11.0, 30.0], [10.0, 12.0]]
+    reach = words.containers[0][2][0].get_segments()[1][:, 1]  # of svd's deeper cut
+    assert reach.round(1).tolist() == [24.0, 39.0]
+    grid = conversion_figures.allocation_figure(costs(), ["attended"]).axes[0]
+    assert [text.get_text() for text in grid.texts] == ["6", "3", "10", "5"]
+    points = conversion_figures.error_against_wer(costs(), (0.05,)).axes[0].collections
+    assert [part.get_offsets()[:, 0].tolist() for part in points] == [[20.0, 10.0, 40.0], [60.0]]
 
 
 def test_figures_are_labelled_and_described(run):

@@ -17,8 +17,8 @@ model holds it, runs it, and saves it. A GQA layer, whose heads take K_g and V_g
 since (q_h + u_h)·(R_h K_g) = (R_hᵀ(q_h + u_h))·K_g, and (R_hᵀ(q_h + v_h))·(R_h⁻¹ p_h) = (q_h + v_h)·p_h. With relative
 positions every R_h must therefore have an inverse, as it does unless a head ignores some of what its group caches.
 
-One group (multi-query attention) is thus a split latent of ranks d_h, and more are one with zeros in it: none is better
-than the split latent as wide.
+One group (multi-query attention) is thus the split latent of ranks d_h, and more are one with zeros in it: by its own
+method's measure, none is better than the split latent as wide.
 
 Training a grouped twin would fill its zeros, and no GQA layer computes what it is then.
 """
@@ -31,7 +31,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from asrlib.conversion.convert import convert
-from asrlib.conversion.factorize import NEEDS_STATISTICS, Factors, LayerWeights, Moments, decompose_layer
+from asrlib.conversion.factorize import Factors, LayerWeights, Moments, decompose_layer
 from asrlib.conversion.statistics import LayerStatistics, Statistics
 from asrlib.models.families import attention_modules
 
@@ -57,8 +57,6 @@ def group_heads(
         )
     if method not in GROUPING_METHODS:
         raise ValueError(f"method is {method!r}: choose one of {', '.join(GROUPING_METHODS)}")
-    if method in NEEDS_STATISTICS and statistics is None:
-        raise ValueError(f"method {method!r} needs statistics of calibration speech: see asrlib.collect_statistics")
     kv_heads = int(kv_heads)  # numpy's integers too
     of_layers = statistics.layers if statistics else [None] * model.config.num_hidden_layers
     grouped = [
