@@ -35,14 +35,14 @@ def falling(seed: int) -> list[np.ndarray]:
     return [np.sort(random.gamma(1.0, 1.0, width))[::-1] for width in WIDTHS]
 
 
-def every_split(budget: int, multiple: int, least: int) -> list[tuple[int, ...]]:
+def every_split(budget: int, multiple: int) -> list[tuple[int, ...]]:
     """All that is allowed, one by one."""
-    choices = [[rank for rank in range(1, width + 1) if rank % multiple == 0 and rank >= least] for width in WIDTHS]
+    choices = [[rank for rank in range(1, width + 1) if rank % multiple == 0] for width in WIDTHS]
     return [ranks for ranks in itertools.product(*choices) if sum(ranks) <= budget]
 
 
-LIMITS = [(3, 1, 1), (4, 1, 1), (9, 1, 1), (16, 1, 2), (20, 1, 1), (21, 1, 1), (30, 1, 1)]  # budget, multiple, least
-LIMITS += [(6, 2, 1), (11, 2, 1), (13, 2, 3), (9, 3, 1), (16, 3, 1), (17, 4, 1), (12, 4, 2), (15, 5, 1), (99, 2, 1)]
+LIMITS = [(3, 1), (4, 1), (9, 1), (16, 1), (20, 1), (21, 1), (30, 1)]  # budget, multiple
+LIMITS += [(6, 2), (11, 2), (13, 2), (9, 3), (16, 3), (17, 4), (12, 4), (15, 5), (99, 2)]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -53,9 +53,9 @@ def test_sensitivity_finds_the_cheapest_split_of_all(seed, limits):
     def total(ranks):
         return sum(cost.get(rank, 0.0) for cost, rank in zip(costs, ranks, strict=True))
 
-    budget, multiple, least = limits
-    splits = every_split(budget, multiple, least)
-    ours = sensitivity(costs, budget, WIDTHS, multiple, least)
+    budget, multiple = limits
+    splits = every_split(budget, multiple)
+    ours = sensitivity(costs, budget, WIDTHS, multiple)
     assert tuple(ours) in splits
     assert total(ours) == pytest.approx(min(map(total, splits)))
 
@@ -68,10 +68,10 @@ def test_energy_explains_as_much_as_any_split_can(seed, limits):
     def explained(ranks):
         return sum(np.sum(s[:rank] ** 2) / np.sum(s**2) for s, rank in zip(spectra, ranks, strict=True))
 
-    budget, multiple, least = limits
-    splits = every_split(budget, multiple, least)
+    budget, multiple = limits
+    splits = every_split(budget, multiple)
     scaled = [torch.from_numpy(values.copy()) * scale for values, scale in zip(spectra, (1.0, 1e3, 1e-3), strict=True)]
-    ours = energy(scaled, budget, multiple, least)  # each group's relative to its own total
+    ours = energy(scaled, budget, multiple)  # each group's relative to its own total
     assert tuple(ours) in splits
     assert explained(ours) == pytest.approx(max(map(explained, splits)))
 
@@ -100,19 +100,18 @@ def test_groups_without_a_choice_are_no_trouble():
 
 
 @pytest.mark.parametrize(
-    ("budget", "multiple", "least", "said"),
+    ("budget", "multiple", "said"),
     [
-        (2, 1, 1, "a budget of 2 numbers per frame, for 3 ranks, has no room for the 1 that each needs"),
-        (11, 4, 1, "no room for the 4 that each needs: raise latent_dim, or lower the multiple"),
-        (11, 2, 3, "no room for the 4 that each needs"),
-        (99, 6, 1, "no rank between 1 and the width 5 is a multiple of 6"),
+        (2, 1, "a budget of 2 numbers per frame, for 3 ranks, has no room for the 1 that each needs"),
+        (11, 4, "no room for the 4 that each needs: raise latent_dim, or lower the multiple"),
+        (99, 6, "ranks cannot be multiples of 6 up to the width 5: lower the multiple"),
     ],
 )
-def test_impossible_limits_are_refused(budget, multiple, least, said):
+def test_impossible_limits_are_refused(budget, multiple, said):
     with pytest.raises(ValueError, match=said):
-        energy(falling(0), budget, multiple, least)
+        energy(falling(0), budget, multiple)
     with pytest.raises(ValueError, match=said):
-        sensitivity([{1: 1.0}] * 3, budget, WIDTHS, multiple, least)
+        sensitivity([{1: 1.0}] * 3, budget, WIDTHS, multiple)
 
 
 # ---- models ------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ Neither of the last two knows of layers or layouts.
 """
 
 import heapq
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -30,15 +29,15 @@ PROBED_SHARES = (
 )  # of a group's width, where sensitivity is measured
 
 
-def energy(singular_values: Sequence[np.ndarray], budget: int, multiple: int = 1, least: int = 1) -> list[int]:
+def energy(singular_values: Sequence[np.ndarray], budget: int, multiple: int = 1) -> list[int]:
     """Greedy on squared singular values: `multiple` more numbers at a time to the group that they explain most of.
 
     `singular_values`: of every group, descending, arrays or tensors [width]. Optimal, since each group's fall: no other
-    split of the `budget` explains more, summed over groups. A rank is a multiple of `multiple`, at least `least`, at
-    most the group's width; ValueError where the budget has no room for that.
+    split of the `budget` explains more, summed over groups. A rank is a multiple of `multiple`, at most the group's
+    width; ValueError where the budget has no room for that.
     """
     widths = [len(values) for values in singular_values]
-    start = smallest_rank(budget, widths, multiple, least)
+    start = smallest_rank(budget, widths, multiple)
     gains = []
     for values, width in zip(singular_values, widths, strict=True):
         squares = np.square(np.asarray(values, dtype=np.float64))
@@ -55,16 +54,14 @@ def energy(singular_values: Sequence[np.ndarray], budget: int, multiple: int = 1
     return ranks
 
 
-def sensitivity(
-    costs: Sequence[dict[int, float]], budget: int, widths: Sequence[int], multiple: int = 1, least: int = 1
-) -> list[int]:
+def sensitivity(costs: Sequence[dict[int, float]], budget: int, widths: Sequence[int], multiple: int = 1) -> list[int]:
     """The split of the `budget` with the lowest sum of costs, by dynamic programming over groups.
 
     `costs`: for every group, {rank: measured cost}; between and below measured ranks the logarithm of the cost is taken
     to be linear in that of the rank. A group as wide as its `widths` costs nothing. Exact for these curves. Ranks are
     bounded as `energy`'s are.
     """
-    start = smallest_rank(budget, widths, multiple, least)
+    start = smallest_rank(budget, widths, multiple)
     cheapest = np.zeros(budget // multiple + 1)  # with the groups so far, at most so many units of `multiple`
     taken = []
     for cost, width in zip(costs, widths, strict=True):
@@ -84,23 +81,19 @@ def sensitivity(
     return ranks[::-1]
 
 
-def smallest_rank(budget: int, widths: Sequence[int], multiple: int, least: int = 1) -> int:
-    """The lowest rank a group can get, a multiple of `multiple` and at least `least`.
+def smallest_rank(budget: int, widths: Sequence[int], multiple: int) -> int:
+    """The lowest rank that a group can get: `multiple`.
 
     `widths`: of every group. ValueError where one is narrower than that, or the budget has no room for it in each.
     """
-    start = max(1, math.ceil(least / multiple)) * multiple
-    if start > min(widths):
+    if multiple > min(widths):
+        raise ValueError(f"ranks cannot be multiples of {multiple} up to the width {min(widths)}: lower the multiple")
+    if multiple * len(widths) > budget:
         raise ValueError(
-            f"no rank between {least} and the width {min(widths)} is a multiple of {multiple}: lower the multiple that "
-            "ranks are rounded to"
+            f"a budget of {budget} numbers per frame, for {len(widths)} ranks, has no room for the {multiple} that "
+            "each needs: raise latent_dim, or lower the multiple that ranks are rounded to"
         )
-    if start * len(widths) > budget:
-        raise ValueError(
-            f"a budget of {budget} numbers per frame, for {len(widths)} ranks, has no room for the {start} that each "
-            "needs: raise latent_dim, or lower the multiple that ranks are rounded to"
-        )
-    return start
+    return multiple
 
 
 def _interpolated(cost: dict[int, float], width: int) -> Callable[[int], float]:

@@ -115,10 +115,13 @@ class Sample:
         """Of the first utterances of a batch."""
         batch, rows = len(kept_BT), _sample_rows(kept_BT)
 
-        def first(value):
-            return (value[:rows] if len(value) == batch else value).cpu() if torch.is_tensor(value) else value
+        def first(name, value):  # a table of positions is all utterances', even where it counts as many rows
+            if not torch.is_tensor(value):
+                return value
+            return (value[:rows] if len(value) == batch and "position" not in name else value).cpu()
 
-        return cls({name: first(value) for name, value in arguments.items()}, first(kept_BT), first(wanted_BTD))
+        taken = {name: first(name, value) for name, value in arguments.items()}
+        return cls(taken, kept_BT[:rows].cpu(), wanted_BTD[:rows].cpu())
 
     @property
     def size(self) -> float:
