@@ -332,6 +332,8 @@ def check_surroundings(values: dict[str, Any]) -> None:
     for name in ("precision", "baseline_precision"):
         if values.get(name) == "fp16" and (device == "cpu" or not cuda):
             raise BadParameter(f"{name!r} is fp16, which needs a CUDA device: use bf16 or fp32")
+    if values.get("architecture") and not values.get("baseline_epochs", True):
+        raise BadParameter("'architecture' asks for a new model, whose weights are random: say 'baseline_epochs' too")
     for cut in values.get("analysis_cuts", []):
         if not isinstance(cut, float) or not 0 < cut < 1:
             raise BadParameter(f"'analysis_cuts' holds {cut!r}: a cut lies between 0 and 1 (0.75 keeps a quarter)")

@@ -19,6 +19,7 @@ from asrlib.parameters import (
     BadParameter,
     Schema,
     check_latent_dim,
+    check_surroundings,
     read_assignments,
     read_params_file,
 )
@@ -507,3 +508,20 @@ def test_what_the_command_line_asks_of_the_cache_goes_before_what_the_file_asks(
     file.write_text("latent_dim: 4\nepochs: 2\n")
     values, _ = run_all.read_values(file, ["cache_cut=0.5"], Schema(notebooks), list(notebooks))
     assert values == {"cache_cut": 0.5, "epochs": 2}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"architecture": "wav2vec2-conformer", "baseline_epochs": None}, "weights are random: say 'baseline_epochs'"),
+        ({"analysis_cuts": [0.5, 75]}, "'analysis_cuts' holds 75: a cut lies between 0 and 1"),
+        ({"analysis_methods": ["svd", "two_side"]}, "'analysis_methods' holds 'two_side': did you mean 'two_sided'?"),
+        ({"kl_weight": 0, "ctc_weight": 0, "hidden_weight": 0}, "are all 0: there is nothing to learn from"),
+    ],
+)
+def test_values_that_cannot_go_together_are_refused(values, said):
+    with pytest.raises(BadParameter, match=said):
+        check_surroundings(values)
+    check_surroundings(
+        {"architecture": "x", "baseline_epochs": 1.0, "analysis_cuts": [0.5], "analysis_methods": ["svd"]}
+    )
