@@ -194,6 +194,6 @@ def test_a_summary_is_the_root_mean_square_of_errors_the_mean_of_the_rest_and_a_
     summary = summarise_quality(table)
     assert {type(value) for value in summary.values()} == {float, str} and summary.pop("verdict") == "excellent"
     assert summary == pytest.approx(dict.fromkeys(COLUMNS, 0.035) | dict.fromkeys(ERRORS, 0.00125**0.5))
-    assert summarise_quality(table.assign(output_error=[0.01, 0.13]))["verdict"] == "good"
+    assert summarise_quality(table.assign(output_error=[0.1, 0.2]))["verdict"] == "good"
     assert verdict(EXCELLENT - 1e-9) == "excellent" and verdict(EXCELLENT) == verdict(GOOD - 1e-9) == "good"
     assert verdict(GOOD) == verdict(2) == verdict(float("nan")) == "needs fine-tuning"

@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 from asrlib.models.families import attention_modules, frame_counts, is_latent
 from asrlib.models.inference import choose_device, inference
 
-EXCELLENT = 0.05  # relative error of the attention output, a fraction; the first system's limits, set by feel
-GOOD = 0.10
+# Relative error of the attention output. The first system's limits were 0.05 and 0.10; measured word errors allow more:
+# LOG.md, 2026-11-21. Below GOOD no conversion was significantly worse than its baseline.
+EXCELLENT = 0.10
+GOOD = 0.25
 
 
 def analyze_compression_quality(
@@ -64,7 +66,7 @@ def summarise_quality(table: pd.DataFrame) -> dict[str, float | str]:
 
 
 def verdict(output_error: float) -> str:
-    """What the first system called a relative error of the attention output, a fraction."""
+    """A relative error of the attention output, a fraction, in the words of the first system."""
     if output_error < EXCELLENT:
         return "excellent"
     return "good" if output_error < GOOD else "needs fine-tuning"
