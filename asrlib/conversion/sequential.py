@@ -124,7 +124,7 @@ def match_batch_norm(ours: nn.Module, theirs: nn.Module, batches: list[_Batch]) 
                 _call(ours, batch, batch.ours_BTD)
                 _call(theirs, batch, batch.wanted_BTD)
         (mean, variance), (wanted_mean, wanted_variance) = our_sums.moments(), their_sums.moments()
-        ratio = variance / wanted_variance.clamp(min=torch.finfo(torch.float64).tiny)
+        ratio = (variance + norm.eps) / (wanted_variance + norm.eps)  # 1 for channels that never vary
         norm.running_var.copy_(wanted.running_var * ratio)
         norm.running_mean.copy_(mean - (wanted_mean - wanted.running_mean) * ratio.sqrt())
 
