@@ -13,6 +13,8 @@ error is left is a function of down alone (variable projection, Golub and Pereyr
 directions of `two_sided` on. Names: D width, R latent width, H heads, d_h = D / H. All float64.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +33,7 @@ from asrlib.conversion.factorize import (
 )
 
 ITERATIONS = 40  # of L-BFGS
+SMALL = 512  # narrower matrices than this are multiplied sooner than threads are woken, most of all on a busy machine
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,10 @@ class AttendedDecomposition:
     def cut(self, rank_k: int, rank_v: int) -> Factors:
         """The factors at these ranks; a joint latent has one rank, given twice."""
         width = len(self.weights.key_bias)
+        with _threads(1 if width < SMALL else torch.get_num_threads()):
+            return self._cut(rank_k, rank_v, width)
+
+    def _cut(self, rank_k: int, rank_v: int, width: int) -> Factors:
         heads, plain = self.weights.heads, self.start.cut(rank_k, rank_v)
         if min(rank_k, rank_v) >= width:
             return plain  # exact
@@ -125,6 +132,16 @@ def search(down: torch.Tensor, terms: list[Term], covariance: torch.Tensor) -> t
     optimizer.step(loss)
     rows = torch.linalg.qr(turned.detach().T)[0].T  # the same directions: L-BFGS may have scaled and skewed them
     return rows @ inverse
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _term(weight: torch.Tensor, metric: torch.Tensor, moments: InputMoments) -> Term:
