@@ -252,8 +252,11 @@ def test_full_rank_is_exact(weights, moments, layout, ranks):
 
 def test_either_of_a_split_latent_can_be_of_full_rank_alone(weights, moments):
     decomposition = decompose_attended(weights, "split", moments)
-    check_exact(weights, decomposition.cut(WIDTH, 3), keys=True, values=False)
-    check_exact(weights, decomposition.cut(3, WIDTH), keys=False, values=True)
+    both_cut, exact_keys, exact_values = (decomposition.cut(*ranks) for ranks in ((3, 3), (WIDTH, 3), (3, WIDTH)))
+    check_exact(weights, exact_keys, keys=True, values=False)
+    check_exact(weights, exact_values, keys=False, values=True)
+    torch.testing.assert_close(exact_keys.value_weight, both_cut.value_weight)
+    torch.testing.assert_close(exact_values.key_weight, both_cut.key_weight)
 
 
 def check_exact(weights: LayerWeights, factors: Factors, keys: bool, values: bool) -> None:

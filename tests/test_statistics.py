@@ -164,10 +164,16 @@ def test_moments_of_attention_are_its_sums_per_query(statistics, seen):
             assert (inputs.covariance - expected).norm() < 1e-3 * expected.norm()
 
 
-def test_attention_is_looked_at_only_where_asked(relative_statistics):
-    layer = relative_statistics.layers[0]
-    assert layer.attention is None
-    assert layer.moments().attended_key is None and layer.moments().attended_values is None
+@pytest.mark.parametrize("attention", [False, True])
+def test_attention_is_looked_at_only_where_asked(tiny_model, attention):
+    ways = set()  # to compute it: only the slow one shows its weights
+    tiny_model.register_forward_pre_hook(lambda model, args: ways.add(model.config._attn_implementation))
+    layer = collected(tiny_model, attention=attention).layers[0]
+    assert ways == {"eager" if attention else "sdpa"}
+    moments = layer.moments()
+    assert [part is not None for part in (layer.attention, moments.attended_key, moments.attended_values)] == [
+        attention
+    ] * 3
 
 
 # ---- batches -----------------------------------------------------------------------------------------------
