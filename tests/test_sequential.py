@@ -8,7 +8,7 @@ import torch
 from alone import run_alone
 
 from asrlib import collect_statistics, convert
-from asrlib.conversion.convert import factors_of
+from asrlib.conversion.convert import decompose, factors_of
 from asrlib.conversion.factorize import LayerWeights, Moments, decompose_layer
 from asrlib.conversion.sequential import convert_in_sequence
 from asrlib.conversion.statistics import InputSums
@@ -150,7 +150,10 @@ def test_a_choice_is_made_by_the_output_on_what_reaches_a_layer(fitted, converte
 def test_every_layer_is_the_best_regression_on_what_reaches_it(relative, method):
     """In the model that comes out: brute force on every utterance alone, then the closed form of test_factorize."""
     model, statistics = relative
-    latent = convert(model, 9, layout="split", method=method, statistics=statistics, sequential=True)
+    latent = convert(
+        model, 9, layout="split", method=method, statistics=statistics, sequential=True,
+        decomposition=decompose(model, "split", method, statistics),  # of the right input: of no use here
+    )  # fmt: skip
     layers = zip(
         attention_modules(model),
         attention_modules(latent),
@@ -234,7 +237,8 @@ def test_channels_leave_batch_norm_as_distributed_as_they_left_it(model, statist
 
 def test_only_the_moments_of_batch_norm_are_matched(relative):
     model, statistics = relative
-    plain, matched = (convert(model, 4, statistics=statistics, reestimate_batch_norm=one) for one in (False, True))
+    options = dict(method="whitened", statistics=statistics)
+    plain, matched = (convert(model, 4, reestimate_batch_norm=one, **options) for one in (False, True))
     expected, changed = plain.state_dict(), set()
     for name, value in matched.state_dict().items():
         if not torch.equal(value, expected[name]):
