@@ -116,7 +116,7 @@ def cost_of_cut(frame: pd.DataFrame) -> "Figure":
                 row[0].set_yscale("log")
                 row[0].yaxis.set_major_formatter(_plainly)
                 row[0].yaxis.set_minor_formatter(_plainly)
-            row[1].set_ylim(bottom=max(1e-6, row[1].get_ylim()[0]))  # below it nothing but rounding is seen
+            row[1].set_ylim(bottom=max(1e-8, row[1].get_ylim()[0]))  # below it nothing but rounding is seen
             for ax in row:
                 ax.spines[["top", "right"]].set_visible(False)
         for ax in axes[-1]:

@@ -9,8 +9,8 @@ attention before anything sees them. With x̄_i = Σ_j a_ij x_j, what query i ma
 
 divided by what they are with ΔW = W and summed, the values' by `balance`² (Q_h, W_o,h: see factorize.py). Given down,
 the best up is a regression, up_k = W_k S downᵀ (down S downᵀ)⁻¹ and so for each head of up_v with its C_h, and what
-error is left is a function of down alone (variable projection, Golub and Pereyra 1973): L-BFGS minimises it, from the
-directions of `two_sided` on. Names: D width, R latent width, H heads, d_h = D / H. All float64.
+error is left is a function of down alone (variable projection, Golub and Pereyra 1973): L-BFGS descends from the
+directions of `two_sided` to a minimum, a local one. Names: D width, R latent width, H heads, d_h = D / H. All float64.
 """
 
 from collections.abc import Iterator
