@@ -126,7 +126,12 @@ def call(project, *words):
 
 def start(project, *words):
     command = [sys.executable, run_all.__file__, *words, "--root", str(project)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def heed_ctrl_c():  # what a shell starts in the background ignores it, and so does all that it starts
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, preexec_fn=heed_ctrl_c)
 
 
 def trace(run):
