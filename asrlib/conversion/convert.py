@@ -57,15 +57,7 @@ def decompose(
 
 
 def _candidates(model, index: int, layout: str, method: str, statistics: LayerStatistics | None) -> Candidates:
-    attention = attention_modules(model)[index]
-    weights = LayerWeights(
-        key=attention.linear_k.weight.detach().cpu(),
-        value=attention.linear_v.weight.detach().cpu(),
-        output=attention.linear_out.weight.detach().cpu(),
-        key_bias=attention.linear_k.bias.detach().cpu(),
-        value_bias=attention.linear_v.bias.detach().cpu(),
-        heads=attention.num_heads,
-    )
+    weights = LayerWeights.of(attention_modules(model)[index])
     moments = statistics.moments() if statistics else None
     balances = BALANCES if method in ("two_sided", "attended") and layout == "joint" else (1.0,)
     if method == "attended":

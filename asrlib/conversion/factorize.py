@@ -42,6 +42,13 @@ class LayerWeights:
     value_bias: torch.Tensor
     heads: int
 
+    @classmethod
+    def of(cls, attention: torch.nn.Module) -> "LayerWeights":
+        """Of a module with linear_k, linear_v, linear_out and num_heads, float64, on the CPU."""
+        key, value, output = attention.linear_k, attention.linear_v, attention.linear_out
+        tensors = (key.weight, value.weight, output.weight, key.bias, value.bias)
+        return cls(*(tensor.detach().double().cpu() for tensor in tensors), attention.num_heads)
+
 
 @dataclass(frozen=True)
 class InputMoments:

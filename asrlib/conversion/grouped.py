@@ -79,9 +79,7 @@ class GroupedHeads:
 
     def cut(self, rank_k: int, rank_v: int) -> Factors:
         """Float64; the ranks are both G·d_h, and given because a decomposition's are."""
-        key, value, output = self.attention.linear_k, self.attention.linear_v, self.attention.linear_out
-        tensors = (key.weight, value.weight, output.weight, key.bias, value.bias)
-        weights = LayerWeights(*(tensor.detach().double().cpu() for tensor in tensors), self.attention.num_heads)
+        weights = LayerWeights.of(self.attention)
         if self.method == "mean":
             return average(weights, self.kv_heads)
         return least_squares(weights, self.kv_heads, self.method, self.statistics and self.statistics.moments())
