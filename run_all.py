@@ -6,6 +6,9 @@
     python run_all.py --list                                    params files and runs
 
 Called again, it skips what is unchanged and resumes what was interrupted.
+
+A params file with `sweep` asks for several runs, reports/<run>/<member>/, and for the steps that compare them. --set,
+--force and --from hold for every member and for the comparison; a step that only the comparison has, for it alone.
 """
 
 import argparse
@@ -19,10 +22,7 @@ from typing import Any
 from asrlib.parameters import (
     BadParameter,
     Schema,
-    check_latent_dim,
-    check_surroundings,
-    model_width,
-    nearest,
+    known_step,
     read_assignments,
     read_params_file,
 )
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         print(refusal, file=sys.stderr)
         return 2
     except StepFailed as failure:
-        print(f"{failure}\nThe same command, given again, resumes at this step.", file=sys.stderr)
+        print(f"{failure}\nThe same command, given again, resumes there.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nInterrupted. The same command, given again, resumes here.", file=sys.stderr)
@@ -72,36 +72,37 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_all(args: argparse.Namespace, root: Path) -> int:
-    from asrlib import pipeline
+    from asrlib import pipeline, sweeps
 
-    file = find_params(root, args.params)
+    def say(text: str) -> None:
+        pipeline.log.info(text)
+        print(text, flush=True)
+
+    file = sweeps.find_params(root, args.params)
     notebooks = pipeline.find_notebooks(root)
     schema = Schema(notebooks)
-    values, names = read_values(file, args.set, schema, list(notebooks))
     run = Run(root / "reports" / run_name(args.name, file))
+    if "sweep" in read_params_file(file):
+        sweep = sweeps.read_sweep(root, run, file, args.set, schema)
+        sweeps.run_sweep(sweep, steps_to_redo(args, sweep.step_names), say, command_of(args))
+        return 0
+    values, names = read_values(file, args.set, schema, list(notebooks))
+    redo = steps_to_redo(args, names)
     steps = pipeline.plan(root, run, schema, values, names)
-    forced = 0 if args.force else len(steps)  # this step and those after it run, changed or not
-    if args.start:
-        forced = min(forced, known_step(args.start, names, "--from"))
-
     with pipeline.work_in(root, run) as place:
-
-        def say(text: str) -> None:
-            pipeline.log.info(text)
-            print(text, flush=True)
-
-        start = min(forced, pipeline.first_to_run(run, steps))
         say(f"params {file.name} → {run.path}")
-        for index, step in enumerate(steps):
-            seconds = pipeline.expected_seconds(root, run, step)
-            took = f"{pipeline.duration(seconds):>12}" if seconds is not None else ""
-            say(f"  {step.name:<24}{state(run, steps, index, start, forced):<12}{took}".rstrip())
-        for step in steps[forced:]:
-            run.discard(step.name)
+        for name in redo:
+            run.discard(name)
         write_json(run.path / "params.json", values)
-        pipeline.run_steps(steps, start, place, say, command_of(args))
+        pipeline.run_steps(steps, place, say, command_of(args))
         say(str(run.path / "index.html"))
     return 0
+
+
+def steps_to_redo(args: argparse.Namespace, names: list[str]) -> list[str]:
+    """Those of the steps `names` that --force and --from ask for, changed or not."""
+    start = known_step(args.start, names, "--from") if args.start else len(names)
+    return names if args.force else names[start:]
 
 
 def command_of(args: argparse.Namespace) -> str:
@@ -112,61 +113,13 @@ def command_of(args: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-def state(run: Run, steps: list, index: int, start: int, forced: int) -> str:
-    if index < start:
-        return "unchanged"
-    step = steps[index]
-    same = run.resumable(step.name) and run.started(step.name)["fingerprint"] == step.fingerprint
-    return "resumes" if same and index < forced else "runs"
-
-
 def read_values(
     file: Path, assignments: list[str], schema: Schema, steps: list[str]
 ) -> tuple[dict[str, Any], list[str]]:
     """Checked parameters of the file and --set, and the steps that run (the file's `steps`, or all)."""
-    given = read_params_file(file)
-    origin = dict.fromkeys(given, file.name)
-    only = given.pop("steps", steps)
-    if not isinstance(only, list) or not only:
-        raise BadParameter(f"'steps' (in {file.name}) should be a list of steps: {', '.join(steps)}")
-    chosen = {steps[known_step(step, steps, file.name)] for step in only}
-    assigned = read_assignments(assignments)
-    for one, other in (("latent_dim", "cache_cut"), ("cache_cut", "latent_dim")):
-        if assigned.get(one) is not None and other not in assigned:
-            given.pop(other, None)  # two ways to say one thing: the command line's goes before the file's
-    values = schema.check(given | assigned, origin | dict.fromkeys(assigned, "--set"))
-    check_width(schema.defaults | values)
-    check_surroundings(schema.defaults | values)
-    return values, [step for step in steps if step in chosen]
+    from asrlib.sweeps import checked
 
-
-def check_width(values: dict[str, Any]) -> None:
-    """Refuse a latent wider than the model allows, where that can be known without a download."""
-    if values.get("latent_dim") is None or values.get("cache_cut") is not None or not values.get("model"):
-        return
-    if values.get("architecture"):  # a new model is made
-        hidden_size = values["hidden_size"]
-    else:
-        hidden_size = model_width(values["model"], values.get("revision"))
-    if hidden_size is not None:
-        check_latent_dim(values["latent_dim"], values.get("layout") or "joint", hidden_size)
-
-
-def known_step(name: Any, steps: list[str], where: str) -> int:
-    if name not in steps:
-        proposal = nearest(str(name), steps) or f": steps are {', '.join(steps)}"
-        raise BadParameter(f"unknown step {name!r} (in {where}){proposal}")
-    return steps.index(name)
-
-
-def find_params(root: Path, name: str) -> Path:
-    """params/NAME.yaml or the YAML file of that path. Raises BadParameter where there is neither."""
-    for path in (root / "params" / f"{name}.yaml", Path(name)):
-        if path.suffix in (".yaml", ".yml") and path.is_file():
-            return path
-    known = sorted(path.stem for path in (root / "params").glob("*.yaml"))
-    proposal = nearest(name, known) or f": there are {', '.join(known)}"
-    raise BadParameter(f"there is no params file {name!r}{proposal}")
+    return checked([(file.name, read_params_file(file)), ("--set", read_assignments(assignments))], schema, steps)
 
 
 def run_name(name: str | None, file: Path) -> str:
@@ -181,20 +134,23 @@ def run_name(name: str | None, file: Path) -> str:
 
 
 def listing(root: Path) -> str:
-    """The params files with their first comment line, and the runs with how far they are."""
+    """The params files with their first comment line, and the runs and sweeps with how far they are."""
     from asrlib.pipeline import find_notebooks
+    from asrlib.sweeps import progress
 
     steps = list(find_notebooks(root))
     lines = ["params"]
     for file in sorted((root / "params").glob("*.yaml")):
         text = file.read_text(encoding="utf-8").splitlines()
         comment = next((line.lstrip("# ") for line in text if line.startswith("#")), "")
-        lines.append(f"  {file.stem:<20}{comment}".rstrip())
+        lines.append(f"  {file.stem:<19} {comment}".rstrip())
     lines.append("runs")
-    for folder in sorted((root / "reports").glob("*/.started")):
-        run = Run(folder.parent)
-        done = [step for step in steps if run.completed(step)]
-        lines.append(f"  {run.path.name:<20}{len(done)} of {len(steps)} steps completed")
+    for folder in sorted((root / "reports").glob("*/")):
+        if members := progress(folder):
+            lines.append(f"  {folder.name:<19} {members[0]} of {members[1]} members completed")
+        elif (folder / ".started").is_dir():
+            done = [step for step in steps if Run(folder).completed(step)]
+            lines.append(f"  {folder.name:<19} {len(done)} of {len(steps)} steps completed")
     return "\n".join(lines)
 
 

@@ -1,9 +1,10 @@
 """How fast models are, how much memory they take, and how large their key/value caches are.
 
 Systems are measured in one interleaved run, so that whatever else the machine does meets all of them alike.
-Shapes: N utterances, R resamples.
+Shapes: N utterances, R resamples, S what a system reads of an utterance (samples of audio, or frames of features).
 """
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -53,39 +54,36 @@ def benchmark(
     of the mean), rtfx, speed_ratio, speed_ratio_interval, peak_memory_bytes, cache_bytes_per_second,
     cache_bytes_1000_frames}}}
 
-    The latency of an utterance is the median of `repeats` passes from normalised samples to token ids,
-    decoding of the audio excluded; `rtfx` is seconds of audio per second of computation; `speed_ratio` how
-    many times as fast as the first system, a paired quantity. `peak_memory_bytes` is what one pass over the
-    longest utterance takes on top of weights and input, None where the device cannot tell.
+    `processor` is everyone's, or {name: processor}, one a system. The latency of an utterance is the median of
+    `repeats` passes from what the system's processor gives (normalised samples, or features) to token ids; `rtfx`
+    is seconds of audio per second of computation; `speed_ratio` how many times as fast as the first system, a paired
+    quantity. `peak_memory_bytes` is what one pass over the longest utterance takes on top of weights and input,
+    None where the device cannot tell.
 
     `corpus` is measured whole: see `spread_over_durations`. `device`: see `models.inference.choose_device`.
-    Raises ValueError where there is nothing to measure.
+    Raises ValueError where there is nothing to measure, or no processor for a system.
     """
     if not systems or not len(corpus) or repeats < 1:
         raise ValueError("a benchmark needs at least one system, one utterance and one repeat")
     first = next(iter(systems.values()))
     device = choose_device(device, first)
-    inputs = [
-        processor(utterance.audio(), sampling_rate=SAMPLE_RATE, return_tensors="pt").input_values.to(device)
-        for utterance in corpus
-    ]
-    longest = max(inputs, key=lambda samples_1S: samples_1S.shape[1])
-    seconds_audio = sum(samples_1S.shape[1] for samples_1S in inputs) / SAMPLE_RATE
+    audio = [utterance.audio() for utterance in corpus]
+    longest = max(range(len(audio)), key=lambda i: len(audio[i]))
+    seconds_audio = sum(map(len, audio)) / SAMPLE_RATE
+    inputs = [inputs_of_each(systems, processor, samples_S, device) for samples_S in audio]
 
-    def transcribe(name: str, samples_1S: torch.Tensor) -> torch.Tensor:
-        return systems[name](samples_1S.to(systems[name].dtype)).logits.argmax(-1)
+    def transcribe(name: str, i: int) -> torch.Tensor:
+        return best_symbols(systems[name], inputs[i][name])
 
     with inference(*systems.values(), device=device, precision=precision):
         for name in list(systems) * warmup:
             transcribe(name, longest)
-        latencies = _interleaved(transcribe, list(systems), inputs, repeats, device)
+        latencies = _interleaved(transcribe, list(systems), len(corpus), repeats, device)
         peaks = {name: peak_memory_bytes(lambda: transcribe(name, longest), device) for name in systems}  # noqa: B023
 
     baseline = next(iter(latencies.values()))
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-        "dtype": DTYPES[precision],
+        **measured_on(device, precision),
         "utterances": len(corpus),
         "seconds_audio": seconds_audio,
         "systems": {
@@ -103,28 +101,63 @@ def benchmark(
     }
 
 
+def best_symbols(model: nn.Module, inputs_1S: torch.Tensor) -> torch.Tensor:
+    """The work that is timed: what a model reads [1, S, ...] → token ids of its frames [1, T]."""
+    return model(inputs_1S.to(model.dtype)).logits.argmax(-1)
+
+
+def inputs_of_each(
+    systems: dict[str, nn.Module], processor, samples_S: np.ndarray, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """{name: what that system reads [1, S, ...]} of 16 kHz audio, on `device`; made once for each processor.
+
+    `processor` is everyone's, or {name: processor}; ValueError where one is missing.
+    """
+    processors = processor if isinstance(processor, dict) else dict.fromkeys(systems, processor)
+    if missing := systems.keys() - processors.keys():
+        raise ValueError(f"no processor for {', '.join(sorted(missing))}: give one to each system")
+    distinct = {id(processors[name]): processors[name] for name in systems}
+    made = {
+        key: one(samples_S, sampling_rate=SAMPLE_RATE, return_tensors="pt").to(device) for key, one in distinct.items()
+    }
+    return {name: made[id(processors[name])][model.main_input_name] for name, model in systems.items()}
+
+
+def measured_on(device: torch.device, precision: str) -> dict:
+    """What a result says of the circumstances: {device, threads, dtype}."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "dtype": DTYPES[precision],
+    }
+
+
 # ---- time --------------------------------------------------------------------------------------------------
 
 
+def take_turns(passes: dict[str, Callable[[], object]], turn: int, device: torch.device) -> dict[str, float]:
+    """{name: milliseconds of one pass}. Who goes first changes with `turn`, so that what one system leaves in the
+    processor's caches for the next evens out."""
+    names = list(passes)
+    first = turn % len(names)
+    return {name: _milliseconds(passes[name], device) for name in names[first:] + names[:first]}
+
+
 def _interleaved(
-    transcribe: Callable[[str, torch.Tensor], torch.Tensor],
+    transcribe: Callable[[str, int], torch.Tensor],
     names: list[str],
-    inputs: list[torch.Tensor],
+    utterances: int,
     repeats: int,
     device: torch.device,
 ) -> dict[str, np.ndarray]:
-    """Milliseconds of each system for each utterance [N], the median over `repeats`.
-
-    Systems take turns on every utterance, and in going first: what one leaves in the processor's caches for
-    the next evens out.
-    """
-    ms = {name: np.empty((repeats, len(inputs))) for name in names}
-    with tqdm(total=repeats * len(inputs), desc="benchmark", unit="utt") as progress:
+    """Milliseconds of each system for each utterance [N], the median over `repeats`."""
+    ms = {name: np.empty((repeats, utterances)) for name in names}
+    with tqdm(total=repeats * utterances, desc="benchmark", unit="utt") as progress:
         for repeat in range(repeats):
-            for i, samples_1S in enumerate(inputs):
-                turn = (repeat + i) % len(names)
-                for name in names[turn:] + names[:turn]:
-                    ms[name][repeat, i] = _milliseconds(lambda: transcribe(name, samples_1S), device)  # noqa: B023
+            for i in range(utterances):
+                passes = {name: functools.partial(transcribe, name, i) for name in names}
+                for name, value in take_turns(passes, repeat + i, device).items():
+                    ms[name][repeat, i] = value
                 progress.update()
     return {name: np.median(values, axis=0) for name, values in ms.items()}
 

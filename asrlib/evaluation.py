@@ -2,7 +2,8 @@
 
 Transcripts are greedy CTC. Error rates are fractions over a whole corpus (errors of all utterances divided by
 words of all utterances), with intervals and significance from resampling utterances.
-Shapes: N utterances, R resamples, B batch, S samples of audio, T frames, V tokens of the vocabulary.
+Shapes: N utterances, R resamples, B batch, S what a model reads (samples of audio, or frames of features), T frames,
+V tokens of the vocabulary.
 """
 
 import json
@@ -84,7 +85,8 @@ def _logits(model: nn.Module, batch: dict, device: torch.device) -> list[torch.T
     mask_BS = batch["attention_mask"].to(device)
     frames_B = frame_counts(model, mask_BS.sum(-1))
     with padding_silenced(model, frames_B):
-        logits_BTV = model(batch["input_values"].to(device, model.dtype), attention_mask=mask_BS).logits
+        inputs_BS = batch[model.main_input_name].to(device, model.dtype)  # [B, S, F] of features
+        logits_BTV = model(inputs_BS, attention_mask=mask_BS).logits
     return [logits_TV[:n] for logits_TV, n in zip(logits_BTV, frames_B.tolist(), strict=True)]
 
 

@@ -36,7 +36,9 @@ def one_of(*choices: str) -> AfterValidator:
 
 AT_LEAST_ONE, POSITIVE, NOT_NEGATIVE = Field(ge=1), Field(gt=0), Field(ge=0)
 PRECISION = one_of("fp32", "bf16", "fp16")
-SCHEDULER = one_of("linear", "cosine", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
+SCHEDULER = one_of(
+    "linear", "cosine", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau"
+)
 
 LIMITS: dict[str, Any] = {
     "eval_splits": Field(min_length=1),
@@ -51,11 +53,23 @@ LIMITS: dict[str, Any] = {
     "hidden_size": AT_LEAST_ONE,
     "num_layers": AT_LEAST_ONE,
     "num_heads": AT_LEAST_ONE,
+    "kv_heads": AT_LEAST_ONE,
+    "query_latent_dim": AT_LEAST_ONE,
+    "feedforward_size": AT_LEAST_ONE,
     "depthwise_kernel": AT_LEAST_ONE,
+    "subsampling_channels": AT_LEAST_ONE,
+    "mel_bins": Field(ge=8),  # two convolutions of stride 2 leave one of them
+    "frame_shift_ms": POSITIVE,
     "dropout": Field(ge=0, lt=1),
+    "time_masks": NOT_NEGATIVE,
+    "frequency_masks": NOT_NEGATIVE,
+    "speeds": Field(min_length=1),
     "baseline_samples": AT_LEAST_ONE,
     "baseline_epochs": POSITIVE,
     "baseline_learning_rate": POSITIVE,
+    "baseline_warmup_ratio": Field(ge=0, le=1),
+    "baseline_scheduler": SCHEDULER,
+    "baseline_patience": AT_LEAST_ONE,
     "baseline_batch_seconds": POSITIVE,
     "baseline_precision": PRECISION,
     "latent_dim": AT_LEAST_ONE,
@@ -81,6 +95,9 @@ LIMITS: dict[str, Any] = {
     "device": Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"),
     "seed": NOT_NEGATIVE,
 }
+
+
+SET_BY_RUN_ALL = {"run_dir": "name the run with --name", "members": "name them in `sweep`"}
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -202,7 +219,7 @@ def _type_of(annotation: str, where: str) -> Any:
 class Schema:
     """Every parameter of every notebook, and how to check values against them.
 
-    `run_dir` is left out: it is the pipeline that says where a run goes.
+    `run_dir` and `members` are left out: it is the pipeline that says where a run goes and what a sweep compares.
     """
 
     def __init__(self, notebooks: Mapping[str, Path]):
@@ -216,7 +233,7 @@ class Schema:
                     raise BadParameter(
                         f"parameter {name!r} is {known.annotation} in {other} but {parameter.annotation} in {step}"
                     )
-        first.pop("run_dir", None)
+        first = {name: known for name, known in first.items() if name not in SET_BY_RUN_ALL}
         self.defaults = {name: parameter.default for name, (_, parameter) in first.items()}
         fields = {}
         for name, (step, parameter) in first.items():
@@ -230,7 +247,7 @@ class Schema:
 
     def defaults_of(self, step: str) -> dict[str, Any]:
         declared = self.parameters[step]
-        return {name: parameter.default for name, parameter in declared.items() if name != "run_dir"}
+        return {name: parameter.default for name, parameter in declared.items() if name not in SET_BY_RUN_ALL}
 
     def check(self, values: Mapping[str, Any], origin: Mapping[str, str]) -> dict[str, Any]:
         """The given values with their declared types; `origin[name]` says where a value was given.
@@ -252,8 +269,8 @@ class Schema:
     def _explain(self, error: Any, values: Mapping[str, Any], origin: Mapping[str, str]) -> str:
         name, inside = error["loc"][0], error["loc"][1:]
         where = f"{name!r} (in {origin[name]})"
-        if name == "run_dir":
-            return f"{where} is set by run_all itself: name the run with --name"
+        if name in SET_BY_RUN_ALL:
+            return f"{where} is set by run_all itself: {SET_BY_RUN_ALL[name]}"
         if error["type"] == "extra_forbidden":
             valid = list(self.model.model_fields)
             return f"unknown parameter {where}{nearest(name, valid) or ': valid are ' + ', '.join(valid)}"
@@ -271,6 +288,25 @@ class Schema:
             if values.get(given) is not None:
                 values[other] = None
         return {name: value for name, value in values.items() if name in self.parameters[step]}
+
+
+def known_step(name: Any, steps: list[str], where: str) -> int:
+    if name not in steps:
+        proposal = nearest(str(name), steps) or f": steps are {', '.join(steps)}"
+        raise BadParameter(f"unknown step {name!r} (in {where}){proposal}")
+    return steps.index(name)
+
+
+def check_width(values: dict[str, Any]) -> None:
+    """Refuse a latent wider than the model allows, where that can be known without a download."""
+    if values.get("latent_dim") is None or values.get("cache_cut") is not None or not values.get("model"):
+        return
+    if values.get("architecture"):  # a new model is made
+        hidden_size = values["hidden_size"]
+    else:
+        hidden_size = model_width(values["model"], values.get("revision"))
+    if hidden_size is not None:
+        check_latent_dim(values["latent_dim"], values.get("layout") or "joint", hidden_size)
 
 
 def check_latent_dim(latent_dim: int, layout: str, hidden_size: int) -> None:
@@ -334,6 +370,8 @@ def check_surroundings(values: dict[str, Any]) -> None:
             raise BadParameter(f"{name!r} is fp16, which needs a CUDA device: use bf16 or fp32")
     if values.get("architecture") and not values.get("baseline_epochs", True):
         raise BadParameter("'architecture' asks for a new model, whose weights are random: say 'baseline_epochs' too")
+    if values.get("architecture"):
+        _check_new_model(values)
     for cut in values.get("analysis_cuts", []):
         if not isinstance(cut, float) or not 0 < cut < 1:
             raise BadParameter(f"'analysis_cuts' holds {cut!r}: a cut lies between 0 and 1 (0.75 keeps a quarter)")
@@ -343,3 +381,19 @@ def check_surroundings(values: dict[str, Any]) -> None:
     weights = [values.get(name) for name in ("ctc_weight", "kl_weight", "hidden_weight")]
     if None not in weights and not any(weights):
         raise BadParameter("'ctc_weight', 'kl_weight' and 'hidden_weight' are all 0: there is nothing to learn from")
+
+
+def _check_new_model(values: dict[str, Any]) -> None:
+    from huggingface_hub.errors import StrictDataclassError
+
+    from asrlib.models.scratch import SIZES, new_config, new_processor
+
+    speeds = values.get("speeds", [])
+    if any(not isinstance(speed, float | int) or speed <= 0 for speed in speeds):
+        raise BadParameter(f"'speeds' is {speeds!r}: each should be a number above 0 (1.1 is 10 % faster)")
+    features = {name: values[name] for name in ("mel_bins", "frame_shift_ms") if name in values}
+    sizes = {name: values[name] for name in SIZES if name in values}
+    try:
+        new_config(values["architecture"], new_processor(values["architecture"], **features), **sizes)
+    except (ValueError, StrictDataclassError) as error:
+        raise BadParameter(f"no such model can be made: {error}") from None

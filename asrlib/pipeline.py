@@ -21,9 +21,10 @@ from typing import Any, TextIO
 
 import nbformat
 
+from asrlib.dependencies import library_files
 from asrlib.figures import duration
 from asrlib.parameters import Schema
-from asrlib.runs import Run, atomic_write, fingerprint, folder_fingerprint, read_json, remove_partial
+from asrlib.runs import Run, atomic_write, files_fingerprint, fingerprint, read_json, remove_partial
 
 ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 LOCK_WAIT_SECONDS = 10.0  # an orphaned kernel notices within 1 s that its parent is gone
@@ -60,12 +61,19 @@ def find_notebooks(root: Path) -> dict[str, Path]:
     return {path.stem: path for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
 
 
-def plan(root: Path, run: Run, schema: Schema, values: Mapping[str, Any], names: list[str]) -> list[Step]:
-    """The steps called `names`. A step's fingerprint covers its code cells, its parameters, asrlib, the files
-    its parameters point to, and all steps before it."""
+def plan(
+    root: Path,
+    run: Run,
+    schema: Schema,
+    values: Mapping[str, Any],
+    names: list[str],
+    members: Mapping[str, str] | None = None,
+) -> list[Step]:
+    """The steps called `names`. A step's fingerprint covers its code cells, its parameters, those files of asrlib
+    that it imports, the files its parameters point to, and all steps before it; of a sweep as a whole, also its
+    `members`: name of each run that the steps compare → fingerprint of that run's last step."""
     notebooks = find_notebooks(root)
     run_dir = str(run.path.relative_to(root) if run.path.is_relative_to(root) else run.path)
-    library = folder_fingerprint(root / "asrlib")
     steps: list[Step] = []
     for name in names:
         parameters = schema.for_step(name, values)
@@ -73,9 +81,12 @@ def plan(root: Path, run: Run, schema: Schema, values: Mapping[str, Any], names:
         code = [cell.source for cell in cells if cell.cell_type == "code"]
         effective = schema.defaults_of(name) | parameters  # saying a default aloud changes nothing
         files = {key: _file_state(root, value) for key, value in effective.items()}
-        digest = fingerprint(code, effective, files, library, [step.fingerprint for step in steps])
+        library = files_fingerprint(library_files("\n".join(code), root / "asrlib"), root)
+        digest = fingerprint(code, effective, files, library, members, [step.fingerprint for step in steps])
         if "run_dir" in schema.parameters[name]:
             parameters["run_dir"] = run_dir
+        if members is not None and "members" in schema.parameters[name]:
+            parameters["members"] = list(members)
         steps.append(Step(name, notebooks[name], parameters, digest))
     return steps
 
@@ -84,6 +95,9 @@ def _file_state(root: Path, value: Any) -> list | None:
     """Name, size and time of the file or of the folder's entries that a parameter points to, if it does."""
     if not isinstance(value, str) or not value or len(value) > 255:
         return None
+    shipped = root / "asrlib" / "pretrained" / value
+    if (shipped / "config.json").is_file():
+        return [files_fingerprint(shipped.iterdir(), root)]
     path = root / Path(value).expanduser()
     if not path.exists():
         return None
@@ -108,17 +122,17 @@ class Workplace:
 
     root: Path
     run: Run
-    lock: int  # file descriptor; a kernel inherits it: the folder is locked until the kernel is gone too
+    locks: tuple[int, ...]  # file descriptors; a kernel inherits them: the folder is locked until it is gone too
     log_file: TextIO
 
 
 @contextmanager
-def work_in(root: Path, run: Run) -> Iterator[Workplace]:
-    """Raises RunLocked where another run is at work in the folder."""
+def work_in(root: Path, run: Run, held: tuple[int, ...] = ()) -> Iterator[Workplace]:
+    """Raises RunLocked where another run is at work in the folder. `held`: locks of a sweep that the run is part of."""
     with locked(run) as lock, logged(run) as log_file:
         remove_partial(run.path)
         try:
-            yield Workplace(root, run, lock, log_file)
+            yield Workplace(root, run, (*held, lock), log_file)
         except BaseException as error:
             expected = isinstance(error, StepFailed | KeyboardInterrupt)
             log.error("%s", type(error).__name__, exc_info=not expected)
@@ -183,7 +197,7 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def logged(run: Run) -> Iterator[TextIO]:
-    """Send our log, papermill's, and what the kernels print, to <run>/pipeline.log; gives the open file."""
+    """Send our log, papermill's, kernels' prints to <run>/pipeline.log, and a sweep's around it; gives the file."""
     handler = _LogFile(run.path / "pipeline.log", encoding="utf-8")
     loggers = [log, logging.getLogger("papermill"), logging.getLogger("py.warnings")]
     logging.captureWarnings(True)
@@ -196,8 +210,8 @@ def logged(run: Run) -> Iterator[TextIO]:
     finally:
         for logger in loggers:
             logger.removeHandler(handler)
-            logger.propagate = True
-        logging.captureWarnings(False)
+            logger.propagate = not log.handlers
+        logging.captureWarnings(bool(log.handlers))
         handler.close()
 
 
@@ -281,7 +295,7 @@ def _run_papermill(step: Step, output: Path, place: Workplace, title: str) -> No
             start={
                 "cwd": str(place.root),
                 "env": os.environ | ENVIRONMENT | {"IPYTHONDIR": private},
-                "pass_fds": [place.lock],
+                "pass_fds": list(place.locks),
                 "stdout": place.log_file,  # what is printed past Python: C libraries, crashes
                 "stderr": place.log_file,
             },
@@ -327,13 +341,18 @@ def _explain(error: Exception) -> str:
 # ---- all steps ---------------------------------------------------------------------------------------------
 
 
-def run_steps(steps: list[Step], start: int, place: Workplace, say: Callable[[str], None], command: str) -> None:
-    """Execute `steps[start:]`, keeping the index page up to date; it shows `command` to those who want to repeat
-    the run. Raises StepFailed where a step fails."""
+def run_steps(steps: list[Step], place: Workplace, say: Callable[[str], None], command: str) -> None:
+    """Show which of `steps` are unchanged and execute the others, keeping the index page up to date; it shows
+    `command` to those who want to repeat the run. Raises StepFailed where a step fails."""
     from asrlib.report import write_index
 
-    run = place.run
+    run, start = place.run, first_to_run(place.run, steps)
     expected = [expected_seconds(place.root, run, step) for step in steps]
+    for index, (step, seconds) in enumerate(zip(steps, expected, strict=True)):
+        begun = run.resumable(step.name) and run.started(step.name)["fingerprint"] == step.fingerprint
+        state = "unchanged" if index < start else "resumes" if begun else "runs"
+        took = f"{duration(seconds):>12}" if seconds is not None else ""
+        say(f"  {step.name:<24}{state:<12}{took}".rstrip())
     for step in steps[start:]:  # before the first one runs: whatever happens now, they are out of date
         run.outdate(step.name)
     write_index(run.path, command)
@@ -349,10 +368,11 @@ def run_steps(steps: list[Step], start: int, place: Workplace, say: Callable[[st
 
 
 def expected_seconds(root: Path, run: Run, step: Step) -> float | None:
-    """How long the step took here, or else in another run that had the same parameters."""
+    """How long the step took here, or else in another run, of a sweep perhaps, that had the same parameters."""
     if (seconds := run.seconds(step.name)) is not None:
         return seconds
-    for marker in (root / "reports").glob(f"*/.completed/{step.name}.json"):
+    reports = root / "reports"
+    for marker in [path for runs in ("*", "*/*") for path in reports.glob(f"{runs}/.completed/{step.name}.json")]:
         facts = read_json(marker)
         if facts["parameters"] | {"run_dir": ""} == step.parameters | {"run_dir": ""}:
             return facts["seconds"]

@@ -34,9 +34,9 @@ from asrlib.html import PAGES, diff_transcripts, display_table, render_notebook,
 from asrlib.runs import STEP_OF_METRICS, Run, atomic_write, read_json
 
 __all__ = [  # what notebooks call
-    "CLAIMED", "FIRST_SYSTEM_CUTS", "cache_comparison", "comparison_table", "diff_transcripts", "display_table",
+    "CLAIMED", "CLAIMS_INTRODUCTION", "FIRST_SYSTEM_CUTS", "cache_comparison", "comparison_table", "diff_transcripts", "display_table",
     "headline", "inference_time_comparison", "keep_figure", "readable_comparison", "render_notebook", "save_figure",
-    "save_table", "show_figure", "step_times", "table_html", "training_curves", "wer_bars",
+    "save_table", "show_figure", "small_print", "step_times", "table_html", "training_curves", "wer_bars",
     "wer_vs_cache", "write_comparison", "write_index",
 ]  # fmt: skip
 
@@ -53,6 +53,13 @@ CLAIMED = pd.DataFrame(
     },
     index=pd.Index(list(SYSTEMS.values()), name="first system"),
 )
+
+
+CLAIMS_INTRODUCTION = """\
+## Beside the first system's claims
+
+The first system, on a far larger model, could not load what it had converted: the figures below are what it
+*claimed*, not what anyone measured, and are for another model and another corpus."""
 
 
 # ---- the comparison ----------------------------------------------------------------------------------------
@@ -304,15 +311,16 @@ def write_index(run_dir: str | os.PathLike, command: str | None = None) -> Path:
     )
 
 
+def small_print(text: str) -> Markup:
+    """A cell with what stands in brackets below the rest, in small print."""
+    value, _, note = unbroken(text).partition(" (")
+    return Markup("{} <small>{}</small>").format(value, note.removesuffix(")"))
+
+
 def _comparison_html(table: pd.DataFrame) -> Markup:
     """The readable comparison, with what stands in brackets in small print."""
-
-    def cell(text: str) -> Markup:
-        value, _, note = unbroken(text).partition(" (")
-        return Markup("{} <small>{}</small>").format(value, note.removesuffix(")"))
-
     readable = readable_comparison(table)
-    return table_html(readable, formats=dict.fromkeys(readable, cell))
+    return table_html(readable, formats=dict.fromkeys(readable, small_print))
 
 
 def _index_figures(run: Run, table: pd.DataFrame, done: Container[str]) -> list[Markup]:

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,8 +261,7 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def folder_fingerprint(folder: Path) -> str:
-    """Fingerprint of every file below `folder`, names and contents (but for Python's own caches)."""
-    files = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+def files_fingerprint(files: Iterable[Path], folder: Path) -> str:
+    """Fingerprint of what is in `files`, and of what they are called below `folder`."""
     digests = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     return fingerprint(digests)

@@ -22,6 +22,9 @@ from asrlib.models.families import attention_modules, frame_counts
 from asrlib.models.inference import padding_silenced
 from asrlib.runs import read_json, resolve, write_json
 
+# Of the scheduler reduce_lr_on_plateau: the learning rate is halved by the second evaluation running whose WER is no
+# lower than the lowest before. EarlyStoppingCallback counts on, so that `patience` should be larger.
+PLATEAU = {"factor": 0.5, "patience": 1}
 CHECKPOINT_MARKER = ".completed.json"  # Trainer writes a checkpoint file by file: only the marker says it is whole
 
 
@@ -33,9 +36,10 @@ class TrainingSettings:
     epochs: float = 5
     learning_rate: float = 1e-5  # peak
     warmup_ratio: float = 0.1  # share of all steps
-    scheduler: str = "linear"  # any of transformers' SchedulerType
+    scheduler: str = "linear"  # any of transformers' SchedulerType; reduce_lr_on_plateau knows no warmup: see PLATEAU
     weight_decay: float = 0.01
     batch_seconds: float = 60.0  # padded audio in a batch, on one device
+    speeds: tuple[float, ...] = (1.0,)  # of the training speech: 1.1 is 10 % faster
     gradient_accumulation: int = 1  # batches per step
     gradient_checkpointing: bool = False
     evaluations_per_epoch: int = 1  # each is followed by a checkpoint
@@ -100,8 +104,7 @@ class CTCTrainer(Trainer):
         self.teacher = teacher and teacher.to(self.args.device).eval().requires_grad_(False)
 
     def _loader(self, dataset: CTCDataset, shuffle: bool) -> DataLoader:
-        seconds = [utterance.seconds for utterance in dataset.corpus]
-        sampler = BucketBatchSampler(seconds, self.settings.batch_seconds, self.settings.seed, shuffle)
+        sampler = BucketBatchSampler(dataset.seconds, self.settings.batch_seconds, self.settings.seed, shuffle)
         loader = DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -121,7 +124,7 @@ class CTCTrainer(Trainer):
         if self.teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with torch.no_grad():
-            heard = {name: inputs[name] for name in ("input_values", "attention_mask")}
+            heard = {name: inputs[name] for name in (self.teacher.main_input_name, "attention_mask")}
             theirs = self.teacher(**heard, output_hidden_states=True)
         ours = model(**inputs, output_hidden_states=True)
         frames_B = frame_counts(self.teacher, inputs["attention_mask"].sum(-1))
@@ -290,13 +293,14 @@ def train(
     checkpoint = last_checkpoint(folder)
     facts = read_json(checkpoint / CHECKPOINT_MARKER) if checkpoint else {"seconds": 0.0, "finished": False}
     marker = CheckpointMarker(facts["seconds"])
-    batches = len(BucketBatchSampler([utterance.seconds for utterance in training], settings.batch_seconds))
+    train_dataset = CTCDataset(training, processor, settings.speeds)
+    batches = len(BucketBatchSampler(train_dataset.seconds, settings.batch_seconds))
     steps_per_epoch = -(-batches // settings.gradient_accumulation)
     trainer = CTCTrainer(
         model=model,
         args=_arguments(folder, settings, steps_per_epoch, afresh=checkpoint is None),
         data_collator=CTCCollator(processor),
-        train_dataset=CTCDataset(training, processor),
+        train_dataset=train_dataset,
         eval_dataset=CTCDataset(validation, processor),
         compute_metrics=lambda prediction: {"wer": _word_error_rate(prediction, processor)},
         callbacks=[marker, EarlyStoppingCallback(early_stopping_patience=settings.patience)],
@@ -339,6 +343,7 @@ def _arguments(folder: Path, settings: TrainingSettings, steps_per_epoch: int, a
         max_steps=total_steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.scheduler,
+        lr_scheduler_kwargs=PLATEAU if settings.scheduler == "reduce_lr_on_plateau" else None,
         warmup_steps=round(settings.warmup_ratio * total_steps),
         weight_decay=settings.weight_decay,
         gradient_accumulation_steps=settings.gradient_accumulation,

@@ -6,7 +6,8 @@ from collections import defaultdict
 import torch
 
 from asrlib.data.corpus import Corpus
-from asrlib.models.families import attention_modules, family_of, new_processor
+from asrlib.models.families import attention_modules, family_of
+from asrlib.models.scratch import new_processor
 
 
 @torch.no_grad()

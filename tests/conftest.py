@@ -11,7 +11,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def processor():
-    from asrlib.models.families import new_processor
+    from asrlib.models.scratch import new_processor
 
     return new_processor()
 

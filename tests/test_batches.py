@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from speech import make_processor, tone
+from transformers import LasrFeatureExtractor
 
 from asrlib.data.batches import BucketBatchSampler, CTCCollator
 
@@ -106,3 +107,17 @@ def test_the_collator_pads_without_touching_what_is_there(tmp_path):
     alone = CTCCollator(processor)([short])
     torch.testing.assert_close(batch["input_values"][1, :3200], alone["input_values"][0])
     assert batch["input_values"][1, 3200:].abs().max() == 0
+
+
+def test_inputs_are_named_by_the_feature_extractor(tmp_path):
+    processor = make_processor(tmp_path)
+    items = [{"audio": tone(0.5), "text": "a bee"}, {"audio": tone(0.2), "text": "it"}]
+    heard = CTCCollator(processor)(items)
+    assert list(heard) == ["input_values", "attention_mask", "labels"]
+
+    processor.feature_extractor = LasrFeatureExtractor(feature_size=80)
+    seen = CTCCollator(processor)(items)
+    assert list(seen) == ["input_features", "attention_mask", "labels"]
+    assert seen["input_features"].shape == (2, 48, 80) and seen["input_features"].dtype == torch.float32
+    assert seen["attention_mask"].sum(1).tolist() == [48, 18]  # windows of 25 ms that fit, one every 10 ms
+    assert torch.equal(seen["labels"], heard["labels"])

@@ -6,13 +6,19 @@ import json
 import numpy as np
 import pytest
 import soundfile
+import tiny
 import torch
-from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
+from transformers import (
+    Wav2Vec2ConformerConfig,
+    Wav2Vec2ConformerForCTC,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Processor,
+)
 
 from asrlib import benchmark as room
 from asrlib.benchmark import benchmark, peak_memory_bytes, spread_over_durations
 from asrlib.data.corpus import SAMPLE_RATE, Corpus, Utterance
-from asrlib.models.families import new_processor
+from asrlib.models.scratch import new_processor
 
 CPU = torch.device("cpu")
 MEGABYTE = 1 << 20
@@ -200,6 +206,20 @@ def test_size_and_memory_of_each_system(processor):
         assert peak == again[name]["peak_memory_bytes"]  # of the longest utterance, every time
         assert peak >= 8 * 1600 * 4  # what the first convolution gives: 8 channels, 1,600 steps
         assert peak < longer[name]["peak_memory_bytes"]
+
+
+def test_each_system_reads_what_its_own_processor_makes(processor):
+    raw = Wav2Vec2Processor(Wav2Vec2FeatureExtractor(do_normalize=False), processor.tokenizer)
+    systems, heard = {"normalised": conformer(), "raw": conformer()}, {"normalised": [], "raw": []}
+    for name, model in systems.items():
+        model.register_forward_pre_hook(lambda module, inputs, name=name: heard[name].append(inputs[0]))
+    loud = Utterance("u", "a", "s", 0.5, "memory", lambda: tiny.wave(np.tile([0.5, 0.0], 4000)))
+    speech = Corpus("square wave", "test", (loud,))
+    benchmark(systems, {"normalised": processor, "raw": raw}, speech, warmup=0, repeats=1)
+    assert all(inputs_1S.mean().abs() < 1e-3 for inputs_1S in heard["normalised"])
+    assert all(inputs_1S.mean() == 0.25 for inputs_1S in heard["raw"])
+    with pytest.raises(ValueError, match="no processor for raw: give one to each system"):
+        benchmark(systems, {"normalised": processor}, speech)
 
 
 def test_half_precision_halves_the_cache(processor):

@@ -16,8 +16,9 @@ from asrlib.conversion.benchmark import BASELINE, ZEROED, Row, as_frame, as_tabl
 from asrlib.conversion.recipes import RECIPES, Recipe, names_in, reachable
 from asrlib.conversion.rows import first_broken
 from asrlib.evaluation import load_predictions
-from asrlib.models.families import attention_modules, new_processor
+from asrlib.models.families import attention_modules
 from asrlib.models.inference import zero_attention
+from asrlib.models.scratch import new_processor
 
 CALIBRATION = tiny.corpus(12)
 SPEECH = tiny.corpus(6, "validation", seed=50)

@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from asrlib import convert
-from asrlib.models.families import new_processor
+from asrlib.models.scratch import new_processor
 from asrlib.training import CTCTrainer, TrainingSettings, posterior_divergence, relative_squared_error, train
 
 QUIET = dict(hidden_dropout=0.0, activation_dropout=0.0, attention_dropout=0.0, conformer_conv_dropout=0.0,

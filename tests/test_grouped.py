@@ -11,7 +11,8 @@ from transformers import AutoModelForCTC
 import asrlib
 from asrlib.conversion.convert import convert, factors_of
 from asrlib.conversion.grouped import GROUPING_METHODS, group_heads
-from asrlib.models.families import attention_modules, new_processor
+from asrlib.models.families import attention_modules
+from asrlib.models.scratch import new_processor
 
 WIDTH, LAYERS, HEADS = tiny.WIDTH, tiny.LAYERS, 4
 SIZE = WIDTH // HEADS  # d_h

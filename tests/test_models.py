@@ -16,14 +16,8 @@ from transformers import AutoConfig, AutoModelForCTC, Wav2Vec2Config, Wav2Vec2Fo
 
 from asrlib import convert, kv_cache_bytes, load
 from asrlib.attention.latent import LatentKV, check_latent_dim, split_ranks
-from asrlib.models.families import (
-    FAMILIES,
-    attention_modules,
-    frame_counts,
-    frames_of,
-    new_model,
-    resolve_model,
-)
+from asrlib.models.families import FAMILIES, attention_modules, frame_counts, frames_of, resolve_model
+from asrlib.models.scratch import new_model
 from asrlib.models.wav2vec2_conformer import Wav2Vec2ConformerMLAConfig, Wav2Vec2ConformerMLAForCTC
 
 WIDTH, LAYERS = tiny.WIDTH, tiny.LAYERS
@@ -265,7 +259,7 @@ def test_a_new_process_that_only_imports_asrlib_gets_the_same_logits(saved, impo
 def test_every_family_is_known_to_transformers():
     for model_type, family in FAMILIES.items():
         config = type(AutoConfig.for_model(model_type))
-        assert config in (family.standard_config, family.latent_config)
+        assert config in (family.standard_model.config_class, family.latent_model.config_class)
         assert AutoModelForCTC._model_mapping[config] in (family.standard_model, family.latent_model)
 
 
@@ -404,9 +398,9 @@ def test_a_new_conformer_is_small_reproducible_and_can_be_converted(processor):
 
 def test_heads_must_divide_the_width(processor):
     with pytest.raises(ValueError, match="hidden_size 30 is not divisible by num_heads 4"):
-        new_model("wav2vec2-conformer", processor, 30, 2, 4, 7, 0.1, seed=0)
+        new_model("wav2vec2-conformer", processor, hidden_size=30, num_heads=4)
     with pytest.raises(ValueError, match="architecture is 'lstm': choose one of"):
-        new_model("lstm", processor, 32, 2, 4, 7, 0.1, seed=0)
+        new_model("lstm", processor)
 
 
 # ---- a split latent whose keys and values have widths of their own -----------------------------------------

@@ -116,20 +116,14 @@ def test_killed_in_the_middle_of_training_it_reaches_the_same_metrics(project, s
     assert histories[0] == histories[1]
 
 
-@pytest.mark.parametrize("params", sorted((ROOT / "params").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_params_file_fits_the_notebooks(params):
-    values = read_params_file(params)
-    values.pop("steps", None)
-    Schema(find_notebooks(ROOT)).check(values, dict.fromkeys(values, params.name))
-
-
 @pytest.mark.parametrize("step", STEPS)
 def test_notebooks_are_committed_without_outputs_and_stay_short(step):
     notebook = nbformat.read(ROOT / "notebooks" / f"{step}.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code)
-    lines = [line for cell in code for line in cell.source.splitlines() if line.strip()]
-    assert len(lines) <= 140
+    working = [cell for cell in code if "parameters" not in cell.metadata.get("tags", [])]
+    lines = [line for cell in working for line in cell.source.splitlines() if line.strip()]
+    assert len(lines) <= 120
     assert not any(line.startswith(("def ", "class ")) for line in lines)
     assert json.dumps(notebook.metadata).count("tags") == 0
 

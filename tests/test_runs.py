@@ -8,8 +8,8 @@ from asrlib.runs import (
     Run,
     atomic_folder,
     atomic_write,
+    files_fingerprint,
     fingerprint,
-    folder_fingerprint,
     read_json,
     resolve,
     write_json,
@@ -149,15 +149,14 @@ def test_fingerprints_tell_values_apart_but_not_the_order_of_names(tmp_path):
     assert len({fingerprint(value) for value in ({"a": 1}, {"a": "1"}, {"a": 1.5}, {"a": None}, {})}) == 5
 
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "text.py").write_text("x = 1")
-    before = folder_fingerprint(tmp_path)
-    (tmp_path / "__pycache__").mkdir()
-    (tmp_path / "__pycache__" / "text.pyc").touch()
-    assert folder_fingerprint(tmp_path) == before
-    (tmp_path / "data" / "text.py").write_text("x = 2")
-    changed = folder_fingerprint(tmp_path)
-    (tmp_path / "data" / "text.py").rename(tmp_path / "text.py")
-    assert len({before, changed, folder_fingerprint(tmp_path)}) == 3
+    file = tmp_path / "data" / "text.py"
+    file.write_text("x = 1")
+    before = files_fingerprint([file], tmp_path)
+    assert files_fingerprint([file], tmp_path) == before
+    file.write_text("x = 2")
+    changed = files_fingerprint([file], tmp_path)
+    moved = file.rename(tmp_path / "text.py")
+    assert len({before, changed, files_fingerprint([moved], tmp_path)}) == 3
 
 
 def test_a_step_run_again_by_hand_is_no_longer_completed_nor_are_those_after_it(tmp_path):

@@ -13,7 +13,8 @@ from asrlib.conversion.factorize import METHODS
 from asrlib.conversion.quality import analyze_compression_quality
 from asrlib.conversion.statistics import InputSums
 from asrlib.data.audio import UnusableAudio
-from asrlib.models.families import attention_modules, new_processor
+from asrlib.models.families import attention_modules
+from asrlib.models.scratch import new_processor
 
 KINDS = ["relative", "rotary", None]
 SUMS = dict(atol=2e-3, rtol=1e-4)  # float32 models, hundreds of frames

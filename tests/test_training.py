@@ -23,7 +23,7 @@ from transformers import AutoModelForCTC, EvalPrediction, Wav2Vec2ConformerForCT
 from asrlib import convert, evaluate, training
 from asrlib.data.batches import BucketBatchSampler
 from asrlib.data.corpus import Corpus
-from asrlib.models.families import new_processor
+from asrlib.models.scratch import new_processor
 from asrlib.runs import read_json, resolve, write_json
 from asrlib.training import (
     CHECKPOINT_MARKER,
@@ -215,6 +215,33 @@ def test_evaluations_per_epoch(tmp_path, epochs, evaluations, steps):
     assert result.steps == steps[-1] and not result.stopped_early
 
 
+def test_a_plateau_of_word_errors_halves_the_learning_rate(tmp_path, monkeypatch):
+    scripted(monkeypatch, 0.1, 0.9, 0.8, 0.8, 0.8, 0.7, 0.7)  # what the untrained model is worth does not count
+    plateau = dict(scheduler="reduce_lr_on_plateau", learning_rate=0.01, epochs=6, evaluations_per_epoch=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # between the two that see no progress
+        patch.setattr(CTCTrainer, "training_step", at_step(3 * STEPS_PER_EPOCH + 1, interrupt))
+        run(tmp_path, **plateau)
+    result = run(tmp_path, **plateau).result
+    rates = {-(-row["step"] // STEPS_PER_EPOCH): row["learning_rate"] for row in result.history if "loss" in row}
+    assert rates == {1: 0.01, 2: 0.01, 3: 0.01, 4: 0.01, 5: 0.005, 6: 0.005}
+
+
+def test_speech_is_trained_on_at_every_speed_and_validated_at_its_own(tmp_path, monkeypatch):
+    lengths: dict[str, list[int]] = {"training_step": [], "prediction_step": []}
+    for method, seen in lengths.items():
+        original = getattr(CTCTrainer, method)
+
+        def step(self, model, inputs, *args, original=original, seen=seen, **kwargs):
+            seen.extend(inputs["attention_mask"].sum(-1).tolist())
+            return original(self, model, inputs, *args, **kwargs)
+
+        monkeypatch.setattr(CTCTrainer, method, step)
+    run(tmp_path, epochs=1, evaluations_per_epoch=1, speeds=(0.9, 1.0, 1.1))
+    samples = [len(utterance.audio()) for utterance in tiny.corpus()]
+    assert sorted(lengths["training_step"]) == sorted(round(n / speed) for n in samples for speed in (0.9, 1.0, 1.1))
+    assert sorted(lengths["prediction_step"]) == sorted(2 * [len(utterance.audio()) for utterance in VALIDATION])
+
+
 def test_accumulated_batches_weigh_as_much_as_one_large_batch(tmp_path, monkeypatch):
     same = tiny.corpus(1)[:1].utterances * 8
     corpus = Corpus("noise", "train", same)
@@ -291,6 +318,8 @@ def test_a_model_trained_in_bf16_computes_in_fp32_afterwards(tmp_path):
         ({"precision": "fp16", "device": "auto"}, "precision is fp16, but training runs on the CPU"),
         ({"device": "cuda"}, "device is cuda, but"),
         ({"trainable": "latent"}, "convert it first"),
+        ({"speeds": ()}, "give at least one, all positive"),
+        ({"speeds": (1.0, 0.0)}, "give at least one, all positive"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_starts(tmp_path, changes, said):
@@ -340,6 +369,8 @@ def test_an_interruption_leaves_no_trace(undisturbed, tmp_path, monkeypatch, ste
         ({"gradient_accumulation": 3, "batch_seconds": 1.0, "epochs": 2}, 5),
         ({"batch_seconds": 0.1, "count": 25, "evaluations_per_epoch": 1, "epochs": 2}, 30),  # two steps a log
         ({"trainable": "attention", "precision": "bf16", "gradient_checkpointing": True}, 7),
+        ({"speeds": (0.9, 1.0, 1.1), "epochs": 1}, 9),
+        ({"scheduler": "reduce_lr_on_plateau"}, 7),
     ],
 )
 def test_an_interruption_leaves_no_trace_whatever_the_settings(tmp_path, monkeypatch, changes, step):

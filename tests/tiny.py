@@ -9,9 +9,11 @@ import torch
 from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
 
 from asrlib.data.corpus import SAMPLE_RATE, Corpus, Utterance
+from asrlib.models.encoder import SpeechEncoderConfig, SpeechEncoderForCTC
 
 WIDTH = 16
 LAYERS = 2
+MEL_BINS = 20
 
 
 def conformer(positions: str | None = "relative", attention: str = "sdpa", **changes) -> Wav2Vec2ConformerForCTC:
@@ -57,8 +59,42 @@ def corpus(count: int = 12, split: str = "train", seed: int = 0) -> Corpus:
 
 
 def _noise(seconds: float, seed: int) -> io.BytesIO:
+    return wave(np.random.default_rng(seed).normal(scale=0.1, size=round(seconds * SAMPLE_RATE)))
+
+
+def wave(samples: np.ndarray) -> io.BytesIO:
+    """A file of these 16 kHz samples, to be read from its start."""
     file = io.BytesIO()
-    samples = np.random.default_rng(seed).normal(scale=0.1, size=round(seconds * SAMPLE_RATE))
     soundfile.write(file, samples, SAMPLE_RATE, format="WAV", subtype="FLOAT")
     file.seek(0)
     return file
+
+
+def encoder(kind: str = "conformer", attention: str = "mha", **changes) -> SpeechEncoderForCTC:
+    """Random weights, the same at every call; no bias is zero and no gain is one, BatchNorm's moments included."""
+    settings = dict(
+        hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=24, conv_depthwise_kernel_size=5, subsampling_channels=4, num_mel_bins=MEL_BINS,
+        hidden_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = SpeechEncoderForCTC(SpeechEncoderConfig(encoder=kind, attention=attention, **settings | changes)).eval()
+    with torch.no_grad():
+        for name, values in [*model.named_parameters(), *model.named_buffers()]:
+            if "bias" in name or name.endswith(("_mean", "linear_pos.weight")):
+                values.normal_(std=0.3)
+            elif name.endswith(("_var", "_std")) or ("norm" in name and name.endswith("weight")):
+                values.uniform_(0.5, 1.5)
+            elif ".self_attn." in name or "subsampling." in name:
+                values.mul_(3)  # or frames would be alike, and attended to alike
+    return model
+
+
+def features(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Three utterances of log-mel frames: of 14, 10 and 5 encoder frames, with their masks and labels."""
+    lengths = torch.tensor([60, 43, 26])
+    frames = int(lengths.max())
+    noise = torch.randn(3, frames, MEL_BINS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mask = torch.arange(frames) < lengths[:, None]
+    labels = torch.tensor([[5, 6, 7, 8], [9, 9, 10, -100], [11, -100, -100, -100]])
+    return {"input_features": (noise * mask[..., None]).to(dtype), "attention_mask": mask, "labels": labels}

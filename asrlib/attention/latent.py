@@ -75,6 +75,13 @@ class LatentKV(nn.Module):
         """(R_k, R_v); a joint latent's one rank, twice."""
         return self.up_k.in_features, self.up_v.in_features
 
+    def forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(keys, values), a joint latent computed once for both."""
+        if self.layout == "split":
+            return self.keys(x_BTD), self.values(x_BTD)
+        latent_BTR = self.down(x_BTD)
+        return self.up_k(latent_BTR), self.up_v(latent_BTR)
+
     def keys(self, x_BTD: torch.Tensor) -> torch.Tensor:
         return self.up_k((self.down if self.layout == "joint" else self.down_k)(x_BTD))
 

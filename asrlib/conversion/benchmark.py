@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import asrlib
-from asrlib.attention.cache import cached_numbers_per_frame
+from asrlib.attention.cache import cached_numbers
 from asrlib.conversion.recipes import RECIPES, Recipe, names_in, percents, reachable
 from asrlib.conversion.rows import (
     BASELINE,
@@ -203,7 +203,7 @@ class _Reference:
 
     def itself(self) -> dict:
         no_error_N4 = np.tile([0.0, 1.0, 0.0, 1.0], (len(self.corpus), 1))
-        return self._outcome(self.result, no_error_N4, cached_numbers_per_frame(self.model.config))
+        return self._outcome(self.result, no_error_N4, cached_numbers(self.model.config, frames=1))
 
     def without_attention(self) -> dict:
         with zero_attention(self.model):
@@ -212,7 +212,7 @@ class _Reference:
 
     def compare(self, latent: PreTrainedModel, output_error: float, seconds: float) -> dict:
         result, sums_N4 = self._pass(latent)
-        return self._outcome(result, sums_N4, cached_numbers_per_frame(latent.config), output_error, seconds)
+        return self._outcome(result, sums_N4, cached_numbers(latent.config, frames=1), output_error, seconds)
 
     def _pass(self, system: PreTrainedModel) -> tuple[EvaluationResult, np.ndarray]:
         """Word errors, and of each utterance: KL summed over frames, frames, ‖Δlogits‖², ‖logits‖² [N, 4]."""
@@ -239,7 +239,7 @@ class _Reference:
         kl_R, frames_R = resample_sums(sums_N4[:, :2]).T
         paired = paired_bootstrap(self.result, result)
         return {
-            "cut_reached": 1 - sum(widths) / sum(cached_numbers_per_frame(self.model.config)),
+            "cut_reached": 1 - sum(widths) / sum(cached_numbers(self.model.config, frames=1)),
             "latent_dim": tuple(widths),
             "output_error": output_error,
             "logit_error": (change / size) ** 0.5,

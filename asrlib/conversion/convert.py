@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from asrlib.attention.kinds import LatentQuery
 from asrlib.attention.latent import LatentKV, check_latent_dim
 from asrlib.conversion.attended import AttendedDecomposition, decompose_attended
 from asrlib.conversion.factorize import METHODS, NEEDS_STATISTICS, Decomposition, Factors, LayerWeights, decompose_layer
@@ -124,8 +125,7 @@ def convert(
                 model, widths, layout, ranks, rank_multiple, statistics, decomposition, sensitivities
             )
 
-        settings = {key: value for key, value in model.config.to_dict().items() if key != "model_type"}
-        config = family.latent_config(**settings, latent_dim=widths, latent_layout=layout, latent_key_dim=key_widths)
+        config = family.to_latent(model.config, latent_dim=widths, latent_layout=layout, latent_key_dim=key_widths)
         latent = family.latent_model(config).to(model.dtype)
         latent.set_attn_implementation(model.config._attn_implementation)  # no part of the config's dict
         replaced = latent.load_state_dict(model.state_dict(), strict=False)
@@ -198,7 +198,8 @@ def measure_sensitivity(
     exact = exact_latent_dim(model.config, layout)
     probe = convert(model, exact, layout=layout, statistics=statistics, decomposition=decomposition)
     frames_B = frame_counts(model, statistics.inputs["attention_mask"].sum(-1))
-    inputs = statistics.inputs | {"input_values": statistics.inputs["input_values"].to(model.dtype)}
+    name = model.main_input_name
+    inputs = statistics.inputs | {name: statistics.inputs[name].to(model.dtype)}
 
     def log_posteriors(any_model) -> torch.Tensor:
         with inference(any_model, device=torch.device("cpu")), padding_silenced(any_model, frames_B):
@@ -242,13 +243,11 @@ def _widened(cut: Factors, width: int) -> Factors:
 
 
 def to_standard_attention(latent: PreTrainedModel) -> PreTrainedModel:
-    """The MHA model that computes what `latent` computes: W_k = up_k @ down, W_v = up_v @ down."""
+    """The MHA model that computes what `latent` computes: W_k = up_k @ down, W_v = up_v @ down, and W_q likewise."""
     if not is_latent(latent.config):
         raise ValueError(f"the model has standard attention already ({latent.config.model_type})")
     family = family_of(latent.config)
-    dropped = {"model_type", "latent_dim", "latent_layout", "latent_key_dim", "architectures"}
-    settings = {key: value for key, value in latent.config.to_dict().items() if key not in dropped}
-    model = family.standard_model(family.standard_config(**settings)).to(latent.dtype)
+    model = family.standard_model(family.to_standard(latent.config)).to(latent.dtype)
     model.set_attn_implementation(latent.config._attn_implementation)
     replaced = model.load_state_dict(latent.state_dict(), strict=False)
     _check_replaced(replaced.unexpected_keys, replaced.missing_keys)
@@ -259,6 +258,9 @@ def to_standard_attention(latent: PreTrainedModel) -> PreTrainedModel:
             ours.linear_v.weight.copy_(factors.value_weight)
             ours.linear_k.bias.copy_(theirs.latent_kv.up_k.bias)
             ours.linear_v.bias.copy_(theirs.latent_kv.up_v.bias)
+            if isinstance(theirs.linear_q, LatentQuery):
+                ours.linear_q.weight.copy_(theirs.linear_q.up.weight @ theirs.linear_q.down.weight)
+                ours.linear_q.bias.copy_(theirs.linear_q.up.bias)
     return model.eval()
 
 
@@ -286,9 +288,12 @@ def _one_a_layer(latent_dim, cache_cut: float | None, width: int, layers: int) -
 
 
 def _check_replaced(latent_keys: list[str], standard_keys: list[str]) -> None:
-    """Only keys and values may differ between the two state dicts: nothing else stays at its random start."""
-    strangers = [key for key in latent_keys if ".latent_kv." not in key]
-    strangers += [key for key in standard_keys if ".linear_k." not in key and ".linear_v." not in key]
+    """Only keys, values and latent queries may differ between the two state dicts: nothing stays at a random start."""
+    replaced = [".linear_k.", ".linear_v."]
+    if any(".linear_q.down." in key for key in latent_keys):
+        replaced.append(".linear_q.")
+    strangers = [key for key in latent_keys if ".latent_kv." not in key and ".linear_q." not in key]
+    strangers += [key for key in standard_keys if not any(name in key for name in replaced)]
     if strangers:
         raise ValueError(f"the two models differ in more than keys and values: {', '.join(strangers[:5])}")
 

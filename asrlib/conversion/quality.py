@@ -1,6 +1,7 @@
 """What attention loses in a latent model: keys, values, scores, attention weights and outputs, layer by layer.
 
-Names: S samples of audio, T frames, D width, H heads; 1: one utterance at a time.
+Names: B batch, S what a model reads (samples of audio, or frames of features), T frames, D width, H heads; 1: one
+utterance at a time.
 """
 
 import copy
@@ -26,10 +27,10 @@ def analyze_compression_quality(
 ) -> pd.DataFrame:
     """How far each layer of `mla` is from the layer of `mha` it came from, one row per layer.
 
-    `inputs` is one batch as the collator makes it: input_values [B, S] and, where it is padded, attention_mask
-    [B, S]. Each utterance runs through `mha` alone, without its padding, and every layer of `mla` is given what
-    that layer of `mha` reads, so that its error is its own and not its predecessors'. Layers are compared in
-    float64, whatever the models' precision, on the device of `mha`; both models stay as they are.
+    `inputs` is one batch as the collator makes it: what the models read [B, S, ...], by its name, and, where it is
+    padded, attention_mask [B, S]. Each utterance runs through `mha` alone, without its padding, and every layer of
+    `mla` is given what that layer of `mha` reads, so that its error is its own and not its predecessors'. Layers are
+    compared in float64, whatever the models' precision, on the device of `mha`; both models stay as they are.
 
     Columns: layer, latent_dim, and
     key_error, value_error, output_error: ‖ours − theirs‖ / ‖theirs‖ over all frames;
@@ -48,8 +49,8 @@ def analyze_compression_quality(
     modules = attention_modules(mha)
     device = choose_device(None, mha)
     with inference(mha, device=device), _recorded_calls(modules) as calls:
-        for samples_1S in _utterances(mha, inputs):
-            mha(samples_1S.to(device, mha.dtype))
+        for utterance_1S in _utterances(mha, inputs):
+            mha(utterance_1S.to(device, mha.dtype))
     rows = [
         {"layer": index, "latent_dim": mla.config.latent_dim[index]} | _layer_quality(theirs, ours, calls[index])
         for index, (theirs, ours) in enumerate(zip(modules, attention_modules(mla), strict=True))
@@ -76,17 +77,17 @@ def verdict(output_error: float) -> str:
 
 
 def _utterances(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The utterances of a batch without their padding, [1, S] each; what is too short for a frame is left out."""
-    samples_BS = inputs["input_values"]
+    """The utterances of a batch without their padding, [1, S, ...] each; those too short for a frame are left out."""
+    padded_BS = inputs[model.main_input_name]
     mask_BS = inputs.get("attention_mask")
-    lengths_B = torch.full((len(samples_BS),), samples_BS.shape[1]) if mask_BS is None else mask_BS.sum(-1).cpu()
+    lengths_B = torch.full((len(padded_BS),), padded_BS.shape[1]) if mask_BS is None else mask_BS.sum(-1).cpu()
     utterances = [
         row_S[None, :length]
-        for row_S, length, frames in zip(samples_BS, lengths_B, frame_counts(model, lengths_B), strict=True)
+        for row_S, length, frames in zip(padded_BS, lengths_B, frame_counts(model, lengths_B), strict=True)
         if frames > 0
     ]
     if not utterances:
-        raise ValueError(f"no utterance of the batch ({lengths_B.tolist()} samples) is a frame long: give longer ones")
+        raise ValueError(f"no utterance of the batch (lengths {lengths_B.tolist()}) is a frame long: give longer ones")
     return utterances
 
 
@@ -116,11 +117,18 @@ def _layer_quality(theirs: nn.Module, ours: nn.Module, calls: list[dict]) -> dic
     theirs, ours = _float64_copy(theirs, device), _float64_copy(ours, device)
     fractions: dict[str, torch.Tensor] = {}
     for call in calls:
-        call = {name: value.to(device).double() if torch.is_tensor(value) else value for name, value in call.items()}
+        call = {name: _as_float64(value, device) for name, value in call.items()}
         for name, fraction_2 in _fractions(theirs, ours, call).items():
             fractions[name] = fractions.get(name, 0) + fraction_2
     ratios = {name: (above / below).item() for name, (above, below) in fractions.items()}
     return {name: ratio**0.5 if name.endswith("_error") else ratio for name, ratio in ratios.items()}
+
+
+def _as_float64(value, device: torch.device):
+    """Tensors go to `device`; those of booleans, like masks, keep their meaning."""
+    if not torch.is_tensor(value):
+        return value
+    return value.to(device).double() if value.is_floating_point() else value.to(device)
 
 
 def _float64_copy(attention: nn.Module, device: torch.device) -> nn.Module:

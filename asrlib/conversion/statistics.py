@@ -235,9 +235,9 @@ class CalibrationSpeech:
     device: torch.device
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """{input_values, attention_mask} [B, S], on the device."""
+        """What a model reads of each batch, its attention_mask included, on the device."""
         for batch in tqdm(self.batches, desc="calibration speech", unit="batch", leave=False):
-            yield {name: batch[name].to(self.device) for name in ("input_values", "attention_mask")}
+            yield {name: values.to(self.device) for name, values in batch.items() if name != "labels"}
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,14 @@ def read_audio(source: Source) -> np.ndarray:
     return samples
 
 
+def change_speed(samples: np.ndarray, speed: float) -> np.ndarray:
+    """The same speech `speed` times as fast, its pitch as many times as high: [samples] → [samples / speed].
+
+    By resampling, as Ko et al. 2015, "Audio augmentation for speech recognition". At speed 1 nothing is touched.
+    """
+    return samples if speed == 1 else soxr.resample(samples, speed * SAMPLE_RATE, SAMPLE_RATE)
+
+
 def duration(source: Source) -> float:
     """Seconds as the header states them. Raises UnusableAudio."""
     try:

@@ -2,12 +2,13 @@
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from asrlib.data.audio import change_speed
 from asrlib.data.corpus import SAMPLE_RATE, Corpus
 from asrlib.data.text import normalise_text
 
@@ -67,25 +68,43 @@ def _count_that_fits(longest: float, batch_seconds: float) -> int:
 
 
 class CTCDataset(Dataset):
-    """{"audio": float32 [samples] at 16 kHz, "text": normalised transcript} per utterance."""
+    """{"audio": float32 [samples] at 16 kHz, "text": normalised transcript} per utterance and speed.
 
-    def __init__(self, corpus: Corpus, processor):
+    The speeds of an utterance follow each other: item i is utterance i // len(speeds) at speed i % len(speeds), and
+    lasts `.seconds[i]`. Faster speech may be too short for its text: under `ctc_zero_infinity`, which `train` sets, it
+    costs nothing and teaches nothing.
+    Raises ValueError for no speed, or one that is not positive.
+    """
+
+    def __init__(self, corpus: Corpus, processor, speeds: Sequence[float] = (1.0,)):
+        if not len(speeds) or not all(0 < speed < math.inf for speed in speeds):
+            raise ValueError(f"speeds are {list(speeds)}: give at least one, all positive; 1.0 is the speech as it is")
         self.corpus = corpus
         self.processor = processor
+        self.speeds = tuple(speeds)
+        self.seconds = [utterance.seconds / speed for utterance in corpus for speed in self.speeds]
 
     def __len__(self) -> int:
-        return len(self.corpus)
+        return len(self.seconds)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray | str]:
-        utterance = self.corpus[index]
-        return {"audio": utterance.audio(), "text": normalise_text(utterance.text, self.processor)}
+        place, speed = divmod(index, len(self.speeds))
+        utterance = self.corpus[place]
+        audio = change_speed(utterance.audio(), self.speeds[speed])
+        return {"audio": audio, "text": normalise_text(utterance.text, self.processor)}
 
 
 class CTCCollator:
-    """Items of CTCDataset → input_values [B, S], attention_mask [B, S], labels [B, L] padded with −100."""
+    """Items of CTCDataset → {NAME, attention_mask, labels}.
+
+    NAME is what the processor's feature extractor calls that which a model reads: input_values [B, S] for samples of
+    audio, input_features [B, T, F] for frames of features. attention_mask [B, S] or [B, T] is 0, or False, where they
+    are padded; labels [B, L] are padded with −100.
+    """
 
     def __init__(self, processor):
         self.processor = processor
+        self.name = processor.feature_extractor.model_input_names[0]
 
     def __call__(self, items: list[dict[str, np.ndarray | str]]) -> dict[str, torch.Tensor]:
         inputs = self.processor.feature_extractor(
@@ -99,7 +118,7 @@ class CTCCollator:
             [item["text"] for item in items], padding=True, add_special_tokens=False, return_tensors="pt"
         )
         return {
-            "input_values": inputs.input_values,
-            "attention_mask": inputs.attention_mask,
+            self.name: inputs[self.name],
+            "attention_mask": inputs["attention_mask"],
             "labels": labels.input_ids.masked_fill(labels.attention_mask == 0, -100),
         }

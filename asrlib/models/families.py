@@ -13,51 +13,57 @@ from torch import nn
 from transformers import (
     AutoModelForCTC,
     AutoProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
-    Wav2Vec2ConformerConfig,
     Wav2Vec2ConformerForCTC,
-    Wav2Vec2CTCTokenizer,
-    Wav2Vec2FeatureExtractor,
     Wav2Vec2Processor,
-    set_seed,
 )
 
-from asrlib.models.wav2vec2_conformer import (
-    Wav2Vec2ConformerMLAConfig,
-    Wav2Vec2ConformerMLAForCTC,
-    check_layout,
-)
+from asrlib.models import encoder, wav2vec2_conformer
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"  # the models shipped with the package
-CHARACTERS = "|ETAONIHSRDLUMWCFGYPBVK'XJQZ"  # LibriSpeech's, by frequency; | stands for the space
 
 
 @dataclass(frozen=True)
 class Family:
     """One architecture, with standard and with latent attention."""
 
-    standard_config: type
     standard_model: type[PreTrainedModel]
-    latent_config: type
     latent_model: type[PreTrainedModel]
+    to_standard: Callable[[PreTrainedConfig], PreTrainedConfig]  # the config of a latent model's standard twin
+    to_latent: Callable[..., PreTrainedConfig]  # the other way; latent_dim, latent_layout, latent_key_dim by name
+    is_latent: Callable[[PreTrainedConfig], bool]
     layers: Callable[[PreTrainedModel], list[nn.Module]]  # encoder layers, in order
     attention: Callable[[nn.Module], nn.Module]  # layer → attention with linear_k and linear_v
-    check_layout: Callable[[object, str], None]  # raises where positions forbid a layout
+    check_layout: Callable[[PreTrainedConfig, str], None]  # raises where the attention forbids a layout
 
 
 WAV2VEC2_CONFORMER = Family(
-    standard_config=Wav2Vec2ConformerConfig,
     standard_model=Wav2Vec2ConformerForCTC,
-    latent_config=Wav2Vec2ConformerMLAConfig,
-    latent_model=Wav2Vec2ConformerMLAForCTC,
+    latent_model=wav2vec2_conformer.Wav2Vec2ConformerMLAForCTC,
+    to_standard=wav2vec2_conformer.to_standard,
+    to_latent=wav2vec2_conformer.to_latent,
+    is_latent=lambda config: isinstance(config, wav2vec2_conformer.Wav2Vec2ConformerMLAConfig),
     layers=lambda model: list(model.wav2vec2_conformer.encoder.layers),
     attention=lambda layer: layer.self_attn,
-    check_layout=check_layout,
+    check_layout=wav2vec2_conformer.check_layout,
+)
+
+SPEECH_ENCODER = Family(
+    standard_model=encoder.SpeechEncoderForCTC,
+    latent_model=encoder.SpeechEncoderForCTC,
+    to_standard=encoder.to_standard,
+    to_latent=encoder.to_latent,
+    is_latent=encoder.is_latent,
+    layers=lambda model: list(model.layers),
+    attention=lambda layer: layer.self_attn,
+    check_layout=encoder.check_layout,
 )
 
 FAMILIES = {
     "wav2vec2-conformer": WAV2VEC2_CONFORMER,
     "wav2vec2-conformer-mla": WAV2VEC2_CONFORMER,
+    "speech-encoder": SPEECH_ENCODER,
 }
 
 
@@ -76,17 +82,18 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def is_latent(config) -> bool:
-    return isinstance(config, family_of(config).latent_config)
+    return family_of(config).is_latent(config)
 
 
-def frame_counts(model: PreTrainedModel, samples: torch.Tensor) -> torch.Tensor:
-    """Encoder frames for utterances of so many samples: integer tensors [B] → [B]."""
-    return model._get_feat_extract_output_lengths(samples).long()
+def frame_counts(model: PreTrainedModel, lengths: torch.Tensor) -> torch.Tensor:
+    """Encoder frames for inputs of such lengths, samples or frames of features: integer tensors [B] → [B]."""
+    return model._get_feat_extract_output_lengths(lengths).long()
 
 
 def frames_of(model: PreTrainedModel) -> Callable[[int], int]:
-    """The function samples → encoder frames of `model`."""
-    return lambda samples: max(0, int(frame_counts(model, torch.tensor(samples))))
+    """The function samples of audio → encoder frames of `model`."""
+    length = getattr(model.config, "mel_frames", int)  # of what the model reads
+    return lambda samples: max(0, int(frame_counts(model, torch.tensor(length(samples)))))
 
 
 def frames_per_second(config) -> float:
@@ -142,75 +149,3 @@ def load(source: str | Path, revision: str | None = None) -> tuple[PreTrainedMod
         )
     family_of(model.config)
     return model.eval(), processor
-
-
-def new_processor() -> Wav2Vec2Processor:
-    """16 kHz audio, normalised per utterance; the 32 symbols of facebook's LibriSpeech models."""
-    import json
-    import tempfile
-
-    symbols = ["<pad>", "<s>", "</s>", "<unk>", *CHARACTERS]
-    with tempfile.TemporaryDirectory() as folder:
-        vocabulary = Path(folder) / "vocab.json"
-        vocabulary.write_text(json.dumps({symbol: index for index, symbol in enumerate(symbols)}))
-        tokenizer = Wav2Vec2CTCTokenizer(str(vocabulary))
-    extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
-    return Wav2Vec2Processor(feature_extractor=extractor, tokenizer=tokenizer)
-
-
-def new_model(
-    architecture: str,
-    processor: Wav2Vec2Processor,
-    hidden_size: int,
-    num_layers: int,
-    num_heads: int,
-    depthwise_kernel: int,
-    dropout: float,
-    seed: int,
-) -> PreTrainedModel:
-    """A model with random weights, reproducible by `seed`, made to be trained from scratch."""
-    if architecture not in NEW_MODELS:
-        raise ValueError(f"architecture is {architecture!r}: choose one of {', '.join(NEW_MODELS)}")
-    if hidden_size % num_heads:
-        raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}")
-    set_seed(seed)
-    return NEW_MODELS[architecture](hidden_size, num_layers, num_heads, depthwise_kernel, dropout, processor)
-
-
-def new_conformer(
-    hidden_size: int, layers: int, heads: int, depthwise_kernel: int, dropout: float, processor: Wav2Vec2Processor
-) -> Wav2Vec2ConformerForCTC:
-    """A small wav2vec2-conformer with relative positions and random weights.
-
-    Four convolutions give the usual 320 samples per frame at a fraction of the seven's cost.
-    """
-    config = Wav2Vec2ConformerConfig(
-        vocab_size=len(processor.tokenizer),
-        hidden_size=hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=4 * hidden_size,
-        conv_dim=(64, 96, 144, 144),
-        conv_kernel=(25, 8, 8, 4),
-        conv_stride=(10, 4, 4, 2),
-        conv_bias=True,
-        feat_extract_norm="layer",
-        conv_depthwise_kernel_size=depthwise_kernel,
-        num_conv_pos_embeddings=1,  # made by the parent class, used by no conformer
-        num_conv_pos_embedding_groups=1,
-        position_embeddings_type="relative",
-        hidden_dropout=dropout,
-        activation_dropout=dropout,
-        attention_dropout=dropout,
-        conformer_conv_dropout=dropout,
-        final_dropout=0.0,
-        layerdrop=0.0,
-        mask_time_prob=0.05,
-        pad_token_id=processor.tokenizer.pad_token_id,
-        ctc_loss_reduction="mean",
-        ctc_zero_infinity=True,
-    )
-    return Wav2Vec2ConformerForCTC(config)
-
-
-NEW_MODELS = {"wav2vec2-conformer": new_conformer}

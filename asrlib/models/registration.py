@@ -10,7 +10,10 @@ registration needs may be half there.
 import sys
 from importlib import import_module
 
-MODEL_MODULES = ("asrlib.models.wav2vec2_conformer",)  # each registers its classes when it is imported
+MODEL_MODULES = (
+    "asrlib.models.wav2vec2_conformer",
+    "asrlib.models.encoder",
+)  # each registers its classes when it is imported
 
 
 class _AfterTransformers:

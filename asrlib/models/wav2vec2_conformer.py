@@ -67,6 +67,20 @@ def check_layout(config: Wav2Vec2ConformerConfig, layout: str) -> None:
         )
 
 
+def to_latent(config: Wav2Vec2ConformerConfig, **latent) -> Wav2Vec2ConformerMLAConfig:
+    """The config of the latent twin; `latent` are latent_dim, latent_layout and latent_key_dim."""
+    return Wav2Vec2ConformerMLAConfig(**_settings(config), **latent)
+
+
+def to_standard(config: Wav2Vec2ConformerMLAConfig) -> Wav2Vec2ConformerConfig:
+    return Wav2Vec2ConformerConfig(**_settings(config))
+
+
+def _settings(config: Wav2Vec2ConformerConfig) -> dict:
+    own = {"model_type", "architectures", "latent_dim", "latent_layout", "latent_key_dim"}
+    return {key: value for key, value in config.to_dict().items() if key not in own}
+
+
 class LatentSelfAttention(Wav2Vec2ConformerSelfAttention):
     """Self-attention whose keys and values come from a latent.
 

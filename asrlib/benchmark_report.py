@@ -1,0 +1,76 @@
+"""What metrics/benchmark.json says, for people: of a single run's three models, or of the members of a sweep."""
+
+import pandas as pd
+
+from asrlib.figures import size
+from asrlib.members import ATTENTION, AUDIO_SECONDS
+
+STATE_INTRODUCTION = f"""\
+## What a stream would keep
+
+By the formula, of {AUDIO_SECONDS:g} s of audio; and counted, in a pass over it in float32, on the tensors that a stream
+would have to keep: keys and values, latents, or the sums of linear attention. There is no streaming cache yet."""
+
+
+def speed_sentence(measured: dict) -> str:
+    """Speed and cache of a single run's fine-tuned model, or who is fastest of the members of a sweep."""
+    systems = measured["systems"]
+    if "members" not in measured:
+        mha, mla = systems["baseline"], systems["finetuned"]
+        low, high = mla["speed_ratio_interval"]
+        faster = f"{mla['speed_ratio']:.2f} times as fast as"
+        return (
+            f"The fine-tuned latent model is {'not measurably faster or slower than' if low <= 1 <= high else faster} "
+            f"the baseline (95 % interval {low:.2f} to {high:.2f}) and would cache "
+            f"{mla['cache_bytes_per_second'] / 1024:.1f} instead of {mha['cache_bytes_per_second'] / 1024:.1f} KiB per "
+            "second of audio."
+        )
+    first, *others = systems
+    if not others:
+        return f"{first} takes {systems[first]['latency_ms_mean']:.1f} ms per utterance."
+    fastest, slowest = (choose(systems, key=lambda n: systems[n]["latency_ms_mean"]) for choose in (min, max))
+    same = [n for n in others if systems[n]["speed_ratio_interval"][0] <= 1 <= systems[n]["speed_ratio_interval"][1]]
+    alike = f" Not measurably faster or slower than {first}: {', '.join(same)}." if same else ""
+    return (
+        f"The fastest is {fastest}, {systems[fastest]['latency_ms_mean']:.1f} ms per utterance, the slowest {slowest}, "
+        f"{systems[slowest]['latency_ms_mean']:.1f} ms.{alike}"
+    )
+
+
+def lengths_introduction(lengths: dict) -> str:
+    """Heading and text of the measurement over lengths: what was timed, and who was given up where."""
+    words = {"time": "took longer than was allowed", "memory": "ran out of memory"}
+    ends = [
+        f"{name} {words[row['stopped']['reason']]} at {row['stopped']['seconds']:g} s."
+        for name, row in lengths["systems"].items()
+        if row["stopped"]
+    ]
+    allowed = lengths.get("budget_seconds")
+    limit = f" A model that takes more than {allowed:g} s for one length is not timed at longer ones." if allowed else ""
+    return (
+        "## Against the length of the audio\n\nUtterances joined end to end, one pass over all of it, the models taking "
+        f"turns.{limit} {' '.join(ends)}".rstrip()
+    )
+
+
+def lengths_table(lengths: dict) -> pd.DataFrame:
+    """Milliseconds of one pass: a row per length, a column per system; NaN where it was not measured."""
+    rows = {name: row["ms"] for name, row in lengths["systems"].items()}
+    index = pd.Index([f"{seconds:g} s" for seconds in lengths["seconds"]], name="audio")
+    return pd.DataFrame(rows, index=index, dtype=float)
+
+
+def state_table(described: dict[str, dict]) -> pd.DataFrame:
+    """What `members.describe` found of each member, to read."""
+    rows = {}
+    for name, facts in described.items():
+        counted = facts["counted"]
+        rows[name] = {
+            "attention": ATTENTION.get(facts["attention"], facts["attention"]),
+            "formula": size(facts["cache_bytes"]),
+            "of MHA's": f"{100 * facts['cache_bytes'] / facts['mha_cache_bytes']:.1f} %",
+            "counted, float32": size(counted["bytes"]),
+            "as by the formula": "yes" if counted["bytes"] == counted["formula_bytes"] else "no",
+            "tensors of a layer": ", ".join(f"{n} {tuple(shape)}" for n, shape in counted["tensors"].items()),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("member")

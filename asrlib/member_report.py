@@ -1,0 +1,237 @@
+"""What a sweep found, for people: the ranking, a headline, sentences about time, and the page over its members.
+
+Everything is computed from a `Comparison`. There error rates are fractions; shown, per cent and points.
+"""
+
+import pandas as pd
+
+from asrlib.figures import change, duration, percent, size
+from asrlib.members import ATTENTION, AUDIO_SECONDS, SIGNIFICANT, Comparison
+from asrlib.runs import Run
+
+# Cache relative to that of multi-head attention, as the first system stated it. It measured none of it.
+CLAIMED_CACHE = {"mla": "45–55 %", "mla_simple": "45–55 %", "gqa": "25–30 %", "linear": "95–105 %"}
+
+
+# ---- numbers as text ---------------------------------------------------------------------------------------
+
+
+def points(difference: float) -> str:
+    """+0.26, −1.40."""
+    return f"{100 * difference:+.2f}".replace("-", "−").replace("+0.00", "±0.00")
+
+
+def tested(test: pd.Series) -> str:
+    """The difference with its interval and p, corrected where that is not the same."""
+    interval = f"{points(test['low'])} to {points(test['high'])}"
+    corrected = "" if test["p_holm"] == test["p"] else f", corrected {_p(test['p_holm'])}"
+    return f"{points(test['difference'])} points ({interval}; p {_p(test['p'])}{corrected})"
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"= {value:.2g}"
+
+
+def significant(test: pd.Series) -> bool:
+    return test["p_holm"] < SIGNIFICANT
+
+
+def verdict(test: pd.Series) -> str:
+    """Whether `b` of a test is better than `a`, in a word or two."""
+    if significant(test):
+        return "worse" if test["difference"] > 0 else "better"
+    weak = test["p"] < SIGNIFICANT
+    return "not significant once all comparisons are counted" if weak else "no significant difference"
+
+
+def kind(row: pd.Series) -> str:
+    """conformer, MLA"""
+    return f"{row['encoder']}, {ATTENTION.get(row['attention'], row['attention'])}"
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+
+def ranking(found: Comparison) -> pd.DataFrame:
+    """The table to read: a row per member, lowest WER first; interval, change or p in brackets."""
+    first = found.splits[0] if found.splits else None
+    rows = {}
+    for name, row in found.table.iterrows():
+        test = None if pd.isna(row["reference"]) else found.test(row["reference"], name, first)
+        against = _against(found, name, test, row["reference"])
+        columns = {
+            "kind": kind(row),
+            "parameters": _shown(row["parameters"], lambda n: f"{n / 1e6:.2f} M"),
+            "cache per second": _growth(row),
+            f"of {AUDIO_SECONDS:g} s": _shown(row["cache_bytes"], size)
+            + (f" ({change(1 - row['cache_cut'], 1)} on MHA)" if row["cache_cut"] > 0 else ""),
+            **{f"WER {split}": _rate(row, split) for split in found.splits},
+            f"WER {first} against": against,
+            "training": _shown(row["training_seconds"], duration),
+            "ms per utterance": _shown(row["latency_ms"], "{:.1f}".format)
+            + _shown(row["rtfx"], " (RTFx {:.0f})".format, ""),
+            "speed": _shown(row["speed_ratio"], "×{:.2f}".format)
+            + _interval(row["speed_ratio_low"], row["speed_ratio_high"]),
+        }
+        rows[name] = columns
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("member")
+    return table.loc[:, (table != "–").any()]  # what no member has yet is no column
+
+
+def _shown(value: float, show, missing: str = "–") -> str:
+    return missing if pd.isna(value) else show(value)
+
+
+def _interval(low: float, high: float, scale: float = 1.0) -> str:
+    return "" if pd.isna(low) or low == high else f" ({scale * low:.2f}–{scale * high:.2f})"
+
+
+def _rate(row: pd.Series, split: str) -> str:
+    wer = row[f"wer_{split}"]
+    return _shown(wer, percent) + _interval(row[f"wer_{split}_low"], row[f"wer_{split}_high"], 100)
+
+
+def _growth(row: pd.Series) -> str:
+    if row["cache_bytes_per_second"] == 0 and pd.notna(row["cache_bytes"]):
+        return f"0 (a fixed {size(row['cache_bytes'])})"
+    return _shown(row["cache_bytes_per_second"], size)
+
+
+def _against(found: Comparison, name: str, test: pd.Series | None, reference: str | None) -> str:
+    if pd.isna(reference):
+        return "–"
+    if test is None:
+        return f"not tested (with {found.short[reference]})" if not found.tests.empty else "–"
+    star = "*" if significant(test) else ""
+    return (
+        f"{points(test['difference'])}{star} ({points(test['low'])} to {points(test['high'])}; "
+        f"p {_p(test['p'])}; {found.short[reference]})"
+    )
+
+
+def test_table(found: Comparison) -> pd.DataFrame:
+    """Every paired test in words: what was compared, on which split, the difference, p, p by Holm, the verdict."""
+    asked = {"reference": "cost of the smaller state", "cache": "GQA or MLA", "encoder": "Conformer or Branchformer"}
+    return pd.DataFrame(
+        {
+            "question": asked[test["question"]],
+            "from → to": f"{found.short[test['a']]} → {found.short[test['b']]}",
+            "split": test["split"],
+            "change, points": points(test["difference"]),
+            "95 % interval": f"{points(test['low'])} to {points(test['high'])}",
+            "p": _p(test["p"]).removeprefix("= "),
+            "p by Holm": _p(test["p_holm"]).removeprefix("= "),
+            "verdict": verdict(test),
+        }
+        for _, test in found.tests.iterrows()
+    )
+
+
+def claimed_cache(found: Comparison) -> pd.DataFrame:
+    """State kept of AUDIO_SECONDS, relative to multi-head attention, beside what the first system said of its kind."""
+    rows = found.table[found.table["attention"].isin(CLAIMED_CACHE) & found.table["cache_cut"].notna()]
+    return pd.DataFrame(
+        {
+            "state against MHA": [percent(1 - cut, 1) for cut in rows["cache_cut"]],
+            "claimed for its kind": [CLAIMED_CACHE[kind] for kind in rows["attention"]],
+        },
+        index=rows.index,
+    )
+
+
+# ---- sentences ---------------------------------------------------------------------------------------------
+
+
+def headline(found: Comparison) -> str:
+    """What the sweep found, in one to three sentences made from its figures."""
+    if not found.splits:
+        return "No word error rate has been measured yet."
+    split, table = found.splits[0], found.table.dropna(subset=[f"wer_{found.splits[0]}"])
+    best = table.iloc[0]
+    low, high = 100 * best[f"wer_{split}_low"], 100 * best[f"wer_{split}_high"]
+    words = (
+        f"{best.name} has the lowest WER on {split} of {len(table)} recognisers, {percent(best[f'wer_{split}'])} "
+        f"(95 % interval {low:.2f}–{high:.2f}"
+    )
+    overlapping = int((table[f"wer_{split}_low"].iloc[1:] <= best[f"wer_{split}_high"]).sum())
+    words += f"; those of {overlapping} others overlap)." if overlapping else ")."
+    smaller = _smaller_caches(found, split)
+    if smaller.empty:
+        return words
+    kept = smaller[[not (significant(t) and t["difference"] > 0) for _, t in smaller.iterrows()]]
+    if kept.empty:
+        return f"{words} Every smaller state kept of the audio raised it significantly ({_counted(found, split)})."
+    least = kept.loc[kept["cache_bytes"].idxmin()]
+    return (
+        f"{words} The smallest state without a significant rise against {found.short[least['a']]} is that of "
+        f"{least['b']}: {percent(least['cut'], 1)} less than MHA keeps of {AUDIO_SECONDS:g} s, {tested(least)}."
+    )
+
+
+def _smaller_caches(found: Comparison, split: str) -> pd.DataFrame:
+    """The tests against a reference that keeps more, with the cache and its cut of the row that was tested."""
+    if found.tests.empty:
+        return found.tests
+    tests = found.tests[(found.tests["question"] == "reference") & (found.tests["split"] == split)]
+    caches = found.table["cache_bytes"]
+    tests = tests.assign(
+        cache_bytes=[caches[name] for name in tests["b"]],
+        cut=[found.table.at[name, "cache_cut"] for name in tests["b"]],
+    )
+    return tests[[caches[test["b"]] < caches[test["a"]] for _, test in tests.iterrows()]]
+
+
+def _counted(found: Comparison, split: str) -> str:
+    count = int((found.tests["split"] == split).sum())
+    return f"{count} comparisons, p corrected by Holm's method" if count > 1 else "one comparison"
+
+
+def how_to_read(found: Comparison) -> str:
+    """What the numbers of the ranking mean, and what they do not say."""
+    split = found.splits[0] if found.splits else ""
+    seeds = [entry.parameters().get("seed", 0) for entry in found.entries]
+    trained = (
+        "Each row is one training with one seed: intervals and p say how much chance there is in the choice of "
+        "utterances, not how much another seed would change."
+        if len(set(seeds)) == 1
+        else f"The members were trained with {len(set(seeds))} seeds; intervals and p are over utterances."
+    )
+    tests = (
+        ""
+        if found.tests.empty
+        else f" Differences are paired over the same utterances; * marks those that are significant ({_counted(found, split)})."
+    )
+    return (
+        f"In brackets 95 % intervals (bootstrap over utterances). {trained}{tests} The cache is computed: what a stream "
+        f"would keep per second of audio, and of {AUDIO_SECONDS:g} s. Speed is against {_first_timed(found)}."
+    )
+
+
+def _first_timed(found: Comparison) -> str:
+    return next(iter(found.benchmark.get("systems", {})), "the first member")
+
+
+# ---- files -------------------------------------------------------------------------------------------------
+
+
+def write_member_comparison(run: Run, found: Comparison) -> None:
+    """Write tables/ranking.csv, tables/tests.csv and metrics/compare.json."""
+    from asrlib.answers import answers
+    from asrlib.report import save_table
+
+    save_table(found.table, run.tables / "ranking.csv")
+    save_table(found.tests.rename_axis("number"), run.tables / "tests.csv")
+    run.write_metrics(
+        "compare",
+        {
+            "table": records(found.table.reset_index()),
+            "tests": records(found.tests),
+            "headline": headline(found),
+            "answers": answers(found),
+        },
+    )
+
+
+def records(table: pd.DataFrame) -> list[dict]:
+    """Rows as plain data, None for what is unknown."""
+    return table.astype(object).where(table.notna(), None).to_dict("records")

@@ -1,0 +1,380 @@
+"""Encoders trained from scratch on log-mel features, with any kind of attention: Conformer and Branchformer.
+
+Citizens of transformers: `save_pretrained`, `from_pretrained`, `AutoModelForCTC`, `Trainer`, gradient checkpointing.
+Shapes: B batch, M mel frames, F mel bins, T encoder frames (about M / 4), D width, C channels, V tokens.
+"""
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import AutoConfig, AutoModelForCTC, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutput
+
+from asrlib.attention.kinds import KINDS, SimpleLatentAttention, attention_kind
+from asrlib.attention.latent import check_latent_dim, split_ranks
+from asrlib.attention.relative import sinusoids
+from asrlib.data.augmentation import spec_augment
+
+SUBSAMPLING = 4  # mel frames per encoder frame
+
+
+@strict
+class SpeechEncoderConfig(PreTrainedConfig):
+    """Sizes of an encoder; the defaults are those of a medium Conformer.
+
+    `attention` is one of `attention.kinds.KINDS`. Of its own sizes, `num_key_value_heads` is gqa's; `latent_dim` (one
+    width a layer, or empty: a quarter of the 2·D of mha), `latent_layout` and `latent_key_dim` are those of mla and
+    mla_simple, as in Wav2Vec2ConformerMLAConfig; `query_latent_dim` (None: D / 2) is mla's. `hop_length` and
+    `win_length` are samples of 16 kHz audio. Raises huggingface_hub's StrictDataclassClassValidationError where sizes
+    contradict each other.
+    """
+
+    model_type = "speech-encoder"
+
+    encoder: str = "conformer"
+    attention: str = "mha"
+    hidden_size: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 2
+    latent_dim: list[int] | tuple[int, ...] = ()
+    latent_layout: str = "joint"
+    latent_key_dim: list[int] | tuple[int, ...] = ()
+    query_latent_dim: int | None = None
+    intermediate_size: int = 2048  # of the Conformer's feed-forward; of the Branchformer's cgMLP, behind the gate
+    conv_depthwise_kernel_size: int = 31  # encoder frames
+    subsampling_channels: int = 256
+    num_mel_bins: int = 80
+    hop_length: int = 160
+    win_length: int = 400
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    time_masks: int = 0  # of SpecAugment, in training
+    time_mask_share: float = 0.05  # of an utterance, the longest such mask
+    frequency_masks: int = 0
+    frequency_mask_bins: int = 27  # the widest such mask
+    vocab_size: int = 32
+    pad_token_id: int | None = 0  # also the CTC blank
+    ctc_loss_reduction: str = "mean"
+    ctc_zero_infinity: bool = True
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        if issubclass(KINDS.get(self.attention, object), SimpleLatentAttention):
+            self.latent_dim = self.latent_dim or [max(2, self.hidden_size // 2)] * self.num_hidden_layers
+            if self.latent_layout == "split" and not self.latent_key_dim:
+                self.latent_key_dim = [split_ranks(width)[0] for width in self.latent_dim]
+        if self.attention == "mla" and self.query_latent_dim is None:
+            self.query_latent_dim = max(1, self.hidden_size // 2)
+        self.latent_dim, self.latent_key_dim = list(self.latent_dim), list(self.latent_key_dim)
+        super().__post_init__(**kwargs)
+
+    def validate_sizes(self):
+        """Part of `@strict`'s validation."""
+        if self.encoder not in BLOCKS:
+            raise ValueError(f"encoder is {self.encoder!r}: choose one of {', '.join(BLOCKS)}")
+        kind = attention_kind(self.attention)
+        if self.num_attention_heads < 1 or self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads of even size"
+            )
+        groups = self.num_key_value_heads
+        if self.attention == "gqa" and (groups < 1 or self.num_attention_heads % groups):
+            raise ValueError(
+                f"{self.num_attention_heads} heads do not fall into {groups} equal groups: choose "
+                "num_key_value_heads that divides them"
+            )
+        if not self.conv_depthwise_kernel_size % 2:
+            raise ValueError(f"conv_depthwise_kernel_size is {self.conv_depthwise_kernel_size}: it must be odd")
+        if Subsampling.length(self.num_mel_bins) < 1:
+            raise ValueError(f"num_mel_bins is {self.num_mel_bins}: the two convolutions need at least 7")
+        if self.attention == "mla" and not 1 <= self.query_latent_dim <= self.hidden_size:
+            raise ValueError(
+                f"query_latent_dim is {self.query_latent_dim}: it must lie between 1 and hidden_size {self.hidden_size}"
+            )
+        if issubclass(kind, SimpleLatentAttention):
+            for name in ("latent_dim", "latent_key_dim") if self.latent_key_dim else ("latent_dim",):
+                if len(getattr(self, name)) != self.num_hidden_layers:
+                    raise ValueError(
+                        f"{name} has {len(getattr(self, name))} widths for {self.num_hidden_layers} layers: give one "
+                        "a layer"
+                    )
+            for layer in range(self.num_hidden_layers):
+                check_latent_dim(self.latent_dim[layer], self.hidden_size, self.latent_layout, self.key_dim(layer))
+        elif self.latent_dim:
+            raise ValueError(
+                f"latent_dim is given, but attention {self.attention!r} has no latent: use mla or leave it"
+            )
+
+    @property
+    def inputs_to_logits_ratio(self) -> int:
+        """Samples of audio per encoder frame."""
+        return self.hop_length * SUBSAMPLING
+
+    @property
+    def position_embeddings_type(self) -> str | None:
+        return attention_kind(self.attention).position_embeddings_type
+
+    def mel_frames(self, samples: int) -> int:
+        """Of so many samples of audio: whole windows alone."""
+        return max(0, 1 + (samples - self.win_length) // self.hop_length)
+
+    def key_dim(self, layer: int) -> int | None:
+        """How many of a latent's numbers are the keys'; None in a joint latent, where all are."""
+        return self.latent_key_dim[layer] if self.latent_key_dim else None
+
+
+def to_latent(config: SpeechEncoderConfig, **latent) -> SpeechEncoderConfig:
+    """The config of the latent twin; `latent` are latent_dim, latent_layout and latent_key_dim."""
+    return SpeechEncoderConfig(**_settings(config), attention="mla_simple", **latent)
+
+
+def to_standard(config: SpeechEncoderConfig) -> SpeechEncoderConfig:
+    return SpeechEncoderConfig(**_settings(config), attention="mha")
+
+
+def _settings(config: SpeechEncoderConfig) -> dict:
+    own = {"model_type", "architectures", "attention", "latent_dim", "latent_layout", "latent_key_dim"}
+    return {key: value for key, value in config.to_dict().items() if key not in own | {"query_latent_dim"}}
+
+
+def is_latent(config: SpeechEncoderConfig) -> bool:
+    return issubclass(attention_kind(config.attention), SimpleLatentAttention)
+
+
+def check_layout(config: SpeechEncoderConfig, layout: str) -> None:
+    """Raises ValueError unless keys and values are those of multi-head attention, which either layout can replace."""
+    if config.attention != "mha":
+        raise ValueError(f"the model's attention is {config.attention!r}: only 'mha' can be made latent")
+
+
+class Subsampling(nn.Module):
+    """Two convolutions of stride 2, and all bins of a frame into one vector: [B, M, F] → [B, T, D].
+
+    Nothing is padded: a frame is there only where all of its 7 mel frames are, T = ((M − 1) // 2 − 1) // 2, and what
+    follows an utterance reaches none of its frames.
+    """
+
+    def __init__(self, config: SpeechEncoderConfig):
+        super().__init__()
+        channels = config.subsampling_channels
+        self.conv1 = nn.Conv2d(1, channels, kernel_size=3, stride=2)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+        self.linear = nn.Linear(channels * self.length(config.num_mel_bins), config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    @staticmethod
+    def length(mel_frames):
+        """int → int, or integer tensor → tensor."""
+        return ((mel_frames - 1) // 2 - 1) // 2
+
+    def forward(self, features_BMF: torch.Tensor) -> torch.Tensor:
+        x_BCTF = self.conv2(self.conv1(features_BMF[:, None]).relu()).relu()
+        return self.dropout(self.linear(x_BCTF.transpose(1, 2).flatten(2)))
+
+
+class FrameBatchNorm(nn.BatchNorm1d):
+    """BatchNorm whose moments, in training, are those of speech alone, and not of what utterances are padded with."""
+
+    def forward(self, x_BCT: torch.Tensor, kept_BT: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x_BCT)
+        x_BTC = x_BCT.transpose(1, 2)
+        return (
+            torch.zeros_like(x_BTC).masked_scatter(kept_BT[..., None], super().forward(x_BTC[kept_BT])).transpose(1, 2)
+        )
+
+
+class DepthwiseConvolution(nn.Conv1d):
+    """One filter per channel over time, [B, C, T] → [B, C, T]; beyond the ends of an utterance it reads zeros."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+
+    def forward(self, x_BCT: torch.Tensor, kept_BT: torch.Tensor) -> torch.Tensor:
+        return super().forward(x_BCT.masked_fill(~kept_BT[:, None], 0))
+
+
+class FeedForward(nn.Sequential):
+    def __init__(self, config: SpeechEncoderConfig):
+        super().__init__(
+            nn.LayerNorm(config.hidden_size),
+            nn.Linear(config.hidden_size, config.intermediate_size),
+            nn.SiLU(),
+            nn.Dropout(config.hidden_dropout),
+            nn.Linear(config.intermediate_size, config.hidden_size),
+            nn.Dropout(config.hidden_dropout),
+        )
+
+
+class ConvolutionModule(nn.Module):
+    """Of the Conformer (arXiv 2005.08100, 2.2): pointwise and GLU, depthwise, BatchNorm, swish, pointwise."""
+
+    def __init__(self, config: SpeechEncoderConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.layer_norm = nn.LayerNorm(width)
+        self.pointwise1 = nn.Linear(width, 2 * width)
+        self.depthwise = DepthwiseConvolution(width, config.conv_depthwise_kernel_size)
+        self.batch_norm = FrameBatchNorm(width)
+        self.pointwise2 = nn.Linear(width, width)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, x_BTD: torch.Tensor, kept_BT: torch.Tensor) -> torch.Tensor:
+        x_BTD = nn.functional.glu(self.pointwise1(self.layer_norm(x_BTD)))
+        x_BDT = self.batch_norm(self.depthwise(x_BTD.transpose(1, 2), kept_BT), kept_BT)
+        return self.dropout(self.pointwise2(nn.functional.silu(x_BDT).transpose(1, 2)))
+
+
+class ConvolutionalGatingMLP(nn.Module):
+    """The Branchformer's local branch (Peng et al. 2022, arXiv 2207.02971, 3.3): half of the channels, convolved over
+    time, gate the other half."""
+
+    def __init__(self, config: SpeechEncoderConfig):
+        super().__init__()
+        half = config.intermediate_size
+        self.layer_norm = nn.LayerNorm(config.hidden_size)
+        self.linear1 = nn.Linear(config.hidden_size, 2 * half)
+        self.gate_norm = nn.LayerNorm(half)
+        self.depthwise = DepthwiseConvolution(half, config.conv_depthwise_kernel_size)
+        self.linear2 = nn.Linear(half, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, x_BTD: torch.Tensor, kept_BT: torch.Tensor) -> torch.Tensor:
+        x_BTC, gate_BTC = nn.functional.gelu(self.linear1(self.layer_norm(x_BTD))).chunk(2, dim=-1)
+        gate_BCT = self.depthwise(self.gate_norm(gate_BTC).transpose(1, 2), kept_BT)
+        return self.dropout(self.linear2(self.dropout(x_BTC * gate_BCT.transpose(1, 2))))
+
+
+class ConformerBlock(GradientCheckpointingLayer):
+    """½ feed-forward, attention, convolution, ½ feed-forward, one after the other (arXiv 2005.08100, 2)."""
+
+    def __init__(self, config: SpeechEncoderConfig, layer: int):
+        super().__init__()
+        self.ffn1, self.ffn2 = FeedForward(config), FeedForward(config)
+        self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size)
+        self.self_attn = attention_kind(config.attention)(config, layer)
+        self.conv_module = ConvolutionModule(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states, attention_mask, relative_position_embeddings):
+        x_BTD = hidden_states
+        x_BTD = x_BTD + 0.5 * self.ffn1(x_BTD)
+        attended_BTD, _ = self.self_attn(
+            hidden_states=self.self_attn_layer_norm(x_BTD),
+            attention_mask=attention_mask,
+            relative_position_embeddings=relative_position_embeddings,
+        )
+        x_BTD = x_BTD + self.dropout(attended_BTD)
+        x_BTD = x_BTD + self.conv_module(x_BTD, attention_mask)
+        x_BTD = x_BTD + 0.5 * self.ffn2(x_BTD)
+        return self.final_layer_norm(x_BTD)
+
+
+class BranchformerBlock(GradientCheckpointingLayer):
+    """Attention beside cgMLP, concatenated and projected (arXiv 2207.02971, 3.1 and 3.4.1)."""
+
+    def __init__(self, config: SpeechEncoderConfig, layer: int):
+        super().__init__()
+        self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size)
+        self.self_attn = attention_kind(config.attention)(config, layer)
+        self.cgmlp = ConvolutionalGatingMLP(config)
+        self.merge = nn.Linear(2 * config.hidden_size, config.hidden_size)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states, attention_mask, relative_position_embeddings):
+        x_BTD = hidden_states
+        attended_BTD, _ = self.self_attn(
+            hidden_states=self.self_attn_layer_norm(x_BTD),
+            attention_mask=attention_mask,
+            relative_position_embeddings=relative_position_embeddings,
+        )
+        branches_BTC = torch.cat([self.dropout(attended_BTD), self.cgmlp(x_BTD, attention_mask)], dim=-1)
+        return self.final_layer_norm(x_BTD + self.dropout(self.merge(branches_BTC)))
+
+
+BLOCKS = {"conformer": ConformerBlock, "branchformer": BranchformerBlock}
+
+
+class SpeechEncoderForCTC(PreTrainedModel):
+    """Log-mel features [B, M, F] → logits [B, T, V]. Features are normalised with `feature_mean` and `feature_std`,
+    which are saved with the weights: `normalise_by` sets them."""
+
+    config_class = SpeechEncoderConfig
+    config: SpeechEncoderConfig
+    base_model_prefix = "encoder"
+    main_input_name = "input_features"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ("ConformerBlock", "BranchformerBlock")
+
+    def __init__(self, config: SpeechEncoderConfig):
+        super().__init__(config)
+        self.register_buffer("feature_mean", torch.zeros(config.num_mel_bins))
+        self.register_buffer("feature_std", torch.ones(config.num_mel_bins))
+        self.subsampling = Subsampling(config)
+        block = BLOCKS[config.encoder]
+        self.layers = nn.ModuleList(block(config, layer) for layer in range(config.num_hidden_layers))
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """torch's own initialisation, which modules have from the start, but for the biases of positions."""
+
+    def normalise_by(self, mean_F: torch.Tensor, std_F: torch.Tensor) -> None:
+        self.feature_mean.copy_(mean_F)
+        self.feature_std.copy_(std_F)
+
+    def _get_feat_extract_output_lengths(self, mel_frames: torch.Tensor) -> torch.Tensor:
+        return Subsampling.length(mel_frames).clamp(min=0)
+
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+    ) -> CausalLMOutput:
+        """`attention_mask` [B, M] says which mel frames are speech; `labels` [B, L] are padded with −100."""
+        if attention_mask is None:
+            attention_mask = input_features.new_ones(input_features.shape[:2], dtype=torch.bool)
+        lengths_B = attention_mask.sum(-1)
+        x_BMF = (input_features - self.feature_mean) / self.feature_std
+        if self.training:
+            masks = ("time_masks", "time_mask_share", "frequency_masks", "frequency_mask_bins")
+            x_BMF = spec_augment(x_BMF, lengths_B, *(getattr(self.config, name) for name in masks))
+        x_BTD = self.subsampling(x_BMF)
+        frames_B = self._get_feat_extract_output_lengths(lengths_B)
+        frames = x_BTD.shape[1]
+        kept_BT = torch.arange(frames, device=x_BTD.device) < frames_B[:, None]
+        positions_1PD = sinusoids(frames, self.config.hidden_size, x_BTD.device, x_BTD.dtype)
+        hidden_states = [x_BTD]
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, attention_mask=kept_BT, relative_position_embeddings=positions_1PD)
+            hidden_states = [*hidden_states, x_BTD] if output_hidden_states else []
+        logits_BTV = self.lm_head(x_BTD)
+        loss = None if labels is None else self._ctc_loss(logits_BTV, frames_B, labels)
+        return CausalLMOutput(
+            loss=loss, logits=logits_BTV, hidden_states=tuple(hidden_states) if output_hidden_states else None
+        )
+
+    def _ctc_loss(self, logits_BTV: torch.Tensor, frames_B: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
+        counted_BL = labels_BL >= 0
+        with torch.autocast(logits_BTV.device.type, enabled=False):
+            return nn.functional.ctc_loss(
+                logits_BTV.float().log_softmax(-1).transpose(0, 1),
+                labels_BL[counted_BL],
+                frames_B,
+                counted_BL.sum(-1),
+                blank=self.config.pad_token_id,
+                reduction=self.config.ctc_loss_reduction,
+                zero_infinity=self.config.ctc_zero_infinity,
+            )
+
+
+AutoConfig.register("speech-encoder", SpeechEncoderConfig)
+AutoModelForCTC.register(SpeechEncoderConfig, SpeechEncoderForCTC)

@@ -1,0 +1,158 @@
+"""New models with random weights, to be trained from scratch."""
+
+import json
+import tempfile
+from inspect import signature
+from pathlib import Path
+
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    Wav2Vec2ConformerConfig,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Processor,
+    set_seed,
+)
+
+from asrlib.attention.kinds import SimpleLatentAttention, attention_kind
+from asrlib.data.features import log_mel
+from asrlib.models.encoder import BLOCKS, SpeechEncoderConfig
+from asrlib.models.families import family_of
+
+CHARACTERS = "|ETAONIHSRDLUMWCFGYPBVK'XJQZ"  # LibriSpeech's, by frequency; | stands for the space
+RAW_AUDIO = "wav2vec2-conformer"
+ARCHITECTURES = (RAW_AUDIO, *BLOCKS)
+
+# Sizes whose caches have been published: 24 layers of width 1024, and 18 of 512.
+PRESETS = {
+    "conformer-large": dict(hidden_size=1024, num_layers=24, num_heads=16),
+    "branchformer-large": dict(hidden_size=512, num_layers=18, num_heads=8),
+}
+
+
+def new_processor(architecture: str = RAW_AUDIO, mel_bins: int = 80, frame_shift_ms: float = 10.0) -> Wav2Vec2Processor:
+    """What a new model of `architecture` reads, and the 32 symbols of facebook's LibriSpeech models that it writes.
+
+    16 kHz audio, normalised per utterance, or log-mel features of it.
+    """
+    _check(architecture)
+    symbols = ["<pad>", "<s>", "</s>", "<unk>", *CHARACTERS]
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary = Path(folder) / "vocab.json"
+        vocabulary.write_text(json.dumps({symbol: index for index, symbol in enumerate(symbols)}))
+        tokenizer = Wav2Vec2CTCTokenizer(str(vocabulary))
+    if architecture == RAW_AUDIO:
+        extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+    else:
+        extractor = log_mel(mel_bins, frame_shift_ms)
+    return Wav2Vec2Processor(feature_extractor=extractor, tokenizer=tokenizer)
+
+
+def new_model(architecture: str, processor: Wav2Vec2Processor, seed: int = 0, **sizes) -> PreTrainedModel:
+    """A model with random weights, reproducible by `seed`; `sizes` are those of `new_config`."""
+    config = new_config(architecture, processor, **sizes)
+    set_seed(seed)
+    return family_of(config).standard_model(config)
+
+
+def new_config(
+    architecture: str,
+    processor: Wav2Vec2Processor,
+    attention: str = "mha",
+    hidden_size: int = 512,
+    num_layers: int = 12,
+    num_heads: int = 8,
+    kv_heads: int = 2,
+    latent_dim: int | None = None,
+    query_latent_dim: int | None = None,
+    feedforward_size: int | None = None,
+    depthwise_kernel: int = 31,
+    subsampling_channels: int = 256,
+    dropout: float = 0.1,
+    time_masks: int = 0,
+    frequency_masks: int = 0,
+) -> PreTrainedConfig:
+    """The config of a model that is trained from scratch. Raises ValueError where sizes contradict each other.
+
+    `kv_heads` is what gqa, `latent_dim` (None: half of `hidden_size`) what mla and mla_simple, `query_latent_dim` what
+    mla alone looks at. `feedforward_size` (None: 4 · `hidden_size`; 3 · in a Branchformer), `subsampling_channels` and
+    the masks of SpecAugment are those of SpeechEncoderConfig.
+    """
+    _check(architecture)
+    if hidden_size % num_heads:
+        raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}")
+    if architecture == RAW_AUDIO:
+        if attention != "mha":
+            raise ValueError(
+                f"attention is {attention!r}, but a new {RAW_AUDIO} has 'mha': choose architecture "
+                f"{' or '.join(BLOCKS)}, or convert the model"
+            )
+        return _raw_audio_config(processor, hidden_size, num_layers, num_heads, depthwise_kernel, dropout)
+    extractor = processor.feature_extractor
+    latent = latent_dim is not None and issubclass(attention_kind(attention), SimpleLatentAttention)
+    return SpeechEncoderConfig(
+        encoder=architecture,
+        attention=attention,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=kv_heads,
+        latent_dim=[latent_dim] * num_layers if latent else [],
+        query_latent_dim=query_latent_dim,
+        intermediate_size=feedforward_size or (4 if architecture == "conformer" else 3) * hidden_size,
+        conv_depthwise_kernel_size=depthwise_kernel,
+        subsampling_channels=subsampling_channels,
+        num_mel_bins=extractor.feature_size,
+        hop_length=extractor.hop_length,
+        win_length=extractor.win_length,
+        hidden_dropout=dropout,
+        attention_dropout=dropout,
+        time_masks=time_masks,
+        frequency_masks=frequency_masks,
+        vocab_size=len(processor.tokenizer),
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )
+
+
+SIZES = tuple(signature(new_config).parameters)[2:]
+
+
+def _raw_audio_config(
+    processor: Wav2Vec2Processor, hidden_size: int, layers: int, heads: int, depthwise_kernel: int, dropout: float
+) -> Wav2Vec2ConformerConfig:
+    """A small wav2vec2-conformer with relative positions.
+
+    Four convolutions give the usual 320 samples per frame at a fraction of the seven's cost.
+    """
+    return Wav2Vec2ConformerConfig(
+        vocab_size=len(processor.tokenizer),
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden_size,
+        conv_dim=(64, 96, 144, 144),
+        conv_kernel=(25, 8, 8, 4),
+        conv_stride=(10, 4, 4, 2),
+        conv_bias=True,
+        feat_extract_norm="layer",
+        conv_depthwise_kernel_size=depthwise_kernel,
+        num_conv_pos_embeddings=1,  # made by the parent class, used by no conformer
+        num_conv_pos_embedding_groups=1,
+        position_embeddings_type="relative",
+        hidden_dropout=dropout,
+        activation_dropout=dropout,
+        attention_dropout=dropout,
+        conformer_conv_dropout=dropout,
+        final_dropout=0.0,
+        layerdrop=0.0,
+        mask_time_prob=0.05,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        ctc_loss_reduction="mean",
+        ctc_zero_infinity=True,
+    )
+
+
+def _check(architecture: str) -> None:
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture is {architecture!r}: choose one of {', '.join(ARCHITECTURES)}")

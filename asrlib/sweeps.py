@@ -1,0 +1,326 @@
+"""Sweeps: several runs that one params file asks for, and the steps that compare them.
+
+    sweep: [conformer_mha, conformer_mla]            params files, each a member named by its file
+    sweep: {latent_dim: [16, 32], layout: [joint]}   a member for each combination: latent_dim-16_layout-joint
+
+The file's other values hold for every member and go before those of a member's own file. A member is a run like any
+other, in reports/<sweep>/<member>. The steps that declare `members` then run once more, in reports/<sweep> itself.
+"""
+
+import itertools
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from asrlib.figures import duration
+from asrlib.parameters import (
+    BadParameter,
+    Schema,
+    check_surroundings,
+    check_width,
+    known_step,
+    nearest,
+    read_assignments,
+    read_params_file,
+)
+from asrlib.pipeline import (
+    Step,
+    StepFailed,
+    Workplace,
+    expected_seconds,
+    first_to_run,
+    plan,
+    run_steps,
+    time_left,
+    work_in,
+)
+from asrlib.report import write_index
+from asrlib.runs import Run, read_json, write_json
+
+RUN_FOLDERS = {"metrics", "predictions", "tables", "figures", "rejected", "models", "checkpoints", "notebooks"}
+VALUE_CHARACTERS = 60  # of a value in a member's name; of a path its end says more than its beginning
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a sweep, as it is to be."""
+
+    run: Run
+    values: dict[str, Any]
+    steps: list[Step]
+
+    @property
+    def name(self) -> str:
+        return self.run.path.name
+
+    @property
+    def finished(self) -> bool:
+        return first_to_run(self.run, self.steps) == len(self.steps)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All that a params file with `sweep` asks for, checked."""
+
+    file: Path
+    root: Path
+    run: Run  # of the sweep as a whole
+    schema: Schema
+    sweep: list | dict[str, list]  # as the params file says it
+    values: dict[str, Any]  # that hold for all members
+    members: list[Member]
+
+    @property
+    def comparing(self) -> list[str]:
+        """The steps of the sweep as a whole."""
+        return [step for step, declared in self.schema.parameters.items() if "members" in declared]
+
+    @property
+    def step_names(self) -> list[str]:
+        """Every step that a member or the sweep as a whole has, in order."""
+        names = {step.name for member in self.members for step in member.steps} | set(self.comparing)
+        return [step for step in self.schema.parameters if step in names]
+
+
+# ---- what a params file asks for ---------------------------------------------------------------------------
+
+
+def find_params(root: Path, name: str) -> Path:
+    """params/NAME.yaml or the YAML file of that path. Raises BadParameter where there is neither."""
+    for path in (root / "params" / f"{name}.yaml", Path(name)):
+        if path.suffix in (".yaml", ".yml") and path.is_file():
+            return path
+    known = sorted(path.stem for path in (root / "params").glob("*.yaml"))
+    proposal = nearest(name, known) or f": there are {', '.join(known)}"
+    raise BadParameter(f"there is no params file {name!r}{proposal}")
+
+
+def merged(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of all `layers` (where given, values), later ones going before, and by name where each was given.
+
+    latent_dim and cache_cut are two ways to say one thing: giving one takes back the other of earlier layers.
+    """
+    values, origin = {}, {}
+    for where, given in layers:
+        for one, other in (("latent_dim", "cache_cut"), ("cache_cut", "latent_dim")):
+            if given.get(one) is not None:
+                values.pop(other, None)
+        values |= given
+        origin |= dict.fromkeys(given, where)
+    return values, origin
+
+
+def checked(
+    layers: Iterable[tuple[str, Mapping[str, Any]]], schema: Schema, steps: list[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Checked parameters of the merged `layers`, and the steps that run (their `steps`, or all).
+
+    Raises BadParameter where one cannot be used, or not with this model or on this machine.
+    """
+    values, origin = merged(layers)
+    only = values.pop("steps", steps)
+    if not isinstance(only, list) or not only:
+        raise BadParameter(f"'steps' (in {origin['steps']}) should be a list of steps: {', '.join(steps)}")
+    chosen = {steps[known_step(step, steps, origin.get("steps", ""))] for step in only}
+    values = schema.check(values, origin)
+    check_width(schema.defaults | values)
+    check_surroundings(schema.defaults | values)
+    return values, [step for step in steps if step in chosen]
+
+
+def read_sweep(root: Path, run: Run, file: Path, assignments: list[str], schema: Schema) -> Sweep:
+    """The sweep in `file`, all its members checked and planned. Raises BadParameter, which says of which member."""
+    given = read_params_file(file)
+    sweep = given.pop("sweep")
+    _check_sweep(sweep, given, file.name)
+    shared, assigned = (file.name, given), ("--set", read_assignments(assignments))
+    members = []
+    for name, own in zip(member_names(sweep), _own_values(sweep), strict=True):
+        try:
+            values, steps = checked([*_layers(root, own, shared), assigned], schema, list(schema.parameters))
+            for varied, value in own.items() if isinstance(own, dict) else ():
+                if values.get(varied) != value:
+                    raise BadParameter(f"{varied!r} is what the sweep varies: --set should leave it alone")
+        except BadParameter as error:
+            raise BadParameter("\n".join(f"member {name}: {line}" for line in str(error).splitlines())) from None
+        member = Run(run.path / name)
+        members.append(Member(member, values, plan(root, member, schema, values, steps)))
+    values, origin = merged([shared, assigned])
+    values.pop("steps", None)
+    return Sweep(file, root, run, schema, sweep, schema.check(values, origin), members)
+
+
+def _own_values(sweep: list | dict[str, list]) -> list[str | dict[str, Any]]:
+    """What makes each member: the name of its params file, or its combination of the values that vary."""
+    if isinstance(sweep, list):
+        return sweep
+    return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
+
+
+def _layers(root: Path, own: str | dict[str, Any], shared: tuple[str, dict]) -> list[tuple[str, dict]]:
+    if isinstance(own, dict):
+        return [shared, ("the sweep", own)]
+    file = find_params(root, own)
+    values = read_params_file(file)
+    if "sweep" in values:
+        raise BadParameter(f"{file.name} is a sweep itself: name its members instead")
+    return [(file.name, values), shared]
+
+
+def member_names(sweep: list | dict[str, list]) -> list[str]:
+    """The members' names, which are those of their folders, in order."""
+    if isinstance(sweep, list):
+        return [re.sub(r"\.ya?ml$", "", Path(name).name) for name in sweep]
+    members = _own_values(sweep)
+    return ["_".join(f"{name}-{_in_file_name(value)}" for name, value in own.items()) for own in members]
+
+
+def _in_file_name(value: Any) -> str:
+    if isinstance(value, list):
+        return "-".join(map(_in_file_name, value))
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return re.sub(r"[^\w.+-]+", "-", text)[-VALUE_CHARACTERS:]
+
+
+def _check_sweep(sweep: Any, shared: Mapping[str, Any], where: str) -> None:
+    """Raises BadParameter where `sweep` has neither of the two forms, or its members cannot be told apart."""
+    files = isinstance(sweep, list) and sweep and all(isinstance(name, str) and name for name in sweep)
+    lists = isinstance(sweep, dict) and sweep and all(isinstance(name, str) for name in sweep)
+    if not files and not (lists and all(isinstance(values, list) and values for values in sweep.values())):
+        raise BadParameter(
+            f"'sweep' (in {where}) should be a list of params files, or a mapping from parameters to lists of values"
+        )
+    for name in sweep if lists else ():
+        if name in shared:
+            raise BadParameter(f"{name!r} (in {where}) is given twice: in the sweep and beside it")
+    names = member_names(sweep)
+    for name in names:
+        if [other.casefold() for other in names].count(name.casefold()) > 1:
+            raise BadParameter(f"two members of the sweep (in {where}) would be named {name!r}")
+        if name in RUN_FOLDERS or name.startswith(".") or len(name.encode()) > 200:
+            raise BadParameter(f"a member of the sweep (in {where}) cannot be named {name!r}: no good name of a folder")
+
+
+# ---- running -----------------------------------------------------------------------------------------------
+
+
+def run_sweep(sweep: Sweep, redo: list[str], say: Callable[[str], None], command: str) -> None:
+    """Run all members that are not finished, then the steps that compare those that are.
+
+    redo: steps that run again even if unchanged, in every member and in the comparison. A member that fails does not
+    stop the others: StepFailed is raised at the end and names all that failed. Raises RunLocked.
+    """
+    with work_in(sweep.root, sweep.run) as place:
+        _begin(sweep, redo)
+        write_index(sweep.run.path, command)
+        ahead = time_left(_seconds_ahead(sweep, sweep.members, []))
+        say(f"params {sweep.file.name} → {sweep.run.path}: {len(sweep.members)} members{ahead}")
+        failures = _run_members(sweep, place, say, command)
+        finished = [member.name for member in sweep.members if member.finished]
+        if finished and sweep.comparing:
+            say(f"{sweep.run.path.name}, {len(finished)} of {len(sweep.members)} members compared")
+            try:
+                run_steps(plan_comparison(sweep), place, say, command)
+            except StepFailed as failure:
+                failures.append((sweep.run.path.name, failure))
+        if failures:
+            raise StepFailed(_explain(failures))
+        say(str(sweep.run.path / "index.html"))
+
+
+def _begin(sweep: Sweep, redo: list[str]) -> None:
+    """Before the first member runs: whatever happens now, this is out of date."""
+    for name in redo:
+        for member in sweep.members:
+            if name in [step.name for step in member.steps]:
+                member.run.discard(name)
+        if name in sweep.comparing:
+            sweep.run.discard(name)
+    write_json(sweep.run.path / "params.json", {"sweep": sweep.sweep, **sweep.values})
+    comparison = plan_comparison(sweep)
+    for step in comparison[first_to_run(sweep.run, comparison) :]:
+        sweep.run.outdate(step.name)
+
+
+def _run_members(
+    sweep: Sweep, place: Workplace, say: Callable[[str], None], command: str
+) -> list[tuple[str, StepFailed]]:
+    """Run the members that are not finished; returns the names of those that failed, and how."""
+    failures: list[tuple[str, StepFailed]] = []
+    took: list[float] = []  # seconds, of members that ran to their end
+    begin = time.monotonic()
+    for number, member in enumerate(sweep.members, 1):
+        title = f"[{number}/{len(sweep.members)}] {member.name}"
+        if member.finished:
+            say(f"{title} unchanged")
+            continue
+        say(title)
+        member_begin = time.monotonic()
+        try:
+            with work_in(sweep.root, member.run, held=place.locks) as member_place:
+                write_json(member.run.path / "params.json", member.values)
+                run_steps(member.steps, member_place, say, command)
+        except StepFailed as failure:
+            failures.append((member.name, failure))
+            say(str(failure).splitlines()[0])
+        now = time.monotonic()
+        if member.finished:
+            took.append(now - member_begin)
+        verb = "took" if member.finished else "failed after"
+        ahead = time_left(_seconds_ahead(sweep, sweep.members[number:], took))
+        say(f"{title} {verb} {duration(now - member_begin)} (elapsed {duration(now - begin)}{ahead})")
+        write_index(sweep.run.path, command)
+    return failures
+
+
+def plan_comparison(sweep: Sweep) -> list[Step]:
+    """The steps of the sweep as a whole, over the members that are finished now."""
+    finished = {member.name: member.steps[-1].fingerprint for member in sweep.members if member.finished}
+    return plan(sweep.root, sweep.run, sweep.schema, sweep.values, sweep.comparing, finished)
+
+
+def _seconds_ahead(sweep: Sweep, members: list[Member], took: list[float]) -> list[float | None]:
+    """What each of `members` that is not finished, and each comparing step, will take; None where nothing tells.
+
+    A member that was never timed is taken to be like those that ran before it: `took`, in seconds.
+    """
+    ahead = []
+    for member in members:
+        steps = member.steps[first_to_run(member.run, member.steps) :]
+        known = [expected_seconds(sweep.root, member.run, step) for step in steps]
+        typical = mean(took) if took else None
+        if steps:
+            ahead.append(typical if None in known else sum(known))
+    return ahead + [sweep.run.seconds(name) for name in sweep.comparing]
+
+
+def _explain(failures: list[tuple[str, StepFailed]]) -> str:
+    """Who failed; of each the reason's first line and where its notebook is."""
+    lines = [f"failed: {', '.join(name for name, _ in failures)}"]
+    for name, failure in failures:
+        reason, *_, notebook = str(failure).splitlines()
+        lines += [f"  {name}: {reason}", f"    {notebook}"]
+    return "\n".join(lines)
+
+
+# ---- what was run ------------------------------------------------------------------------------------------
+
+
+def progress(folder: Path) -> tuple[int, int] | None:
+    """How many members of the sweep in `folder` are done, and of how many; None where no sweep ran there."""
+    params = folder / "params.json"
+    if not params.is_file() or "sweep" not in (asked := read_json(params)):
+        return None
+    names = member_names(asked["sweep"])
+    return sum(_done(folder / name) for name in names), len(names)
+
+
+def _done(folder: Path) -> bool:
+    """Were all steps completed that a run ever began, as far as its markers tell?"""
+    begun, completed = ({path.name for path in (folder / kind).glob("*.json")} for kind in (".started", ".completed"))
+    return bool(begun) and begun <= completed
