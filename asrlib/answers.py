@@ -51,7 +51,7 @@ def cache_answer(found: Comparison) -> str:
     if known.empty:
         return "The state of no member has been computed yet: run 05_benchmark first."
     lines = [
-        f"- {name} keeps {size(row['cache_bytes'])} of {AUDIO_SECONDS:g} s of audio where MHA in the same encoder keeps "
+        f"- {name} keeps {size(row['cache_bytes'])} of {AUDIO_SECONDS:g} s of audio, where MHA in this encoder keeps "
         f"{size(row['mha_cache_bytes'])}: {change(row['cache_bytes'], row['mha_cache_bytes'])}."
         for name, row in known.sort_values("cache_bytes").iterrows()
     ]
@@ -69,8 +69,8 @@ def _counted_tensors(rows: pd.DataFrame) -> str:
     exact = counted[counted["counted_bytes"] == counted["formula_bytes"]]
     if len(exact) == len(counted):
         return (
-            f"What can be measured agrees: the latents that the layers made in a pass over {AUDIO_SECONDS:g} s, counted "
-            f"in float32, have the formula's bytes exactly, in {_every(len(counted))}."
+            f"What can be measured agrees: the latents that the layers made in a pass over {AUDIO_SECONDS:g} s, "
+            f"counted in float32, have the formula's bytes exactly, in {_every(len(counted))}."
         )
     off = counted.drop(exact.index)
     different = ", ".join(
@@ -214,8 +214,8 @@ def _working(found: Comparison, rows: pd.DataFrame) -> str:
         return f"**As well as MHA, as far as {len(tests)} comparisons can tell**: none is significantly worse."
     losses = f"{points(worse['difference'].min())} to {points(worse['difference'].max())}"
     return (
-        f"**It costs word errors**: {len(worse)} of {len(tests)} comparisons are significantly worse than what they are "
-        f"compared with, by {losses if len(worse) > 1 else points(worse['difference'].max())} points."
+        f"**It costs word errors**: {len(worse)} of {len(tests)} comparisons find it significantly worse, "
+        f"by {losses if len(worse) > 1 else points(worse['difference'].max())} points."
     )
 
 

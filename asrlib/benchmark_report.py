@@ -39,25 +39,25 @@ def speed_sentence(measured: dict) -> str:
 
 def lengths_introduction(lengths: dict) -> str:
     """Heading and text of the measurement over lengths: what was timed, and who was given up where."""
-    words = {"time": "took longer than was allowed", "memory": "ran out of memory"}
+    reasons = {"time": "took longer than that", "memory": "ran out of memory"}
     ends = [
-        f"{name} {words[row['stopped']['reason']]} at {row['stopped']['seconds']:g} s."
+        f" {name} {reasons[row['stopped']['reason']]} at {row['stopped']['seconds']:g} s."
         for name, row in lengths["systems"].items()
         if row["stopped"]
     ]
     allowed = lengths.get("budget_seconds")
-    limit = f" A model that takes more than {allowed:g} s for one length is not timed at longer ones." if allowed else ""
+    limit = f" A model that takes more than {allowed:g} s for a pass is not timed at longer ones." if allowed else ""
     return (
-        "## Against the length of the audio\n\nUtterances joined end to end, one pass over all of it, the models taking "
-        f"turns.{limit} {' '.join(ends)}".rstrip()
+        "## Against the length of the audio\n\nUtterances joined end to end, one pass over all of it, the models "
+        f"taking turns.{limit}{''.join(ends)}"
     )
 
 
 def lengths_table(lengths: dict) -> pd.DataFrame:
-    """Milliseconds of one pass: a row per length, a column per system; NaN where it was not measured."""
+    """Milliseconds of one pass: a row per system, a column per length; NaN where it was not measured."""
     rows = {name: row["ms"] for name, row in lengths["systems"].items()}
-    index = pd.Index([f"{seconds:g} s" for seconds in lengths["seconds"]], name="audio")
-    return pd.DataFrame(rows, index=index, dtype=float)
+    columns = [f"{seconds:g} s" for seconds in lengths["seconds"]]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns, dtype=float)
 
 
 def state_table(described: dict[str, dict]) -> pd.DataFrame:
@@ -65,12 +65,13 @@ def state_table(described: dict[str, dict]) -> pd.DataFrame:
     rows = {}
     for name, facts in described.items():
         counted = facts["counted"]
+        agrees = "the same" if counted["bytes"] == counted["formula_bytes"] else size(counted["formula_bytes"])
+        shapes = [f"{tensor} {'×'.join(map(str, shape))}" for tensor, shape in counted["tensors"].items()]
         rows[name] = {
             "attention": ATTENTION.get(facts["attention"], facts["attention"]),
             "formula": size(facts["cache_bytes"]),
             "of MHA's": f"{100 * facts['cache_bytes'] / facts['mha_cache_bytes']:.1f} %",
-            "counted, float32": size(counted["bytes"]),
-            "as by the formula": "yes" if counted["bytes"] == counted["formula_bytes"] else "no",
-            "tensors of a layer": ", ".join(f"{n} {tuple(shape)}" for n, shape in counted["tensors"].items()),
+            "counted": f"{size(counted['bytes'])} (formula: {agrees})",
+            "tensors of a layer": ", ".join(shapes),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("member")

@@ -4,7 +4,8 @@ members apart no longer, each has a colour of its own, from the smallest cache t
 Descriptions and styles are those of `figures`.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 MARKERS = {"conformer": "o", "branchformer": "D"}
 LINES = {"conformer": "-", "branchformer": "--"}
-LABEL_GAP = 0.055  # of the height of the axes, between two labels one above the other
 MANY = 8.0  # times as large: from there on an axis is logarithmic
 
 
@@ -59,39 +59,51 @@ def looks_of_run() -> dict[str, Look]:
 # ---- pieces ------------------------------------------------------------------------------------------------
 
 
-def _legend(fig: "Figure", drawn: Mapping[str, Look], markers: bool = True) -> None:
+def _legend(fig: "Figure", drawn: Iterable[Look]) -> None:
     """Beside the axes, one entry per system."""
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D([], [], color=look.colour, ls="" if markers == "only" else look.line, marker=look.marker, ms=6)
-        for look in drawn.values()
-    ]
-    fig.legend(handles, [look.label for look in drawn.values()], frameon=False, fontsize=8, loc="outside right upper")
+    handles = [Line2D([], [], color=look.colour, ls=look.line, marker=look.marker, ms=5) for look in drawn]
+    fig.legend(handles, [look.label for look in drawn], frameon=False, fontsize=8, loc="outside right upper")
 
 
-def _label_points(ax: "Axes", points: Mapping[str, tuple[float, float]]) -> None:
-    """Write each name beside its point, those that would overlap one above the other."""
-    ax.figure.canvas.draw()  # limits and transforms are those of the finished axes from here on
-    placed = []
-    ordered = sorted(points.items(), key=lambda item: item[1][1])
-    for name, (x, y) in ordered:
-        left, height = ax.transAxes.inverted().transform(ax.transData.transform((x, y)))
-        beside = [top for other, top in placed if abs(other - left) < 0.2]
-        level = max([height, *(top + LABEL_GAP for top in beside if top + LABEL_GAP > height)])
-        placed.append((left, level))
-        side = (-7, "right") if left > 0.75 else (7, "left")
-        ax.annotate(
-            name,
-            (left, level),
-            (side[0], 0),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            ha=side[1],
-            va="center",
-            size=8,
-            color=GREY,
-        )
+def _label_points(ax: "Axes", points: Sequence[tuple[Look, float, float, float, float]]) -> None:
+    """Write each label beside its point (x, y, and the ends of its interval), where it covers least of the others."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(ax.figure)
+    canvas.draw()  # the axes are where they will be
+    renderer, frame = canvas.get_renderer(), ax.get_window_extent()
+    point = ax.figure.dpi / 72  # pixels
+    taken = []
+    for _, x, y, low, high in points:
+        (left, middle), (_, bottom), (_, top) = ax.transData.transform([(x, y), (x, low), (x, high)])
+        taken += [(left - 5 * point, middle - 5 * point, left + 5 * point, middle + 5 * point)]
+        taken += [(left - 3 * point, bottom, left + 3 * point, top)]
+    for look, x, y, _, _ in points:
+        left, middle = ax.transData.transform((x, y))
+        text = ax.annotate(look.label, (x, y), (0, 0), textcoords="offset points", va="center", size=8)
+        width = text.get_window_extent(renderer).width
+        places = []
+        for side, away, up in itertools.product((1, -1), (8, 22, 40), (0, 11, -11, 22, -22, 33, -33, 44, -44)):
+            start = left + side * away * point - (width if side < 0 else 0)
+            box = (start, middle + (up - 5) * point, start + width, middle + (up + 5) * point)
+            outside = max(0, frame.x0 - box[0]) + max(0, box[2] - frame.x1) + max(0, frame.y0 - box[1])
+            cost = sum(_overlap(box, other) for other in taken) + 100 * outside + point * (abs(up) + away)
+            places.append((cost, side, away, up, box))
+        _, side, away, up, box = min(places)
+        taken.append(box)
+        text.set(position=(side * away, up), ha="left" if side > 0 else "right", color=GREY)
+        text.set_in_layout(False)
+        if up or away > 8:
+            ends = dict(arrowstyle="-", color=GREY, lw=0.6, shrinkA=0, shrinkB=4)
+            line = ax.annotate("", (x, y), (side * away, up), textcoords="offset points", arrowprops=ends)
+            line.set_in_layout(False)
+
+
+def _overlap(a: tuple, b: tuple) -> float:
+    """Area that two boxes (x0, y0, x1, y1) share."""
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
 def _plain_log(axis, values: Sequence[float], show=lambda value, _: f"{value:g}") -> None:
@@ -103,23 +115,19 @@ def _plain_log(axis, values: Sequence[float], show=lambda value, _: f"{value:g}"
     axis.set_minor_formatter(NullFormatter())
 
 
-def _wer_points(ax: "Axes", table: pd.DataFrame, split: str, x: str, drawn: Mapping[str, Look]) -> dict:
-    """Word error rate with its interval against the column `x` (with its own, if it has one); {label: point}."""
-    points, seen = {}, {}
+def _wer_points(ax: "Axes", table: pd.DataFrame, split: str, x: str, drawn: Mapping[str, Look]) -> list:
+    """Word error rate with its interval against the column `x`; (look, x, y, low, high) of every point."""
+    points, seen = [], {}
     for name, row in table.iterrows():
         if pd.isna(row[x]) or pd.isna(row[f"wer_{split}"]):
             continue
         wer, low, high = (100 * row[f"wer_{split}{end}"] for end in ("", "_low", "_high"))
-        repeats = seen[row[x]] = seen.get(row[x], -1) + 1
-        at = row[x] * 1.035**repeats if x == "cache_bytes" else row[x]  # side by side at one size
-        reach = None if pd.isna(low) else [[wer - low], [high - wer]]
-        sides = [row.get(f"{x}_low"), row.get(f"{x}_high")]
-        width = None if any(pd.isna(side) for side in sides) else [[at - sides[0]], [sides[1] - at]]
-        look = drawn[name]
-        ax.errorbar(
-            at, wer, reach, width, color=look.colour, marker=look.marker, ms=7, capsize=3, lw=1.2, ls="", zorder=3
-        )
-        points[look.label] = (at, wer)
+        low, high = (wer, wer) if pd.isna(low) else (low, high)
+        seen[row[x]] = repeats = seen.get(row[x], -1) + 1
+        at, look = row[x] * (1.06**repeats if x == "cache_bytes" else 1), drawn[name]  # side by side at one size
+        bars = dict(color=look.colour, marker=look.marker, ms=7, capsize=3, lw=1.2, ls="", zorder=3)
+        ax.errorbar(at, wer, [[wer - low], [high - wer]], **bars)
+        points.append((look, at, wer, low, high))
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_title(split, size=10)
     return points
@@ -145,7 +153,7 @@ def wer_against_cache(found: Comparison) -> "Figure":
 
 
 def wer_against_time(found: Comparison) -> "Figure":
-    """Word error rate against the mean time of an utterance, 95 % intervals of both."""
+    """Word error rate (95 % intervals) against the mean time of an utterance."""
     ms = found.table["latency_ms"]
     return _wer_against(
         found, "latency_ms", "time per utterance (ms)", lambda v, _=None: f"{v:.3g} ms", ms.max() > MANY * ms.min()
@@ -156,15 +164,16 @@ def _wer_against(found: Comparison, column: str, label: str, show, log: bool) ->
     drawn, splits = looks(found), found.splits[:2]
     with _style():
         fig, axes = _figure(4.6 * len(splits) + 0.4, 4.2, 1, len(splits))
-        for ax, split in zip(axes[0], splits, strict=True):
-            points = _wer_points(ax, found.table, split, column, drawn)
+        points = [_wer_points(ax, found.table, split, column, drawn) for ax, split in zip(axes[0], splits, strict=True)]
+        for ax in axes[0]:
             if log:
                 ax.set_xscale("log")
                 _doubling_ticks(ax, found.table[column].dropna(), show)
             ax.set(xlabel=label, ylabel="word error rate (%)")
             ax.margins(x=0.14, y=0.1)
-            ax.set_ylim(bottom=0)
-            _label_points(ax, points)
+            ax.set_ylim(bottom=max(0, ax.get_ylim()[0]))
+        for ax, labelled in zip(axes[0], points, strict=True):
+            _label_points(ax, labelled)
     wers = {f"wer_{split}": lambda v, split=split: f"{percent(v)} on {split}" for split in splits}
     fig.set_label(f"Word error rate against {label}. " + _described(found, {column: show, **wers}))
     return fig
@@ -241,7 +250,7 @@ def training_together(found: Comparison) -> "Figure":
             ax.spines[["top", "right"]].set_visible(False)
             _plain_log(ax.yaxis, [])
         axes[0, 0].set_ylabel("validation WER (%)")
-        _legend(fig, drawn)
+        _legend(fig, drawn.values())
     fig.set_label("Validation word error rate in training. " + "; ".join(ends) + ".")
     return fig
 
@@ -266,7 +275,7 @@ def lengths_figure(lengths: dict, drawn: Mapping[str, Look]) -> "Figure":
             _plain_log(ax.yaxis, [])
             ax.minorticks_off()
             ax.spines[["top", "right"]].set_visible(False)
-        _legend(fig, shown)
+        _legend(fig, shown.values())
     for name, look in shown.items():
         ms = np.array(lengths["systems"][name]["ms"], float)
         last = np.flatnonzero(~np.isnan(ms))

@@ -3,14 +3,26 @@
 Everything is computed from a `Comparison`. There error rates are fractions; shown, per cent and points.
 """
 
+from collections.abc import Iterable
+
 import pandas as pd
+from markupsafe import Markup
 
 from asrlib.figures import change, duration, percent, size
+from asrlib.html import table_html
 from asrlib.members import ATTENTION, AUDIO_SECONDS, SIGNIFICANT, Comparison
+from asrlib.report import save_table, small_print
 from asrlib.runs import Run
 
 # Cache relative to that of multi-head attention, as the first system stated it. It measured none of it.
 CLAIMED_CACHE = {"mla": "45–55 %", "mla_simple": "45–55 %", "gqa": "25–30 %", "linear": "95–105 %"}
+
+CLAIMS_INTRODUCTION = f"""\
+## Beside the first system's claims
+
+It stated these shares of the cache of multi-head attention for models of its own (12 layers of width 512), and measured
+none. A share depends on the sizes chosen; that of linear attention, whose state never grows, on the length of the audio
+as well: here {AUDIO_SECONDS:g} s."""
 
 
 # ---- numbers as text ---------------------------------------------------------------------------------------
@@ -24,7 +36,7 @@ def points(difference: float) -> str:
 def tested(test: pd.Series) -> str:
     """The difference with its interval and p, corrected where that is not the same."""
     interval = f"{points(test['low'])} to {points(test['high'])}"
-    corrected = "" if test["p_holm"] == test["p"] else f", corrected {_p(test['p_holm'])}"
+    corrected = "" if test["p_holm"] == test["p"] else f", corrected p {_p(test['p_holm'])}"
     return f"{points(test['difference'])} points ({interval}; p {_p(test['p'])}{corrected})"
 
 
@@ -53,29 +65,53 @@ def kind(row: pd.Series) -> str:
 
 
 def ranking(found: Comparison) -> pd.DataFrame:
-    """The table to read: a row per member, lowest WER first; interval, change or p in brackets."""
-    first = found.splits[0] if found.splits else None
-    rows = {}
+    """The table to read: a row per member, lowest WER first; in brackets what belongs to a figure."""
+    first = found.splits[0] if found.splits else ""
+    rows = []
     for name, row in found.table.iterrows():
-        test = None if pd.isna(row["reference"]) else found.test(row["reference"], name, first)
-        against = _against(found, name, test, row["reference"])
-        columns = {
-            "kind": kind(row),
-            "parameters": _shown(row["parameters"], lambda n: f"{n / 1e6:.2f} M"),
-            "cache per second": _growth(row),
-            f"of {AUDIO_SECONDS:g} s": _shown(row["cache_bytes"], size)
-            + (f" ({change(1 - row['cache_cut'], 1)} on MHA)" if row["cache_cut"] > 0 else ""),
-            **{f"WER {split}": _rate(row, split) for split in found.splits},
-            f"WER {first} against": against,
-            "training": _shown(row["training_seconds"], duration),
-            "ms per utterance": _shown(row["latency_ms"], "{:.1f}".format)
-            + _shown(row["rtfx"], " (RTFx {:.0f})".format, ""),
-            "speed": _shown(row["speed_ratio"], "×{:.2f}".format)
-            + _interval(row["speed_ratio_low"], row["speed_ratio_high"]),
-        }
-        rows[name] = columns
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("member")
+        rows.append(
+            {
+                "member": f"{name} ({kind(row)})",
+                "parameters, training": _shown(row["parameters"], lambda n: f"{n / 1e6:.2f} M")
+                + _shown(row["training_seconds"], lambda s: f" ({duration(s)})", ""),
+                "cache per second": _cache(row),
+                **{f"WER {split}": _rate(row, split) for split in found.splits},
+                difference_name(found): _difference(found, name, row["reference"], first),
+                "ms per utterance": _shown(row["latency_ms"], "{:.1f}".format)
+                + _shown(row["rtfx"], " (RTFx {:.0f})".format, ""),
+                "speed": _shown(row["speed_ratio"], "×{:.2f}".format)
+                + _interval(row["speed_ratio_low"], row["speed_ratio_high"]),
+            }
+        )
+    table = pd.DataFrame(rows, index=found.table.index)
     return table.loc[:, (table != "–").any()]  # what no member has yet is no column
+
+
+def difference_name(found: Comparison) -> str:
+    """What the differences of the ranking are to."""
+    references = found.table["reference"].dropna().unique()
+    kinds = {found.table.at[name, "attention"] for name in references}
+    to = "MHA" if kinds == {"mha"} else references[0] if len(references) == 1 else "the largest cache"
+    return f"points more than {to}"
+
+
+def ranking_html(found: Comparison, links: bool = False) -> Markup:
+    """`ranking` with what stands in brackets in small print; `links`: to the members' folders, from the sweep's."""
+    table = ranking(found)
+    runs = {entry.name: f"{entry.run.path.name}/index.html" for entry in found.entries}
+
+    def member(text: str) -> Markup:
+        name, _, note = text.partition(" (")
+        shown = Markup('<a href="{}">{}</a>').format(runs[name], breakable(name)) if links else breakable(name)
+        return Markup("{} <small>{}</small>").format(shown, note.removesuffix(")"))
+
+    formats = dict.fromkeys(table, small_print) | {"member": member}
+    return Markup('<div class="ranking">{}</div>').format(table_html(table, "", formats, index=False))
+
+
+def breakable(name: str) -> Markup:
+    """A name that may go on in the next line behind each _."""
+    return Markup("_<wbr>").join(name.split("_"))
 
 
 def _shown(value: float, show, missing: str = "–") -> str:
@@ -91,22 +127,20 @@ def _rate(row: pd.Series, split: str) -> str:
     return _shown(wer, percent) + _interval(row[f"wer_{split}_low"], row[f"wer_{split}_high"], 100)
 
 
-def _growth(row: pd.Series) -> str:
-    if row["cache_bytes_per_second"] == 0 and pd.notna(row["cache_bytes"]):
-        return f"0 (a fixed {size(row['cache_bytes'])})"
-    return _shown(row["cache_bytes_per_second"], size)
-
-
-def _against(found: Comparison, name: str, test: pd.Series | None, reference: str | None) -> str:
-    if pd.isna(reference):
+def _cache(row: pd.Series) -> str:
+    if pd.isna(row["cache_bytes"]):
         return "–"
+    cut = f", {change(1 - row['cache_cut'], 1)}" if row["cache_cut"] > 0 else ""
+    return f"{size(row['cache_bytes_per_second'])} ({AUDIO_SECONDS:g} s: {size(row['cache_bytes'])}{cut})"
+
+
+def _difference(found: Comparison, name: str, reference: str | None, split: str) -> str:
+    test = None if pd.isna(reference) else found.test(reference, name, split)
     if test is None:
-        return f"not tested (with {found.short[reference]})" if not found.tests.empty else "–"
+        return "–"
     star = "*" if significant(test) else ""
-    return (
-        f"{points(test['difference'])}{star} ({points(test['low'])} to {points(test['high'])}; "
-        f"p {_p(test['p'])}; {found.short[reference]})"
-    )
+    interval = f"{points(test['low'])} to {points(test['high'])}"
+    return f"{points(test['difference'])}{star} ({interval}; p {_p(test['p'])})"
 
 
 def test_table(found: Comparison) -> pd.DataFrame:
@@ -120,7 +154,7 @@ def test_table(found: Comparison) -> pd.DataFrame:
             "change, points": points(test["difference"]),
             "95 % interval": f"{points(test['low'])} to {points(test['high'])}",
             "p": _p(test["p"]).removeprefix("= "),
-            "p by Holm": _p(test["p_holm"]).removeprefix("= "),
+            "corrected p": _p(test["p_holm"]).removeprefix("= "),
             "verdict": verdict(test),
         }
         for _, test in found.tests.iterrows()
@@ -188,36 +222,36 @@ def _counted(found: Comparison, split: str) -> str:
 
 def how_to_read(found: Comparison) -> str:
     """What the numbers of the ranking mean, and what they do not say."""
-    split = found.splits[0] if found.splits else ""
-    seeds = [entry.parameters().get("seed", 0) for entry in found.entries]
-    trained = (
-        "Each row is one training with one seed: intervals and p say how much chance there is in the choice of "
-        "utterances, not how much another seed would change."
-        if len(set(seeds)) == 1
-        else f"The members were trained with {len(set(seeds))} seeds; intervals and p are over utterances."
-    )
-    tests = (
-        ""
-        if found.tests.empty
-        else f" Differences are paired over the same utterances; * marks those that are significant ({_counted(found, split)})."
-    )
-    return (
-        f"In brackets 95 % intervals (bootstrap over utterances). {trained}{tests} The cache is computed: what a stream "
-        f"would keep per second of audio, and of {AUDIO_SECONDS:g} s. Speed is against {_first_timed(found)}."
-    )
-
-
-def _first_timed(found: Comparison) -> str:
-    return next(iter(found.benchmark.get("systems", {})), "the first member")
+    seeds = {entry.parameters().get("seed", 0) for entry in found.entries}
+    words = [
+        "Small print: 95 % intervals (bootstrap over utterances), the time of training, the cache of "
+        f"{AUDIO_SECONDS:g} s and its cut against MHA."
+    ]
+    if len(seeds) == 1:
+        words.append(
+            "Each row is one training with one seed: intervals and p tell how much depends on the choice of "
+            "utterances, not how much another seed would change."
+        )
+    else:
+        words.append(f"There are trainings with {len(seeds)} seeds; each interval and p is over utterances, of one.")
+    if not found.tests.empty:
+        split = found.splits[0]
+        words.append(
+            f"Differences are those on {split}, paired over the same utterances; * is significant "
+            f"({_counted(found, split)})."
+        )
+    words.append("The cache is computed: what a stream would keep. RTFx: seconds of audio per second of compute.")
+    if timed := list(found.benchmark.get("systems", {})):
+        words.append(f"Speed is against {timed[0]}.")
+    return " ".join(words)
 
 
 # ---- files -------------------------------------------------------------------------------------------------
 
 
-def write_member_comparison(run: Run, found: Comparison) -> None:
-    """Write tables/ranking.csv, tables/tests.csv and metrics/compare.json."""
+def write_member_comparison(run: Run, found: Comparison, figures: Iterable[str]) -> None:
+    """Write tables/ranking.csv, tables/tests.csv and metrics/compare.json, which names the `figures` that were kept."""
     from asrlib.answers import answers
-    from asrlib.report import save_table
 
     save_table(found.table, run.tables / "ranking.csv")
     save_table(found.tests.rename_axis("number"), run.tables / "tests.csv")
@@ -228,6 +262,7 @@ def write_member_comparison(run: Run, found: Comparison) -> None:
             "tests": records(found.tests),
             "headline": headline(found),
             "answers": answers(found),
+            "figures": list(figures),
         },
     )
 

@@ -347,8 +347,11 @@ def varied_parameters(entries: Sequence[Entry]) -> dict[str, list[list[str]]]:
 
 
 def is_sweep(folder: Path) -> bool:
-    """Is it the folder of a sweep, rather than that of a run or none at all?"""
+    """Is it the folder of a sweep, rather than that of a run or of none at all?"""
     params = folder / "params.json"
-    if params.is_file():
-        return "sweep" in read_json(params)
-    return any(folder.glob("*/params.json"))
+    return "sweep" in read_json(params) if params.is_file() else any(folder.glob("*/params.json"))
+
+
+def is_member(folder: Path) -> bool:
+    """Is it the folder of one run of a sweep?"""
+    return (folder.parent / "params.json").is_file() and is_sweep(folder.parent)

@@ -31,13 +31,14 @@ from asrlib.figures import (
     wer_vs_cache,
 )
 from asrlib.html import PAGES, diff_transcripts, display_table, render_notebook, table_html
+from asrlib.members import is_member, is_sweep
 from asrlib.runs import STEP_OF_METRICS, Run, atomic_write, read_json
 
 __all__ = [  # what notebooks call
-    "CLAIMED", "CLAIMS_INTRODUCTION", "FIRST_SYSTEM_CUTS", "cache_comparison", "comparison_table", "diff_transcripts", "display_table",
-    "headline", "inference_time_comparison", "keep_figure", "readable_comparison", "render_notebook", "save_figure",
-    "save_table", "show_figure", "small_print", "step_times", "table_html", "training_curves", "wer_bars",
-    "wer_vs_cache", "write_comparison", "write_index",
+    "CLAIMED", "CLAIMS_INTRODUCTION", "FIRST_SYSTEM_CUTS", "cache_comparison", "comparison_table", "diff_transcripts",
+    "display_table", "display_text", "headline", "inference_time_comparison", "keep_figure", "readable_comparison",
+    "render_notebook", "save_figure", "save_table", "show_figure", "step_times", "table_html", "training_curves",
+    "wer_bars", "wer_vs_cache", "write_comparison", "write_index",
 ]  # fmt: skip
 
 # Cut of the cache that the first system stated for a width, of d = 512. It measured no word errors.
@@ -284,6 +285,11 @@ def write_index(run_dir: str | os.PathLike, command: str | None = None) -> Path:
     command: what makes this run, shown for those who want to repeat it (default: `python run_all.py NAME`).
     """
     run = Run.open(run_dir)
+    command = command or f"python run_all.py {run.path.name}"
+    if is_sweep(run.path):
+        from asrlib.sweep_page import write_sweep_index
+
+        return write_sweep_index(run, command)
     times, metrics = step_times(run), _metrics(run, completed_only=True)
     table = _table(metrics)
     if "06_compare" in times:
@@ -291,6 +297,8 @@ def write_index(run_dir: str | os.PathLike, command: str | None = None) -> Path:
     index = run.path / "index.html"
     pages = [stem for stem in times if (run.path / f"{stem}.html").is_file()]
     facts = html.page_facts(index, run.path.name, "What a smaller cache costs and saves", pages)
+    sweep = run.path.parent.name if is_member(run.path) else None
+    steps = {stem: of for stem, of in PAGES.items() if not sweep or run.started(stem)}
     return html.render_template(
         "index.html.j2",
         index,
@@ -299,16 +307,24 @@ def write_index(run_dir: str | os.PathLike, command: str | None = None) -> Path:
         comparison=_comparison_html(table) if len(table) else None,
         figures=_index_figures(run, table, times),
         data=_data_facts(metrics),
-        steps=PAGES,
+        sweep=sweep,
+        steps=steps,
         pages=pages,
         times={stem: duration(seconds) for stem, seconds in times.items()},
-        missing=[name for stem, (name, _) in PAGES.items() if stem not in times],
+        missing=[name for stem, (name, _) in steps.items() if stem not in times],
         total=duration(sum(times.values())),
-        command=command or f"python run_all.py {run.path.name}",
-        parameters=_parameters(run),
-        provenance=_provenance(run, metrics),
+        command=command,
+        parameters=parameters_of(run),
+        provenance=provenance_of(run, metrics),
         files=["summary.txt", "tables/comparison_table.csv"] if "06_compare" in times else [],
     )
+
+
+def display_text(text: str) -> None:
+    """Show Markdown in a notebook, numbers on one line with their units."""
+    from IPython.display import Markdown, display
+
+    display(Markdown(unbroken(text)))
 
 
 def small_print(text: str) -> Markup:
@@ -352,7 +368,7 @@ def _data_facts(metrics: dict[str, dict]) -> list[str]:
     ]
 
 
-def _parameters(run: Run) -> dict[str, str]:
+def parameters_of(run: Run) -> dict[str, str]:
     """What the run was asked for: params.json, otherwise what its steps say they were given."""
     path = run.path / "params.json"
     if path.is_file():
@@ -362,7 +378,7 @@ def _parameters(run: Run) -> dict[str, str]:
     return {name: str(value) for name, value in given.items()}
 
 
-def _provenance(run: Run, metrics: dict[str, dict]) -> dict[str, str]:
+def provenance_of(run: Run, metrics: dict[str, dict]) -> dict[str, str]:
     """When, with which code and on what the run was made, as its last completed step says."""
     markers = [marker for step in PAGES if (marker := run.completed(step))]
     last = markers[-1] if markers else {}

@@ -148,13 +148,13 @@ def test_every_dropout_is_on_in_training_and_every_weight_learns(encoder):
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize(("encoder", "attention"), EVERY)
 def test_logits_are_those_of_the_utterance_alone(encoder, attention, implementation):
-    model = tiny.encoder(encoder, attention)
+    model = tiny.encoder(encoder, attention).double()
     model.set_attn_implementation(implementation)
-    heard = batch()
+    heard = batch(torch.float64)
     features_BMF, mask_BM = heard["input_features"], heard["attention_mask"]
     features_BMF = torch.cat([features_BMF, features_BMF[:2]])  # the last two are too short for a frame
     mask_BM = torch.cat([mask_BM, torch.arange(mask_BM.shape[1]) < torch.tensor([[6], [0]])])
-    garbage = 1e3 * torch.randn(features_BMF.shape, generator=torch.Generator().manual_seed(2))
+    garbage = 1e3 * torch.randn(features_BMF.shape, generator=torch.Generator().manual_seed(2)).double()
     filled_BMF = torch.where(mask_BM[..., None], features_BMF, garbage)
     counts = frame_counts(model, mask_BM.sum(-1)).tolist()
     assert counts == [14, 10, 5, 0, 0]
@@ -164,9 +164,9 @@ def test_logits_are_those_of_the_utterance_alone(encoder, attention, implementat
         for logits_TV, features_MF, kept_M, count in zip(logits_BTV, features_BMF, mask_BM, counts, strict=True):
             if count:
                 alone_TV = model(features_MF[kept_M][None]).logits[0]
-                torch.testing.assert_close(logits_TV[:count], alone_TV, rtol=0, atol=2e-6)
+                torch.testing.assert_close(logits_TV[:count], alone_TV, rtol=0, atol=1e-10)
         longer = model(nn.functional.pad(filled_BMF, (0, 0, 0, 9), value=7.0), nn.functional.pad(mask_BM, (0, 9)))
-        torch.testing.assert_close(longer.logits[0, :14], logits_BTV[0], rtol=0, atol=2e-6)
+        torch.testing.assert_close(longer.logits[0, :14], logits_BTV[0], rtol=0, atol=1e-10)
 
 
 def test_no_mask_means_that_all_is_speech():

@@ -187,27 +187,35 @@ def test_in_sequence_nothing_is_lost_at_full_rank(model, statistics, method):
     assert error(logits(convert(model, WIDTH, **settings)), logits(model)) < 1e-3
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
-def test_in_sequence_each_layer_answers_for_those_before_it(kind):
-    model = encoder(kind, num_hidden_layers=4)
-    statistics, outputs = collected(model), {}
-    for sequential in (False, True):
-        for batch_norm in (False, True):
-            mla = convert(
-                model, 3, method="whitened", statistics=statistics, sequential=sequential,
-                reestimate_batch_norm=batch_norm,
-            )  # fmt: skip
-            outputs[sequential, batch_norm] = logits(mla)
-            moved = [
-                not torch.equal(ours, theirs)
-                for (name, ours), theirs in zip(mla.named_buffers(), model.buffers(), strict=True)
-                if "running" in name
-            ]
-            assert len(moved) == {"conformer": 8, "branchformer": 0}[kind]
-            assert all(moved) if batch_norm else not any(moved)
-    assert not torch.equal(outputs[True, False], outputs[False, False])
-    wrong = {settings: error(ours, logits(model)) for settings, ours in outputs.items()}
-    assert wrong[True, True] < wrong[False, False]
+def second_layer_values(model) -> torch.Tensor:
+    """On calibration speech, each utterance alone [N, D]."""
+    attention, values = attention_modules(model)[1], []
+    hook = attention.register_forward_hook(
+        lambda module, args, kwargs, output: values.append(module.linear_v(kwargs["hidden_states"])[0]),
+        with_kwargs=True,
+    )
+    with torch.no_grad():
+        for utterance in CORPUS:
+            model(**PROCESSOR(utterance.audio(), sampling_rate=16_000, return_tensors="pt"))
+    hook.remove()
+    return torch.cat(values)
+
+
+def test_in_sequence_a_layer_answers_for_the_one_before_it(model, statistics):
+    settings = dict(layout="split", method="whitened", statistics=statistics)
+    apart, sequential = (convert(model, 8, sequential=sequential, **settings) for sequential in (False, True))
+    wanted = second_layer_values(model)
+    assert error(second_layer_values(sequential), wanted) < 0.98 * error(second_layer_values(apart), wanted)
+
+
+def test_moments_of_batch_norm_are_matched_where_there_are_any(model, statistics):
+    mla = convert(model, 3, method="whitened", statistics=statistics, reestimate_batch_norm=True)
+    moved = [
+        not torch.equal(ours, theirs)
+        for (name, ours), theirs in zip(mla.named_buffers(), model.buffers(), strict=True)
+        if "running" in name
+    ]
+    assert moved == [True] * len(moved) and len(moved) == {"conformer": 4, "branchformer": 0}[model.config.encoder]
 
 
 # ---- grouped heads -----------------------------------------------------------------------------------------

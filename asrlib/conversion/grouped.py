@@ -20,7 +20,8 @@ positions every R_h must therefore have an inverse, as it does unless a head ign
 One group (multi-query attention) is thus the split latent of ranks d_h, and more are one with zeros in it: by its own
 method's measure, none is better than the split latent as wide.
 
-Training a grouped twin would fill its zeros, and no GQA layer computes what it is then.
+Training a grouped twin would fill its zeros, and no GQA layer computes what it is then: where the family has grouped-query
+attention of its own, `to_grouped_attention` makes the GQA model above, which can be trained.
 """
 
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from transformers import PreTrainedModel
 from asrlib.conversion.convert import convert
 from asrlib.conversion.factorize import Factors, LayerWeights, Moments, decompose_layer
 from asrlib.conversion.statistics import LayerStatistics, Statistics
-from asrlib.models.families import attention_modules
+from asrlib.models.families import attention_modules, family_of, is_latent
 
 GROUPING_METHODS = ("mean", "svd", "whitened", "two_sided")
 
@@ -122,3 +123,54 @@ def least_squares(weights: LayerWeights, kv_heads: int, method: str, moments: Mo
         sum(one.key_bias for one in factors),
         sum(one.value_bias for one in factors),
     )
+
+
+@torch.no_grad()
+def to_grouped_attention(twin: PreTrainedModel, kv_heads: int) -> PreTrainedModel:
+    """The GQA model that computes what `twin`, of `group_heads(…, kv_heads)`, computes: see the top of this file.
+
+    Raises ValueError where the family has no grouped-query attention, or `twin` caches another number of heads.
+    """
+    family, config = family_of(twin.config), twin.config
+    if family.to_grouped is None:
+        raise ValueError(f"{config.model_type} has no grouped-query attention: keep the latent twin")
+    size = config.hidden_size // config.num_attention_heads
+    if not is_latent(config) or any(
+        layer.latent_kv.ranks != (kv_heads * size,) * 2 for layer in attention_modules(twin)
+    ):
+        raise ValueError(f"the model does not cache {kv_heads} keys and values: give what group_heads made of it")
+    grouped = family.standard_model(family.to_grouped(config, kv_heads)).to(twin.dtype)
+    grouped.set_attn_implementation(config._attn_implementation)
+    grouped.load_state_dict(twin.state_dict(), strict=False)
+    for ours, theirs in zip(attention_modules(grouped), attention_modules(twin), strict=True):
+        _fold(ours, theirs, kv_heads)
+    return grouped.eval()
+
+
+def _fold(ours: nn.Module, theirs: nn.Module, kv_heads: int) -> None:
+    """What keys and values of a twin's head do to those of its group moves into queries, positions and output."""
+    latent, heads, size = theirs.latent_kv, theirs.num_heads, theirs.head_size
+    weight = {name: p.double() for name, p in theirs.named_parameters()}
+    turned_q, turned_pos = weight["linear_q.weight"].clone(), weight["linear_pos.weight"].clone()
+    bias_q, out = weight["linear_q.bias"].clone(), weight["linear_out.weight"].clone()
+    bias_u, bias_v = weight["pos_bias_u"].clone(), weight["pos_bias_v"].clone()
+    for head in range(heads):
+        group = head * kv_heads // heads
+        rows, columns = slice(head * size, (head + 1) * size), slice(group * size, (group + 1) * size)
+        of_key = latent.up_k.weight[rows, columns].double()  # R_h
+        of_value = latent.up_v.weight[rows, columns].double()  # S_h
+        turned_q[rows], bias_q[rows] = of_key.T @ turned_q[rows], of_key.T @ bias_q[rows]
+        bias_u[head], bias_v[head] = of_key.T @ bias_u[head], of_key.T @ bias_v[head]
+        turned_pos[rows] = torch.linalg.solve(of_key, turned_pos[rows])
+        out[:, rows] = out[:, rows] @ of_value
+    ours.linear_q.weight.copy_(turned_q)
+    ours.linear_q.bias.copy_(bias_q)
+    ours.linear_pos.weight.copy_(turned_pos)
+    ours.pos_bias_u.copy_(bias_u)
+    ours.pos_bias_v.copy_(bias_v)
+    ours.linear_out.weight.copy_(out)
+    ours.linear_out.bias.copy_(weight["linear_out.bias"] + weight["linear_out.weight"] @ weight["latent_kv.up_v.bias"])
+    ours.linear_k.weight.copy_(latent.down_k.weight)
+    ours.linear_v.weight.copy_(latent.down_v.weight)
+    ours.linear_k.bias.zero_()
+    ours.linear_v.bias.zero_()

@@ -134,6 +134,11 @@ def to_standard(config: SpeechEncoderConfig) -> SpeechEncoderConfig:
     return SpeechEncoderConfig(**_settings(config), attention="mha")
 
 
+def to_grouped(config: SpeechEncoderConfig, kv_heads: int) -> SpeechEncoderConfig:
+    """The config of the twin with grouped-query attention."""
+    return SpeechEncoderConfig(**_settings(config) | {"num_key_value_heads": kv_heads}, attention="gqa")
+
+
 def _settings(config: SpeechEncoderConfig) -> dict:
     own = {"model_type", "architectures", "attention", "latent_dim", "latent_layout", "latent_key_dim"}
     return {key: value for key, value in config.to_dict().items() if key not in own | {"query_latent_dim"}}

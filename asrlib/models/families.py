@@ -36,6 +36,7 @@ class Family:
     layers: Callable[[PreTrainedModel], list[nn.Module]]  # encoder layers, in order
     attention: Callable[[nn.Module], nn.Module]  # layer → attention with linear_k and linear_v
     check_layout: Callable[[PreTrainedConfig, str], None]  # raises where the attention forbids a layout
+    to_grouped: Callable[[PreTrainedConfig, int], PreTrainedConfig] | None = None  # of a twin with GQA, if there is one
 
 
 WAV2VEC2_CONFORMER = Family(
@@ -58,6 +59,7 @@ SPEECH_ENCODER = Family(
     layers=lambda model: list(model.layers),
     attention=lambda layer: layer.self_attn,
     check_layout=encoder.check_layout,
+    to_grouped=encoder.to_grouped,
 )
 
 FAMILIES = {

@@ -1,0 +1,86 @@
+"""The index page of a sweep: who is best, what that cost, and the way to every member's own pages."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from asrlib import html
+from asrlib.figures import duration, unbroken
+from asrlib.html import PAGES
+from asrlib.member_report import headline, how_to_read, ranking_html
+from asrlib.members import Comparison, compare_members, entries_of
+from asrlib.report import parameters_of, provenance_of, step_times
+from asrlib.runs import Run, read_json
+
+FIRST_FIGURES = 2  # stand above the list of members, the others below
+
+
+def write_sweep_index(run: Run, command: str) -> Path:
+    """Write index.html of a sweep from what is completed of it; says what is missing. Returns its path."""
+    times = {stem: seconds for stem, seconds in step_times(run).items() if (run.path / f"{stem}.html").is_file()}
+    members = {name: _progress(Run(run.path / name)) for name in asked_for(run)}
+    finished = [name for name, member in members.items() if member["finished"]]
+    found = _compared(run) if "06_compare" in times else compare_members(run, finished, test=False)
+    index = run.path / "index.html"
+    figures = _figures(run) if "06_compare" in times else []
+    return html.render_template(
+        "sweep.html.j2",
+        index,
+        page=html.page_facts(index, run.path.name, f"{len(members)} recognisers side by side", times),
+        headline=unbroken(headline(found)) if finished else "No member is finished yet.",
+        ranking=ranking_html(found, links=True) if finished else None,
+        reading=unbroken(how_to_read(found)),
+        figures=figures[:FIRST_FIGURES],
+        more_figures=figures[FIRST_FIGURES:],
+        steps={stem: (*PAGES[stem], duration(seconds)) for stem, seconds in times.items()},
+        members=members,
+        unfinished=[name for name in members if name not in finished],
+        uncompared=[name for name in finished if name not in found.table.index],
+        total=duration(sum(member["seconds"] for member in members.values()) + sum(times.values())),
+        command=command,
+        parameters=parameters_of(run),
+        provenance=provenance_of(run, {"benchmark": found.benchmark, "baseline": {}}),
+        files=[file for file in ("tables/ranking.csv", "tables/tests.csv") if figures and (run.path / file).is_file()],
+    )
+
+
+def asked_for(run: Run) -> list[str]:
+    """The members that the sweep's params.json names; where there is none, the folders that hold runs."""
+    from asrlib.sweeps import member_names
+
+    params = run.path / "params.json"
+    if params.is_file():
+        return member_names(read_json(params)["sweep"])
+    return sorted(path.parent.name for path in run.path.glob("*/params.json"))
+
+
+def _progress(run: Run) -> dict:
+    """How far a member is: its steps, the seconds they took, its page."""
+    begun = [stem for stem in PAGES if run.started(stem)]
+    done = step_times(run)
+    return {
+        "begun": bool(begun),
+        "finished": bool(begun) and all(run.completed(stem) for stem in begun),
+        "done": [PAGES[stem][0] for stem in done],
+        "missing": [PAGES[stem][0] for stem in begun if not run.completed(stem)],
+        "seconds": sum(done.values()),
+        "time": duration(sum(done.values())),
+        "page": (run.path / "index.html").is_file(),
+    }
+
+
+def _compared(run: Run) -> Comparison:
+    """What 06_compare found, read back instead of tested again."""
+    kept, benchmark = run.read_metrics("compare"), run.read_metrics("benchmark")
+    members = run.completed("06_compare")["parameters"]["members"]
+    table = pd.DataFrame(kept["table"]).set_index("member")
+    numbers = [column for column in table if column not in ("encoder", "attention", "system", "reference")]
+    return Comparison(
+        entries_of(run, members), benchmark, table.astype(dict.fromkeys(numbers, float)), pd.DataFrame(kept["tests"])
+    )
+
+
+def _figures(run: Run) -> list:
+    """The figures that 06_compare made, in its order."""
+    paths = [run.path / "figures" / f"{name}.png" for name in run.read_metrics("compare")["figures"]]
+    return [html.figure_html(path) for path in paths if path.is_file()]
