@@ -7,10 +7,10 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo quick full smoke baseline lab test lint format example clean python
+.PHONY: help demo quick full smoke baseline baselines_small lab test lint format example clean python
 
 help: ## show this list
-	@awk -F ': ## ' '/^[a-z]+: ## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ': ## ' '/^[a-z_]+: ## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo '  ARGS="..." is passed on, as in make demo ARGS="--force" or make test ARGS="tests/test_runs.py -x"'
 
@@ -19,7 +19,8 @@ quick: ## a published model on a thousand LibriSpeech utterances
 full: ## a published model on all of train-clean-100 and both test sets
 smoke: ## the whole pipeline on next to nothing, to see that it runs
 baseline: ## train again the small model that the repository ships
-demo quick full smoke baseline: .venv/.installed
+baselines_small: ## two encoders with four kinds of attention each, from scratch on the embedded corpus
+demo quick full smoke baseline baselines_small: .venv/.installed
 	.venv/bin/python run_all.py $@ $(ARGS)
 
 lab: ## open JupyterLab on the notebooks
@@ -48,8 +49,11 @@ example: ## keep a run: make example RUN=demo copies its pages, tables and figur
 example:
 	@test -f "reports/$(RUN)/index.html" || { echo "no run at reports/$(RUN): make example RUN=demo" >&2; exit 1; }
 	rm -rf reports/examples/$(RUN) && mkdir -p reports/examples/$(RUN)
-	cd reports/$(RUN) && for part in *.html *.txt params.json tables figures metrics predictions; do \
-		test ! -e $$part || cp -R $$part ../examples/$(RUN); done
+	cd reports/$(RUN) && for page in index.html */index.html; do \
+		test -f $$page || continue; folder=`dirname $$page`; mkdir -p ../examples/$(RUN)/$$folder; \
+		for part in $$folder/*.html $$folder/*.txt $$folder/params.json \
+			$$folder/tables $$folder/figures $$folder/metrics $$folder/predictions; do \
+			test ! -e $$part || cp -R $$part ../examples/$(RUN)/$$folder; done; done
 	@du -sh reports/examples/$(RUN)
 
 clean: ## remove .venv and caches; reports stay

@@ -37,6 +37,22 @@ def speed_sentence(measured: dict) -> str:
     )
 
 
+def speed_table(measured: dict) -> pd.DataFrame:
+    """Time and memory of the members of a sweep, to read; in brackets the 95th percentile, or an interval."""
+    rows = {
+        name: {
+            "parameters": f"{row['parameters'] / 1e6:.2f} M",
+            "ms per utterance": f"{row['latency_ms_mean']:.1f} (95th percentile {row['latency_ms_p95']:.1f})",
+            "RTFx": f"{row['rtfx']:.0f}",
+            "speed": "×{:.2f} ({:.2f}–{:.2f})".format(row["speed_ratio"], *row["speed_ratio_interval"]),
+            "peak memory": "–" if row["peak_memory_bytes"] is None else size(row["peak_memory_bytes"]),
+            "cache per second": size(row["cache_bytes_per_second"]),
+        }
+        for name, row in measured["systems"].items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("member")
+
+
 def lengths_introduction(lengths: dict) -> str:
     """Heading and text of the measurement over lengths: what was timed, and who was given up where."""
     reasons = {"time": "took longer than that", "memory": "ran out of memory"}

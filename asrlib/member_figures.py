@@ -118,13 +118,14 @@ def _plain_log(axis, values: Sequence[float], show=lambda value, _: f"{value:g}"
 def _wer_points(ax: "Axes", table: pd.DataFrame, split: str, x: str, drawn: Mapping[str, Look]) -> list:
     """Word error rate with its interval against the column `x`; (look, x, y, low, high) of every point."""
     points, seen = [], {}
+    beside = (table[x].max() / table[x].min()) ** 0.015 if x == "cache_bytes" else 1  # several of one size
     for name, row in table.iterrows():
         if pd.isna(row[x]) or pd.isna(row[f"wer_{split}"]):
             continue
         wer, low, high = (100 * row[f"wer_{split}{end}"] for end in ("", "_low", "_high"))
         low, high = (wer, wer) if pd.isna(low) else (low, high)
         seen[row[x]] = repeats = seen.get(row[x], -1) + 1
-        at, look = row[x] * (1.06**repeats if x == "cache_bytes" else 1), drawn[name]  # side by side at one size
+        at, look = row[x] * beside**repeats, drawn[name]
         bars = dict(color=look.colour, marker=look.marker, ms=7, capsize=3, lw=1.2, ls="", zorder=3)
         ax.errorbar(at, wer, [[wer - low], [high - wer]], **bars)
         points.append((look, at, wer, low, high))

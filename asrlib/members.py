@@ -187,7 +187,7 @@ def member_table(entries: Sequence[Entry], benchmark: dict) -> pd.DataFrame:
         {entry.name: entry.origin or _reference(entry.name, table) for entry in entries}, dtype=object
     )
     errors = [column for column in table.columns if column.startswith("wer_")]
-    return table.sort_values([*errors[:1], "cache_bytes"], kind="stable")
+    return table.sort_values([*errors[:1], "cache_bytes"], kind="stable") if entries else table
 
 
 def _row(entry: Entry, benchmark: dict) -> dict:

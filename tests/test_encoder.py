@@ -133,10 +133,13 @@ def test_it_is_what_the_papers_say(encoder, attention):
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_every_dropout_is_on_in_training_and_every_weight_learns(encoder):
     model = tiny.encoder(encoder, hidden_dropout=0.1, attention_dropout=0.2).train()
-    rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
-    assert rates == [0.1] * (1 + LAYERS * {"conformer": 6, "branchformer": 2}[encoder])
+    rates = []  # of every time that something is dropped
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(lambda module, args, output: rates.append(module.p))
     set_seed(0)
     model(**batch(labels=True)).loss.backward()
+    assert rates == [0.1] * (1 + LAYERS * {"conformer": 6, "branchformer": 4}[encoder])
     for name, parameter in model.named_parameters():
         if not name.endswith(("linear_k.bias", "conv_module.depthwise.bias")):  # softmax and BatchNorm cancel them
             assert parameter.grad.abs().max() > 1e-7, name
@@ -267,6 +270,13 @@ def test_an_utterance_too_short_for_its_text_costs_nothing():
     loss.backward()
     assert torch.isfinite(loss) and loss > 0
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+def test_labels_beyond_the_vocabulary_are_refused():
+    model, heard = tiny.encoder(), batch(labels=True)
+    heard["labels"][0, 0] = 32
+    with pytest.raises(ValueError, match="label 32 is beyond the 32 symbols"):
+        model(**heard)
 
 
 # ---- precision, memory -------------------------------------------------------------------------------------

@@ -103,6 +103,21 @@ def test_every_weight_learns_and_padding_teaches_nothing(kind, changes, implemen
         assert (gradient.abs().max() > 1e-6) != cancelled, name
 
 
+@pytest.mark.parametrize("kind", ["mla", "mla_simple"])
+def test_each_layer_has_the_latent_that_the_config_says(kind):
+    assert [layer(kind, index, **SPLIT).latent_kv.ranks for index in (0, 1)] == [(6, 3), (7, 13)]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_is_dropped_in_training_alone(implementation):
+    dropping, plain = (layer("mha", 0, implementation, attention_dropout=rate) for rate in (0.5, 0.0))
+    x_BTD, positions_1PD = inputs()
+    with torch.no_grad():
+        expected = plain(x_BTD, None, positions_1PD)[0]
+        assert torch.equal(dropping(x_BTD, None, positions_1PD)[0], expected)
+        assert (dropping.train()(x_BTD, None, positions_1PD)[0] - expected).abs().max() > 0.1
+
+
 # ---- one kind as another -----------------------------------------------------------------------------------
 
 

@@ -368,6 +368,10 @@ class SpeechEncoderForCTC(PreTrainedModel):
         )
 
     def _ctc_loss(self, logits_BTV: torch.Tensor, frames_B: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
+        if (labels_BL >= self.config.vocab_size).any():  # ctc_loss would read beyond the logits, and not say so
+            raise ValueError(
+                f"label {int(labels_BL.max())} is beyond the {self.config.vocab_size} symbols of the model"
+            )
         counted_BL = labels_BL >= 0
         with torch.autocast(logits_BTV.device.type, enabled=False):
             return nn.functional.ctc_loss(

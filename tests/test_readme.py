@@ -1,0 +1,37 @@
+"""What README shows is executed."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from asrlib import load
+from asrlib.attention.kinds import KINDS
+from asrlib.runs import project_root
+
+README = (project_root(Path(__file__).parent) / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def own_kind(capsys):
+    """The names that README's example of an attention kind leaves behind, and what it prints."""
+    section = README.split("## A kind of attention of your own")[1]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+    names = {}
+    try:
+        exec(compile(code, "README.md", "exec"), names)
+        yield names, capsys.readouterr().out
+    finally:
+        KINDS.pop("shared_kv", None)
+
+
+def test_a_kind_of_attention_of_ones_own_computes_caches_saves_and_loads(own_kind, tmp_path):
+    names, printed = own_kind
+    assert int(printed) == 1000 * 4 * 128 * 4
+    model = names["model"].eval()
+    model.save_pretrained(tmp_path)
+    names["processor"].save_pretrained(tmp_path)
+    features = torch.randn(1, 60, 80)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path)[0](features).logits, model(features).logits)
