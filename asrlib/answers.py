@@ -179,7 +179,8 @@ def _winner(tests: pd.DataFrame, a: str, b: str) -> str:
     if for_a and for_b:
         return f"**It depends**: of {of}, {for_a} are significantly for {a} and {for_b} for {b}."
     winner, count = (a, for_a) if for_a else (b, for_b)
-    return f"**{winner}**, significantly in {count} of {of}."
+    rest = "; the others decide nothing" if count < len(tests) else ""
+    return f"**{winner}**, significantly in {count} of {of}{rest}."
 
 
 # ---- linear attention --------------------------------------------------------------------------------------

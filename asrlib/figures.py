@@ -58,6 +58,11 @@ def unbroken(text: str) -> str:
     return re.sub(r"(?<=\d)–(?=\d)", "\u2060–\u2060", text)
 
 
+def system_name(table: pd.DataFrame, system: str) -> str:
+    """baseline (MHA), or whatever attention the table says it has."""
+    return f"{SYSTEMS[system].partition(' (')[0]} ({table.at[system, 'attention']})"
+
+
 def splits_of(table: pd.DataFrame) -> list[str]:
     return [c.removeprefix("cer_") for c in table.columns if c.startswith("cer_")]
 
@@ -134,7 +139,7 @@ def _described(table: pd.DataFrame, columns: Sequence[str], show: Callable[[floa
     for system in table.index:
         values = {c.removeprefix("wer_"): table.at[system, c] for c in columns}
         said = [f"{name if len(columns) > 1 else ''} {show(v)}".strip() for name, v in values.items() if pd.notna(v)]
-        systems.append(f"{SYSTEMS[system]}: {', '.join(said) or 'not measured'}")
+        systems.append(f"{system_name(table, system)}: {', '.join(said) or 'not measured'}")
     return "; ".join(systems) + "."
 
 
@@ -149,7 +154,7 @@ def wer_bars(table: pd.DataFrame) -> "Figure":
             for j, split in enumerate(splits):
                 wer, reach = _wer(table, system, split)
                 x = j + (i - (len(table) - 1) / 2) * width
-                ax.bar(x, wer, 0.9 * width, color=colours[system], label=SYSTEMS[system] if j == 0 else None)
+                ax.bar(x, wer, 0.9 * width, color=colours[system], label=system_name(table, system) if j == 0 else None)
                 if reach:
                     ax.errorbar(x, wer, reach, color=INK, capsize=3, lw=1.2)
                 top = wer + (reach[1][0] if reach else 0)
@@ -175,7 +180,7 @@ def wer_vs_cache(table: pd.DataFrame) -> "Figure":
                 wer, reach = _wer(table, system, split)
                 x = 100 * (1 - table.at[system, "cache_cut"]) + (0, -1.2, 1.2)[i]  # side by side at one width
                 points.append((x, wer))
-                look = {"color": colours[system], "marker": markers[system], "label": SYSTEMS[system]}
+                look = {"color": colours[system], "marker": markers[system], "label": system_name(table, system)}
                 ax.errorbar(x, wer, reach, **look, ls="", ms=7, capsize=3, lw=1.3)
             (x0, y0), (x1, y1) = points[0], points[-1]
             ax.plot([x0, x1], [y0, y1], color=GREY, lw=1, ls=":", zorder=1)
@@ -205,7 +210,9 @@ def wer_vs_cache(table: pd.DataFrame) -> "Figure":
             bbox_to_anchor=(0.45, 1),
         )
         ax.spines[["top", "right"]].set_visible(False)
-    left = ", ".join(f"{SYSTEMS[s]} {percent(1 - c, 1)}" for s, c in table["cache_cut"].items() if pd.notna(c))
+    left = ", ".join(
+        f"{system_name(table, s)} {percent(1 - c, 1)}" for s, c in table["cache_cut"].items() if pd.notna(c)
+    )
     wers = _described(table, [f"wer_{s}" for s in splits], percent)
     fig.set_label(f"Word error rate against cache left. Cache: {left}. {wers}")
     return fig
@@ -222,7 +229,7 @@ def _bars(ax, table: pd.DataFrame, column: str, show: Callable, label: str, scal
         note = "" if system == "baseline" or pd.isna(base) else f"  ({change(value, base)})"
         white = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
         ax.text(value / scale + 0.02 * longest, i, show(value) + note, va="center", size=9, bbox=white, zorder=4)
-    ax.set(yticks=range(len(table)), yticklabels=[SYSTEMS[s] for s in table.index], xlabel=label)
+    ax.set(yticks=range(len(table)), yticklabels=[system_name(table, s) for s in table.index], xlabel=label)
     ax.set_xlim(0, longest * 1.42)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)

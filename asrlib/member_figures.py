@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from asrlib.figures import GREY, SYSTEMS, _colours, _figure, _style, percent, size
-from asrlib.members import ATTENTION, AUDIO_SECONDS, Comparison, varied_parameters
+from asrlib.members import ATTENTION, AUDIO_SECONDS, UNCONVERTED, Comparison, varied_parameters
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +41,7 @@ def looks(found: Comparison) -> dict[str, Look]:
     table, palette = found.table, sns.color_palette("colorblind")
     kinds = {"mha": palette[7], "mla": palette[0], "mla_simple": palette[9], "gqa": palette[1], "linear": palette[2]}
     colours = {name: kinds.get(row["attention"], palette[4]) for name, row in table.iterrows()}
-    compared = table[[not name.startswith("before") for name in table.index]]
+    compared = table[[not name.startswith(UNCONVERTED) for name in table.index]]
     if compared.duplicated(["encoder", "attention"]).any():
         by_cache = compared.sort_values("cache_bytes", kind="stable").index
         colours |= dict(zip(by_cache, sns.color_palette("viridis", len(by_cache) + 1), strict=False))
@@ -89,7 +89,7 @@ def _label_points(ax: "Axes", points: Sequence[tuple[Look, float, float, float, 
             start = left + side * away * point - (width if side < 0 else 0)
             box = (start, middle + (up - 5) * point, start + width, middle + (up + 5) * point)
             outside = max(0, frame.x0 - box[0]) + max(0, box[2] - frame.x1) + max(0, frame.y0 - box[1])
-            cost = sum(_overlap(box, other) for other in taken) + 100 * outside + point * (abs(up) + away)
+            cost = sum(_overlap(box, other) for other in taken) + 100 * outside + point * (abs(up) + away) + (side < 0)
             places.append((cost, side, away, up, box))
         _, side, away, up, box = min(places)
         taken.append(box)
@@ -206,6 +206,11 @@ def wer_against_parameter(found: Comparison, parameter: str, groups: Sequence[Se
                 line = "" if parameter == "seed" else ("-", "--", ":", "-.")[j % 4]
                 look = dict(color=palette[i], marker="oDs^v"[j % 5], ls=line, ms=6, capsize=3, lw=1.3, label=label)
                 ax.errorbar(at, wer, [wer - low, high - wer], **look)
+            for reference in found.table["reference"].dropna().unique():
+                wer = found.table.at[reference, f"wer_{split}"]
+                if pd.notna(wer) and not any(reference in group for group in groups):
+                    label = f"{split}, {found.short[reference]}"
+                    ax.axhline(100 * wer, color=palette[i], ls=(0, (1, 2)), lw=1.2, label=label, zorder=1)
         if values[0] > 0 and values[-1] > MANY * values[0]:
             ax.set_xscale("log")
             _plain_log(ax.xaxis, values)

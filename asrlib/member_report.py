@@ -3,14 +3,14 @@
 Everything is computed from a `Comparison`. There error rates are fractions; shown, per cent and points.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 from markupsafe import Markup
 
 from asrlib.figures import change, duration, percent, size
 from asrlib.html import table_html
-from asrlib.members import ATTENTION, AUDIO_SECONDS, SIGNIFICANT, Comparison
+from asrlib.members import ATTENTION, AUDIO_SECONDS, SIGNIFICANT, UNCONVERTED, Comparison
 from asrlib.report import save_table, small_print
 from asrlib.runs import Run
 
@@ -143,7 +143,24 @@ def _difference(found: Comparison, name: str, reference: str | None, split: str)
     return f"{points(test['difference'])}{star} ({interval}; p {_p(test['p'])})"
 
 
-def test_table(found: Comparison) -> pd.DataFrame:
+def parameter_table(found: Comparison, parameter: str, groups: Sequence[Sequence[str]]) -> pd.DataFrame:
+    """The members that differ in `parameter` alone, by its value: cache of AUDIO_SECONDS, cut, word errors."""
+    asked = {entry.name: entry.parameters() for entry in found.entries}
+    rows = [
+        {
+            parameter: asked[name][parameter],
+            "member": name,
+            f"cache of {AUDIO_SECONDS:g} s": _shown(row["cache_bytes"], size),
+            "cut against MHA": _shown(row["cache_cut"], lambda cut: percent(cut, 1)),
+            **{f"WER {split}": _rate(row, split) for split in found.splits},
+        }
+        for group in groups
+        for name, row in found.table.loc[list(group)].iterrows()
+    ]
+    return pd.DataFrame(rows)
+
+
+def tests_in_words(found: Comparison) -> pd.DataFrame:
     """Every paired test in words: what was compared, on which split, the difference, p, p by Holm, the verdict."""
     asked = {"reference": "cost of the smaller state", "cache": "GQA or MLA", "encoder": "Conformer or Branchformer"}
     return pd.DataFrame(
@@ -182,9 +199,10 @@ def headline(found: Comparison) -> str:
         return "No word error rate has been measured yet."
     split, table = found.splits[0], found.table.dropna(subset=[f"wer_{found.splits[0]}"])
     best = table.iloc[0]
+    name = f"The model {best.name}" if best.name.startswith(UNCONVERTED) else best.name
     low, high = 100 * best[f"wer_{split}_low"], 100 * best[f"wer_{split}_high"]
     words = (
-        f"{best.name} has the lowest WER on {split} of {len(table)} recognisers, {percent(best[f'wer_{split}'])} "
+        f"{name} has the lowest WER on {split} of {len(table)} recognisers, {percent(best[f'wer_{split}'])} "
         f"(95 % interval {low:.2f}–{high:.2f}"
     )
     overlapping = int((table[f"wer_{split}_low"].iloc[1:] <= best[f"wer_{split}_high"]).sum())
@@ -194,7 +212,11 @@ def headline(found: Comparison) -> str:
         return words
     kept = smaller[[not (significant(t) and t["difference"] > 0) for _, t in smaller.iterrows()]]
     if kept.empty:
-        return f"{words} Every smaller state kept of the audio raised it significantly ({_counted(found, split)})."
+        least = smaller.loc[smaller["difference"].idxmin()]
+        return (
+            f"{words} Every smaller state raised it significantly ({_counted(found, split)}), that of {least['b']} "
+            f"least: {percent(least['cut'], 1)} less than MHA keeps of {AUDIO_SECONDS:g} s, {tested(least)}."
+        )
     least = kept.loc[kept["cache_bytes"].idxmin()]
     return (
         f"{words} The smallest state without a significant rise against {found.short[least['a']]} is that of "
@@ -237,8 +259,8 @@ def how_to_read(found: Comparison) -> str:
     if not found.tests.empty:
         split = found.splits[0]
         words.append(
-            f"Differences are those on {split}, paired over the same utterances; * is significant "
-            f"({_counted(found, split)})."
+            f"Differences are those on {split}, paired over the same utterances, each p that of one alone; * is "
+            f"significant ({_counted(found, split)})."
         )
     words.append("The cache is computed: what a stream would keep. RTFx: seconds of audio per second of compute.")
     if timed := list(found.benchmark.get("systems", {})):

@@ -242,7 +242,8 @@ def _reference(name: str, table: pd.DataFrame) -> str | None:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """conformer_mha_small, conformer_mla_small → conformer_mha, conformer_mla; latent_dim-8, latent_dim-16 → 8, 16."""
+    """conformer_mha_small, conformer_mla_small → conformer_mha, conformer_mla. Names of which too little would be left,
+    latent_dim-8 and latent_dim-16, stay whole."""
     words = {name: re.findall(r"[^_-]+[_-]*|^[_-]+", name) for name in names if not name.startswith(UNCONVERTED)}
     if len(words) < 2:
         return {name: name for name in names}
@@ -250,7 +251,9 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     head = next((i for i in range(fewest) if len({w[i] for w in words.values()}) > 1), fewest - 1)
     tail = next((i for i in range(fewest - head) if len({w[-1 - i] for w in words.values()}) > 1), 0)
     short = {name: "".join(w[head : len(w) - tail]).rstrip("_-") for name, w in words.items()}
-    return {name: short.get(name) or name for name in names}
+    if not all(re.search(r"[^\W\d_]", name) for name in short.values()):
+        short = {}
+    return {name: short.get(name, name) for name in names}
 
 
 # ---- which differences are more than chance ----------------------------------------------------------------

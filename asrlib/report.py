@@ -25,13 +25,14 @@ from asrlib.figures import (
     show_figure,
     size,
     splits_of,
+    system_name,
     training_curves,
     unbroken,
     wer_bars,
     wer_vs_cache,
 )
 from asrlib.html import PAGES, diff_transcripts, display_table, render_notebook, table_html
-from asrlib.members import is_member, is_sweep
+from asrlib.members import ATTENTION, is_member, is_sweep
 from asrlib.runs import STEP_OF_METRICS, Run, atomic_write, read_json
 
 __all__ = [  # what notebooks call
@@ -86,6 +87,7 @@ def comparison_table(run: Run) -> pd.DataFrame:
 
 def _table(metrics: dict[str, dict]) -> pd.DataFrame:
     before, convert = metrics["baseline"], metrics["convert"]
+    attention = ATTENTION.get(kind := before.get("attention", "mha"), kind)
     scores = metrics["evaluate"].get("systems") or {"baseline": before.get("splits", {})}
     timings = metrics["benchmark"].get("systems", {})
     full_cache = timings.get("baseline", {}).get("cache_bytes_per_second")
@@ -98,7 +100,7 @@ def _table(metrics: dict[str, dict]) -> pd.DataFrame:
             continue
         cache = timing.get("cache_bytes_per_second")
         row = {
-            "attention": "MHA" if system == "baseline" else "MLA",
+            "attention": attention if system == "baseline" else "MLA",
             "cache_bytes_per_second": cache,
             "cache_bytes_1000_frames": timing.get("cache_bytes_1000_frames"),
             "cache_cut": 1 - cache / full_cache if cache and full_cache else cuts[system],
@@ -139,7 +141,7 @@ def readable_comparison(table: pd.DataFrame) -> pd.DataFrame:
 
     columns = {}
     for system, row in table.iterrows():
-        columns[SYSTEMS[system]] = {
+        columns[system_name(table, system)] = {
             **{f"WER {s}": with_interval(row, f"wer_{s}", "{:.2f} %", 100) for s in splits_of(table)},
             **{f"CER {s}": alone(row, f"cer_{s}", "{:.2%}").replace("%", " %") for s in splits_of(table)},
             "K/V cache per second of audio": with_change(row, "cache_bytes_per_second", size),
@@ -158,7 +160,8 @@ def headline(run: Run) -> str:
     return _sentence(_metrics(run))
 
 
-def _sentence(metrics: dict[str, dict]) -> str:
+def _sentence(metrics: dict[str, dict], to_convert: bool = True) -> str:
+    """`to_convert`: is a conversion to follow where there is none yet?"""
     table = _table(metrics)
     measured = table.loc["baseline"].dropna().index if "baseline" in table.index else []
     splits = [split for split in splits_of(table) if f"wer_{split}" in measured]
@@ -174,10 +177,8 @@ def _sentence(metrics: dict[str, dict]) -> str:
         return "unknown" if pd.isna(low) else f"{100 * low:.2f}–{100 * high:.2f}"
 
     if not latent:
-        return (
-            f"WER of the baseline on {split} is {percent(base[wer])} (95 % interval {interval(base)}); "
-            "no converted model has been evaluated yet."
-        )
+        missing = "; no converted model has been evaluated yet" if to_convert else ""
+        return f"WER of the baseline on {split} is {percent(base[wer])} (95 % interval {interval(base)}){missing}."
     new = table.loc[latent[0]]
     words = f"WER on {split} went from {100 * base[wer]:.2f} to {percent(new[wer])}"
     if latent[0] == "converted":
@@ -296,14 +297,14 @@ def write_index(run_dir: str | os.PathLike, command: str | None = None) -> Path:
         _write_summary(run)  # the step that wrote it did not know yet how long it took itself
     index = run.path / "index.html"
     pages = [stem for stem in times if (run.path / f"{stem}.html").is_file()]
-    facts = html.page_facts(index, run.path.name, "What a smaller cache costs and saves", pages)
     sweep = run.path.parent.name if is_member(run.path) else None
     steps = {stem: of for stem, of in PAGES.items() if not sweep or run.started(stem)}
+    title = "What a smaller cache costs and saves" if "01_convert" in steps else "One recogniser"
     return html.render_template(
         "index.html.j2",
         index,
-        page=facts,
-        headline=unbroken(_sentence(metrics)),
+        page=html.page_facts(index, run.path.name, title, pages),
+        headline=unbroken(_sentence(metrics, "01_convert" in steps)),
         comparison=_comparison_html(table) if len(table) else None,
         figures=_index_figures(run, table, times),
         data=_data_facts(metrics),

@@ -162,7 +162,7 @@ def test_what_cannot_be_converted_is_refused(tiny_model):
         convert(mla, 8)
     with pytest.raises(ValueError, match="latent already"):
         decompose(mla)
-    with pytest.raises(ValueError, match="standard attention already"):
+    with pytest.raises(ValueError, match="has no latent attention"):
         to_standard_attention(tiny_model)
 
 

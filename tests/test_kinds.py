@@ -169,7 +169,8 @@ def test_a_latent_that_is_the_input_is_mha(kind, layout, latent_dim, downs):
     if kind == "mla":
         weights["linear_q.down.weight"] = torch.eye(WIDTH).double()
         weights |= {f"linear_q.up.{part}": weights.pop(f"linear_q.{part}") for part in ("weight", "bias")}
-    ours = copied(kind, weights, latent_dim=[latent_dim] * 2, latent_layout=layout, query_latent_dim=WIDTH)
+    query_latent_dim = WIDTH if kind == "mla" else None
+    ours = copied(kind, weights, latent_dim=[latent_dim] * 2, latent_layout=layout, query_latent_dim=query_latent_dim)
     x_BTD, positions_1PD = inputs()
     with torch.no_grad():
         torch.testing.assert_close(ours(x_BTD, None, positions_1PD)[0], mha(x_BTD, None, positions_1PD)[0], **CLOSE)

@@ -85,6 +85,8 @@ def encoder(kind: str = "conformer", attention: str = "mha", **changes) -> Speec
                 values.normal_(std=0.3)
             elif name.endswith(("_var", "_std")) or ("norm" in name and name.endswith("weight")):
                 values.uniform_(0.5, 1.5)
+            elif "cgmlp.depthwise" in name:  # next to nothing before training
+                values.normal_()
             elif ".self_attn." in name or "subsampling." in name:
                 values.mul_(3)  # or frames would be alike, and attended to alike
     return model

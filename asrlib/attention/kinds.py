@@ -191,11 +191,13 @@ class LinearAttention(SelfAttention):
         key_BHTE = nn.functional.elu(key_BHTE) + 1
         if attention_mask is not None:
             key_BHTE = key_BHTE.masked_fill(~attention_mask[:, None, :, None], 0)
-        state_BHEE = key_BHTE.transpose(2, 3) @ value_BHTE
-        total_BHE1 = key_BHTE.sum(2).unsqueeze(-1)
-        output_BHTE = (query_BHTE @ state_BHEE) / (query_BHTE @ total_BHE1).clamp(
-            min=torch.finfo(query_BHTE.dtype).tiny
-        )
+        with torch.autocast(query_BHTE.device.type, enabled=False):  # sums over many frames would leave float16's range
+            wide = torch.promote_types(query_BHTE.dtype, torch.float32)
+            query_BHTE, key_BHTE, value_BHTE = query_BHTE.to(wide), key_BHTE.to(wide), value_BHTE.to(wide)
+            state_BHEE = key_BHTE.transpose(2, 3) @ value_BHTE
+            total_BHE1 = key_BHTE.sum(2).unsqueeze(-1)
+            weight_BHT1 = (query_BHTE @ total_BHE1).clamp(min=torch.finfo(wide).tiny)
+            output_BHTE = ((query_BHTE @ state_BHEE) / weight_BHT1).to(hidden_states.dtype)
         return self.linear_out(output_BHTE.transpose(1, 2).flatten(2)), None
 
     @staticmethod

@@ -39,6 +39,16 @@ def check_latent_dim(latent_dim: int, width: int, layout: str, key_dim: int | No
         )
 
 
+def check_latent_widths(config) -> None:
+    """Raises ValueError unless `config.latent_dim` and, where given, `latent_key_dim` have one possible width a layer."""
+    for name in ("latent_dim", "latent_key_dim") if config.latent_key_dim else ("latent_dim",):
+        given, layers = len(getattr(config, name)), config.num_hidden_layers
+        if given != layers:
+            raise ValueError(f"{name} has {given} widths for {layers} layers: give one a layer")
+    for layer, width in enumerate(config.latent_dim):
+        check_latent_dim(width, config.hidden_size, config.latent_layout, config.key_dim(layer))
+
+
 def split_ranks(latent_dim: int) -> tuple[int, int]:
     """(rank for keys, rank for values) of a split latent that nobody divided: an odd number is the value's."""
     return latent_dim // 2, latent_dim - latent_dim // 2

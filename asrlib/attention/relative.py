@@ -1,4 +1,4 @@
-"""Attention with relative positions, in blocks of queries: memory grows with T, not with T².
+"""Attention with relative positions, in blocks of queries: without gradients, memory grows with T, not with T².
 
     score(i, j) = ((q_i + u)·k_j + (q_i + v)·p_{i−j}) / √d_h        (Transformer-XL, arXiv 1901.02860, 3.3)
 
@@ -65,17 +65,23 @@ def relative_attention(
     for start in range(0, frames, rows):
         block = query_BHTE[:, :, start : start + rows]
         bias = position_scores(block + bias_v_HE[:, None], positions_HPE, start, frames) * scale
-        if kept_BT is not None:  # a large negative number, for −∞ in a row without a single frame is no number
-            bias = bias.masked_fill(~kept_BT[:, None, None], torch.finfo(bias.dtype).min)
         block = block + bias_u_HE[:, None]
         if return_weights:
-            attended = ((block @ key_BHTE.transpose(2, 3)) * scale + bias).softmax(-1)
-            weights.append(attended)
-            outputs.append(nn.functional.dropout(attended, dropout) @ value_BHTE)
+            scores = _only_speech((block @ key_BHTE.transpose(2, 3)) * scale + bias, kept_BT)
+            weights.append(scores.softmax(-1))
+            outputs.append(nn.functional.dropout(weights[-1], dropout) @ value_BHTE)
         else:
+            bias = _only_speech(bias, kept_BT)
             outputs.append(
                 nn.functional.scaled_dot_product_attention(
                     block, key_BHTE, value_BHTE, attn_mask=bias, dropout_p=dropout, scale=scale
                 )
             )
     return torch.cat(outputs, dim=2), torch.cat(weights, dim=2) if return_weights else None
+
+
+def _only_speech(scores_BHnT: torch.Tensor, kept_BT: torch.Tensor | None) -> torch.Tensor:
+    if kept_BT is None:
+        return scores_BHnT
+    # Not −∞, with which an utterance without a single frame would be no number.
+    return scores_BHnT.masked_fill(~kept_BT[:, None, None], torch.finfo(scores_BHnT.dtype).min)

@@ -68,7 +68,10 @@ def _candidates(model, index: int, layout: str, method: str, statistics: LayerSt
 
 def _check_convertible(model: PreTrainedModel, layout: str, method: str) -> None:
     if is_latent(model.config):
-        raise ValueError(f"the model is latent already ({model.config.model_type}): convert the one it came from")
+        raise ValueError(
+            f"the model is latent already ({model.config.model_type}): convert the one it came from, or what "
+            "to_standard_attention makes of it"
+        )
     if method not in METHODS:
         raise ValueError(f"method is {method!r}: choose one of {', '.join(METHODS)}")
     family_of(model.config).check_layout(model.config, layout)
@@ -245,7 +248,7 @@ def _widened(cut: Factors, width: int) -> Factors:
 def to_standard_attention(latent: PreTrainedModel) -> PreTrainedModel:
     """The MHA model that computes what `latent` computes: W_k = up_k @ down, W_v = up_v @ down, and W_q likewise."""
     if not is_latent(latent.config):
-        raise ValueError(f"the model has standard attention already ({latent.config.model_type})")
+        raise ValueError(f"the model has no latent attention ({latent.config.model_type}): there is nothing to undo")
     family = family_of(latent.config)
     model = family.standard_model(family.to_standard(latent.config)).to(latent.dtype)
     model.set_attn_implementation(latent.config._attn_implementation)
@@ -259,7 +262,7 @@ def to_standard_attention(latent: PreTrainedModel) -> PreTrainedModel:
             ours.linear_k.bias.copy_(theirs.latent_kv.up_k.bias)
             ours.linear_v.bias.copy_(theirs.latent_kv.up_v.bias)
             if isinstance(theirs.linear_q, LatentQuery):
-                ours.linear_q.weight.copy_(theirs.linear_q.up.weight @ theirs.linear_q.down.weight)
+                ours.linear_q.weight.copy_(theirs.linear_q.up.weight.double() @ theirs.linear_q.down.weight.double())
                 ours.linear_q.bias.copy_(theirs.linear_q.up.bias)
     return model.eval()
 

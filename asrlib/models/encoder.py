@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCTC, PreTrainedConfig, PreTrain
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 
-from asrlib.attention.kinds import KINDS, SimpleLatentAttention, attention_kind
-from asrlib.attention.latent import check_latent_dim, split_ranks
+from asrlib.attention.kinds import KINDS, LatentAttention, SimpleLatentAttention, attention_kind
+from asrlib.attention.latent import check_latent_widths, split_ranks
 from asrlib.attention.relative import sinusoids
 from asrlib.data.augmentation import spec_augment
 
@@ -58,14 +58,13 @@ class SpeechEncoderConfig(PreTrainedConfig):
     pad_token_id: int | None = 0  # also the CTC blank
     ctc_loss_reduction: str = "mean"
     ctc_zero_infinity: bool = True
-    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
         if issubclass(KINDS.get(self.attention, object), SimpleLatentAttention):
             self.latent_dim = self.latent_dim or [max(2, self.hidden_size // 2)] * self.num_hidden_layers
             if self.latent_layout == "split" and not self.latent_key_dim:
                 self.latent_key_dim = [split_ranks(width)[0] for width in self.latent_dim]
-        if self.attention == "mla" and self.query_latent_dim is None:
+        if issubclass(KINDS.get(self.attention, object), LatentAttention) and self.query_latent_dim is None:
             self.query_latent_dim = max(1, self.hidden_size // 2)
         self.latent_dim, self.latent_key_dim = list(self.latent_dim), list(self.latent_key_dim)
         super().__post_init__(**kwargs)
@@ -75,9 +74,9 @@ class SpeechEncoderConfig(PreTrainedConfig):
         if self.encoder not in BLOCKS:
             raise ValueError(f"encoder is {self.encoder!r}: choose one of {', '.join(BLOCKS)}")
         kind = attention_kind(self.attention)
-        if self.num_attention_heads < 1 or self.hidden_size % (2 * self.num_attention_heads):
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads or self.hidden_size % 2:
             raise ValueError(
-                f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads of even size"
+                f"hidden_size {self.hidden_size} must be even and divide into {self.num_attention_heads} heads"
             )
         groups = self.num_key_value_heads
         if self.attention == "gqa" and (groups < 1 or self.num_attention_heads % groups):
@@ -89,23 +88,16 @@ class SpeechEncoderConfig(PreTrainedConfig):
             raise ValueError(f"conv_depthwise_kernel_size is {self.conv_depthwise_kernel_size}: it must be odd")
         if Subsampling.length(self.num_mel_bins) < 1:
             raise ValueError(f"num_mel_bins is {self.num_mel_bins}: the two convolutions need at least 7")
-        if self.attention == "mla" and not 1 <= self.query_latent_dim <= self.hidden_size:
+        if self.query_latent_dim is not None and not 1 <= self.query_latent_dim <= self.hidden_size:
             raise ValueError(
                 f"query_latent_dim is {self.query_latent_dim}: it must lie between 1 and hidden_size {self.hidden_size}"
             )
         if issubclass(kind, SimpleLatentAttention):
-            for name in ("latent_dim", "latent_key_dim") if self.latent_key_dim else ("latent_dim",):
-                if len(getattr(self, name)) != self.num_hidden_layers:
-                    raise ValueError(
-                        f"{name} has {len(getattr(self, name))} widths for {self.num_hidden_layers} layers: give one "
-                        "a layer"
-                    )
-            for layer in range(self.num_hidden_layers):
-                check_latent_dim(self.latent_dim[layer], self.hidden_size, self.latent_layout, self.key_dim(layer))
-        elif self.latent_dim:
-            raise ValueError(
-                f"latent_dim is given, but attention {self.attention!r} has no latent: use mla or leave it"
-            )
+            check_latent_widths(self)
+        elif self.latent_dim or self.latent_key_dim:
+            raise ValueError(f"latent widths are given, but attention {self.attention!r} has no latent: use mla")
+        if self.query_latent_dim is not None and not issubclass(kind, LatentAttention):
+            raise ValueError(f"query_latent_dim is given, but attention {self.attention!r} has none: use mla")
 
     @property
     def inputs_to_logits_ratio(self) -> int:
@@ -175,6 +167,8 @@ class Subsampling(nn.Module):
         return ((mel_frames - 1) // 2 - 1) // 2
 
     def forward(self, features_BMF: torch.Tensor) -> torch.Tensor:
+        if self.length(features_BMF.shape[1]) < 1:
+            raise ValueError(f"{features_BMF.shape[1]} mel frames are too few for an encoder frame: give 7 at least")
         x_BCTF = self.conv2(self.conv1(features_BMF[:, None]).relu()).relu()
         return self.dropout(self.linear(x_BCTF.transpose(1, 2).flatten(2)))
 
@@ -243,6 +237,10 @@ class ConvolutionalGatingMLP(nn.Module):
         self.linear1 = nn.Linear(config.hidden_size, 2 * half)
         self.gate_norm = nn.LayerNorm(half)
         self.depthwise = DepthwiseConvolution(half, config.conv_depthwise_kernel_size)
+        nn.init.normal_(
+            self.depthwise.weight, std=1e-6
+        )  # the gate is open at first, as in gMLP (arXiv 2105.08050, 2.1)
+        nn.init.ones_(self.depthwise.bias)
         self.linear2 = nn.Linear(half, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
@@ -327,7 +325,7 @@ class SpeechEncoderForCTC(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """torch's own initialisation, which modules have from the start, but for the biases of positions."""
+        """Nothing: modules have torch's own initialisation, and theirs, from the start."""
 
     def normalise_by(self, mean_F: torch.Tensor, std_F: torch.Tensor) -> None:
         self.feature_mean.copy_(mean_F)

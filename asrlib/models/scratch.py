@@ -15,7 +15,7 @@ from transformers import (
     set_seed,
 )
 
-from asrlib.attention.kinds import SimpleLatentAttention, attention_kind
+from asrlib.attention.kinds import LatentAttention, SimpleLatentAttention, attention_kind
 from asrlib.data.features import log_mel
 from asrlib.models.encoder import BLOCKS, SpeechEncoderConfig
 from asrlib.models.families import family_of
@@ -88,9 +88,12 @@ def new_config(
                 f"attention is {attention!r}, but a new {RAW_AUDIO} has 'mha': choose architecture "
                 f"{' or '.join(BLOCKS)}, or convert the model"
             )
+        if time_masks or frequency_masks:
+            raise ValueError(f"a new {RAW_AUDIO} masks spans of its own: time_masks and frequency_masks must be 0")
         return _raw_audio_config(processor, hidden_size, num_layers, num_heads, depthwise_kernel, dropout)
     extractor = processor.feature_extractor
-    latent = latent_dim is not None and issubclass(attention_kind(attention), SimpleLatentAttention)
+    kind = attention_kind(attention)
+    latent = latent_dim is not None and issubclass(kind, SimpleLatentAttention)
     return SpeechEncoderConfig(
         encoder=architecture,
         attention=attention,
@@ -99,7 +102,7 @@ def new_config(
         num_attention_heads=num_heads,
         num_key_value_heads=kv_heads,
         latent_dim=[latent_dim] * num_layers if latent else [],
-        query_latent_dim=query_latent_dim,
+        query_latent_dim=query_latent_dim if issubclass(kind, LatentAttention) else None,
         intermediate_size=feedforward_size or (4 if architecture == "conformer" else 3) * hidden_size,
         conv_depthwise_kernel_size=depthwise_kernel,
         subsampling_channels=subsampling_channels,

@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModelForCTC, Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
 from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerSelfAttention
 
-from asrlib.attention.latent import LatentKV, check_latent_dim, split_ranks
+from asrlib.attention.latent import LatentKV, check_latent_widths, split_ranks
 
 
 @strict
@@ -45,13 +45,7 @@ class Wav2Vec2ConformerMLAConfig(Wav2Vec2ConformerConfig):
     def validate_latent(self):
         """Part of `@strict`'s validation."""
         check_layout(self, self.latent_layout)
-        layers = self.num_hidden_layers
-        for name in ("latent_dim", "latent_key_dim") if self.latent_key_dim else ("latent_dim",):
-            given = len(getattr(self, name))
-            if given != layers:
-                raise ValueError(f"{name} has {given} widths for {layers} layers: give one a layer")
-        for layer in range(layers):
-            check_latent_dim(self.latent_dim[layer], self.hidden_size, self.latent_layout, self.key_dim(layer))
+        check_latent_widths(self)
 
     def key_dim(self, layer: int) -> int | None:
         """How many of a layer's numbers are the keys'; None in a joint latent, where all are."""
