@@ -50,6 +50,7 @@ LIMITS: dict[str, Any] = {
     "analysis_cuts": Field(min_length=1),
     "analysis_methods": Field(min_length=1),
     "benchmark_samples": AT_LEAST_ONE,
+    "benchmark_pass_seconds": POSITIVE,
     "hidden_size": AT_LEAST_ONE,
     "num_layers": AT_LEAST_ONE,
     "num_heads": AT_LEAST_ONE,
@@ -75,7 +76,8 @@ LIMITS: dict[str, Any] = {
     "latent_dim": AT_LEAST_ONE,
     "cache_cut": Field(gt=0, lt=1),
     "layout": one_of("joint", "split"),
-    "method": one_of("svd", "whitened", "two_sided", "attended"),
+    "convert_to": one_of("mla", "gqa"),
+    "method": one_of("mean", "svd", "whitened", "two_sided", "attended"),
     "ctc_weight": NOT_NEGATIVE,
     "kl_weight": NOT_NEGATIVE,
     "hidden_weight": NOT_NEGATIVE,
@@ -372,6 +374,12 @@ def check_surroundings(values: dict[str, Any]) -> None:
         raise BadParameter("'architecture' asks for a new model, whose weights are random: say 'baseline_epochs' too")
     if values.get("architecture"):
         _check_new_model(values)
+    forbidden = "attended" if values.get("convert_to") == "gqa" else "mean"
+    if values.get("method") == forbidden:
+        raise BadParameter(f"'method' is {forbidden}, which cannot convert to {values.get('convert_to', 'mla')}")
+    for seconds in values.get("benchmark_seconds", []):
+        if not isinstance(seconds, float | int) or seconds <= 0:
+            raise BadParameter(f"'benchmark_seconds' holds {seconds!r}: each should be a number of seconds above 0")
     for cut in values.get("analysis_cuts", []):
         if not isinstance(cut, float) or not 0 < cut < 1:
             raise BadParameter(f"'analysis_cuts' holds {cut!r}: a cut lies between 0 and 1 (0.75 keeps a quarter)")

@@ -96,7 +96,7 @@ def _file_state(root: Path, value: Any) -> list | None:
     if not isinstance(value, str) or not value or len(value) > 255:
         return None
     shipped = root / "asrlib" / "pretrained" / value
-    if (shipped / "config.json").is_file():
+    if value == shipped.name and (shipped / "config.json").is_file():
         return [files_fingerprint(shipped.iterdir(), root)]
     path = root / Path(value).expanduser()
     if not path.exists():

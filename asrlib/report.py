@@ -100,7 +100,7 @@ def _table(metrics: dict[str, dict]) -> pd.DataFrame:
             continue
         cache = timing.get("cache_bytes_per_second")
         row = {
-            "attention": attention if system == "baseline" else "MLA",
+            "attention": attention if system == "baseline" else convert.get("attention", "MLA"),
             "cache_bytes_per_second": cache,
             "cache_bytes_1000_frames": timing.get("cache_bytes_1000_frames"),
             "cache_cut": 1 - cache / full_cache if cache and full_cache else cuts[system],

@@ -170,7 +170,9 @@ def test_every_sweep_of_this_repository_fits_the_notebooks():
     schema, sweeps = Schema(find_notebooks(ROOT)), []
     for file in sorted((ROOT / "params").glob("*.yaml")):
         if "sweep" in read_params_file(file):
-            sweeps.append(read_sweep(ROOT, Run(ROOT / "reports" / file.stem), file, [], schema))
+            trained = ["model=synthetic-conformer"]  # for one of those that a sweep must train first
+            given = trained if str(read_params_file(file).get("model", "")).startswith("reports/") else []
+            sweeps.append(read_sweep(ROOT, Run(ROOT / "reports" / file.stem), file, given, schema))
     assert sweeps and all(len(sweep.members) > 1 for sweep in sweeps)
 
 

@@ -42,9 +42,10 @@ def analyze_compression_quality(
     Raises ValueError where the two are not a standard and a latent model, or no utterance is a frame long.
     """
     if is_latent(mha.config) or not is_latent(mla.config):
+        latent = ["latent" if is_latent(model.config) else "not latent" for model in (mha, mla)]
         raise ValueError(
-            f"the models are {mha.config.model_type} and {mla.config.model_type}: give first the one with standard "
-            "attention, then the latent one that was converted from it"
+            f"the models are {latent[0]} ({mha.config.model_type}) and {latent[1]} ({mla.config.model_type}): give "
+            "first the one with standard attention, then the latent one that was converted from it"
         )
     modules = attention_modules(mha)
     device = choose_device(None, mha)
