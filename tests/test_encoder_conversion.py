@@ -11,13 +11,14 @@ from asrlib import (
     collect_statistics,
     convert,
     evaluate,
+    kv_cache_bytes,
     load,
     to_standard_attention,
 )
 from asrlib.attention.kinds import KINDS
 from asrlib.conversion.convert import decompose, measure_sensitivity
 from asrlib.conversion.factorize import METHODS
-from asrlib.conversion.grouped import GROUPING_METHODS, group_heads
+from asrlib.conversion.grouped import GROUPING_METHODS, group_heads, to_grouped_attention
 from asrlib.data.batches import CTCCollator, CTCDataset
 from asrlib.data.features import feature_statistics
 from asrlib.evaluation import transcribe
@@ -232,6 +233,25 @@ def test_the_mean_of_heads_is_the_gqa_encoder_of_averaged_weights(model, kv_head
     ours = logits(group_heads(model, kv_heads))
     torch.testing.assert_close(ours, logits(gqa), rtol=0, atol=2e-5)
     assert (error(ours, logits(model)) > 0.01) == (kv_heads < 4)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("method", GROUPING_METHODS)
+def test_a_gqa_model_computes_what_its_latent_twin_does(model, statistics, method, kv_heads):
+    twin = group_heads(model, kv_heads, method, statistics).double()
+    grouped = to_grouped_attention(twin, kv_heads)
+    assert grouped.config.attention == "gqa" and grouped.config.num_key_value_heads == kv_heads
+    torch.testing.assert_close(logits(grouped), logits(twin), rtol=0, atol=1e-9)
+    assert kv_cache_bytes(grouped.config, 1000) == kv_cache_bytes(twin.config, 1000)
+
+
+def test_only_what_caches_that_many_heads_becomes_a_gqa_model(model):
+    twin = group_heads(model, 2)
+    for other, kv_heads in ((twin, 1), (model, 2), (convert(model, 16), 2)):
+        with pytest.raises(ValueError, match=f"does not cache {kv_heads} keys and values"):
+            to_grouped_attention(other, kv_heads)
+    with pytest.raises(ValueError, match="wav2vec2-conformer-mla has no grouped-query attention"):
+        to_grouped_attention(group_heads(tiny.conformer(), 1), 1)
 
 
 @pytest.mark.parametrize("method", GROUPING_METHODS[1:])
