@@ -206,7 +206,8 @@ def headline(found: Comparison) -> str:
         f"(95 % interval {low:.2f}–{high:.2f}"
     )
     overlapping = int((table[f"wer_{split}_low"].iloc[1:] <= best[f"wer_{split}_high"]).sum())
-    words += f"; those of {overlapping} others overlap)." if overlapping else ")."
+    others = "that of one other overlaps" if overlapping == 1 else f"those of {overlapping} others overlap"
+    words += f"; {others})." if overlapping else ")."
     smaller = _smaller_caches(found, split)
     if smaller.empty:
         return words
