@@ -20,8 +20,8 @@ positions every R_h must therefore have an inverse, as it does unless a head ign
 One group (multi-query attention) is thus the split latent of ranks d_h, and more are one with zeros in it: by its own
 method's measure, none is better than the split latent as wide.
 
-Training a grouped twin would fill its zeros, and no GQA layer computes what it is then: where the family has grouped-query
-attention of its own, `to_grouped_attention` makes the GQA model above, which can be trained.
+Training a grouped twin would fill its zeros, and no GQA layer computes what it is then: where the family has
+grouped-query attention of its own, `to_grouped_attention` makes the GQA model above, which can be trained.
 """
 
 from dataclasses import dataclass, replace
