@@ -1,6 +1,6 @@
 """Which files of the library a piece of code depends on, read from its imports without running it.
 
-A step is done again when its own code changes. An edit to how figures look must not train a model for another hour.
+A step is done again when the code it runs changes. An edit to how figures look must not train a model for another hour.
 """
 
 import ast

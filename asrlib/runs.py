@@ -8,6 +8,7 @@ Nothing here is ever half-written: a file or folder appears under its name when 
 Only a `.completed/<step>.json` marker means that a step is done.
 """
 
+import ast
 import hashlib
 import json
 import os
@@ -262,6 +263,18 @@ def fingerprint(*parts: Any) -> str:
 
 
 def files_fingerprint(files: Iterable[Path], folder: Path) -> str:
-    """Fingerprint of what is in `files`, and of what they are called below `folder`."""
-    digests = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    """Fingerprint of what is in `files`, and of what they are called below `folder`; of Python, of what it does."""
+    digests = {str(path.relative_to(folder)): hashlib.sha256(_substance(path)).hexdigest() for path in files}
     return fingerprint(digests)
+
+
+def _substance(path: Path) -> bytes:
+    """The bytes of a file; of a Python module its syntax tree, in which comments, docstrings and layout do not count."""
+    if path.suffix != ".py":
+        return path.read_bytes()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree).encode()

@@ -153,6 +153,8 @@ def test_fingerprints_tell_values_apart_but_not_the_order_of_names(tmp_path):
     file.write_text("x = 1")
     before = files_fingerprint([file], tmp_path)
     assert files_fingerprint([file], tmp_path) == before
+    file.write_text('"""Says why."""\n\nx=1  # here too\n')
+    assert files_fingerprint([file], tmp_path) == before, "not what it does"
     file.write_text("x = 2")
     changed = files_fingerprint([file], tmp_path)
     moved = file.rename(tmp_path / "text.py")

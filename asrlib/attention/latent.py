@@ -40,7 +40,7 @@ def check_latent_dim(latent_dim: int, width: int, layout: str, key_dim: int | No
 
 
 def check_latent_widths(config) -> None:
-    """Raises ValueError unless `config.latent_dim` and, where given, `latent_key_dim` have one possible width a layer."""
+    """Raises ValueError unless `config.latent_dim` and `latent_key_dim` (if given) have one possible width a layer."""
     for name in ("latent_dim", "latent_key_dim") if config.latent_key_dim else ("latent_dim",):
         given, layers = len(getattr(config, name)), config.num_hidden_layers
         if given != layers:
