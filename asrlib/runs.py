@@ -269,7 +269,7 @@ def files_fingerprint(files: Iterable[Path], folder: Path) -> str:
 
 
 def _substance(path: Path) -> bytes:
-    """The bytes of a file; of a Python module its syntax tree, in which comments, docstrings and layout do not count."""
+    """The bytes of a file; of Python its syntax tree, in which comments, docstrings and layout do not count."""
     if path.suffix != ".py":
         return path.read_bytes()
     tree = ast.parse(path.read_text(encoding="utf-8"))

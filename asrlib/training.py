@@ -352,6 +352,7 @@ def _arguments(folder: Path, settings: TrainingSettings, steps_per_epoch: int, a
         fp16=settings.precision == "fp16",
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
+        dataloader_num_workers=0 if on_cpu else 4,  # decode the next batches while the accelerator computes
         eval_on_start=afresh,  # where the training begins from, at step 0
         eval_strategy="steps",
         eval_steps=every,
