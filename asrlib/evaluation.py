@@ -2,11 +2,16 @@
 
 Transcripts are greedy CTC. Error rates are fractions over a whole corpus (errors of all utterances divided by
 words of all utterances), with intervals and significance from resampling utterances.
+
+    python -m asrlib.evaluation A.jsonl B.jsonl    # transcripts of one corpus by two models: is B better?
+
 Shapes: N utterances, R resamples, B batch, S what a model reads (samples of audio, or frames of features), T frames,
 V tokens of the vocabulary.
 """
 
+import argparse
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -270,3 +275,24 @@ def paired_bootstrap(a: EvaluationResult, b: EvaluationResult) -> dict:
         "interval": list(interval(differences_R)),
         "p": min(1.0, 2 * float(tail) / (1 + len(differences_R))),
     }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m asrlib.evaluation", description="Compares transcripts, by words.")
+    parser.add_argument("a", metavar="A.jsonl", help="transcripts as `evaluate` and the notebooks keep them")
+    parser.add_argument("b", metavar="B.jsonl", help="another model's, of the same utterances")
+    args = parser.parse_args(argv)
+    a, b = (score(load_predictions(Path(name).absolute())) for name in (args.a, args.b))
+    test = paired_bootstrap(a, b)
+    lines = [
+        "{}: {:.2f} % ({:.2f} to {:.2f})".format(name, *(100 * value for value in (result.wer, *result.wer_interval)))
+        for name, result in (("A", a), ("B", b))
+    ]
+    change = [100 * value for value in (test["difference"], *test["interval"])]
+    lines.append("B − A: {:+.2f} points ({:+.2f} to {:+.2f}), p = {:.4f}".format(*change, test["p"]))
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

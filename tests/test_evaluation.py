@@ -12,6 +12,7 @@ from asrlib.data.corpus import SAMPLE_RATE, Corpus, Utterance
 from asrlib.evaluation import (
     evaluate,
     load_predictions,
+    main,
     paired_bootstrap,
     resample_sums,
     score,
@@ -360,3 +361,17 @@ def test_a_system_does_not_differ_from_itself_and_does_from_a_perfect_one():
 def test_only_the_same_utterances_can_be_compared(other, message):
     with pytest.raises(ValueError, match=message):
         paired_bootstrap(score(pairs(("a", "a"), ("b", "b"))), score(other))
+
+
+def test_two_files_of_transcripts_are_compared_from_the_command_line(tmp_path, capsys):
+    said = [("ONE TWO THREE FOUR", "ONE TWO THREE FOUR"), ("FIVE SIX", "FIVE")] * 4
+    rows = [
+        {"id": str(i), "speaker": "s", "seconds": 1.0, "reference": said[i][0], "hypothesis": said[i][1]}
+        for i in range(len(said))
+    ]
+    write_predictions(tmp_path / "a.jsonl", rows)
+    write_predictions(tmp_path / "b.jsonl", [{**row, "hypothesis": row["reference"]} for row in rows])
+    assert main([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]) == 0
+    a, b, difference = capsys.readouterr().out.splitlines()
+    assert a.startswith("A: 16.67 % (") and b == "B: 0.00 % (0.00 to 0.00)"
+    assert difference.startswith("B − A: -16.67 points (") and "p = 0.0" in difference
