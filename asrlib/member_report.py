@@ -208,29 +208,31 @@ def headline(found: Comparison) -> str:
     overlapping = int((table[f"wer_{split}_low"].iloc[1:] <= best[f"wer_{split}_high"]).sum())
     others = "that of one other overlaps" if overlapping == 1 else f"those of {overlapping} others overlap"
     words += f"; {others})." if overlapping else ")."
-    smaller = _smaller_caches(found, split)
+    smaller = _smaller_caches(found, split, best["encoder"])
     if smaller.empty:
         return words
     kept = smaller[[not (significant(t) and t["difference"] > 0) for _, t in smaller.iterrows()]]
     if kept.empty:
         least = smaller.loc[smaller["difference"].idxmin()]
         return (
-            f"{words} Every smaller state raised it significantly ({_counted(found, split)}), that of {least['b']} "
-            f"least: {percent(least['cut'], 1)} less than MHA keeps of {AUDIO_SECONDS:g} s, {tested(least)}."
+            f"{words} In this encoder every smaller state raised it significantly ({_counted(found, split)}), that "
+            f"of {least['b']} least: {percent(least['cut'], 1)} less than MHA keeps of {AUDIO_SECONDS:g} s, "
+            f"{tested(least)}."
         )
     least = kept.loc[kept["cache_bytes"].idxmin()]
     return (
-        f"{words} The smallest state without a significant rise against {found.short[least['a']]} is that of "
+        f"{words} In this encoder the smallest state without a significant rise against {least['a']} is that of "
         f"{least['b']}: {percent(least['cut'], 1)} less than MHA keeps of {AUDIO_SECONDS:g} s, {tested(least)}."
     )
 
 
-def _smaller_caches(found: Comparison, split: str) -> pd.DataFrame:
-    """The tests against a reference that keeps more, with the cache and its cut of the row that was tested."""
+def _smaller_caches(found: Comparison, split: str, encoder: str) -> pd.DataFrame:
+    """In one encoder the tests against a reference that keeps more, with cache and cut of the row that was tested."""
     if found.tests.empty:
         return found.tests
     tests = found.tests[(found.tests["question"] == "reference") & (found.tests["split"] == split)]
     caches = found.table["cache_bytes"]
+    tests = tests[[found.table.at[name, "encoder"] == encoder for name in tests["b"]]]
     tests = tests.assign(
         cache_bytes=[caches[name] for name in tests["b"]],
         cut=[found.table.at[name, "cache_cut"] for name in tests["b"]],

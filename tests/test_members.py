@@ -282,7 +282,7 @@ def test_the_headline_says_who_is_best_and_what_may_be_saved(eight, widths):
     names = [f"latent_dim-{width}" for width in (4, 16, 64)]
     sentence = member_report.headline(compare_members(widths, names))
     assert sentence.startswith("latent_dim-64 has the lowest WER on test-clean of 3 recognisers")
-    assert "Every smaller state raised it significantly (2 comparisons" in sentence
+    assert "every smaller state raised it significantly (2 comparisons" in sentence
     assert "that of latent_dim-16 least: 96.0 % less than MHA keeps of 30 s, +10.00 points" in sentence
     assert member_report.headline(compare_members(eight, [])) == "No word error rate has been measured yet."
 

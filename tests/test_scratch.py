@@ -126,7 +126,7 @@ def test_the_usual_size_is_that_of_a_medium_conformer():
         ("wav2vec2-conformer", {"time_masks": 2}, "masks spans of its own"),
         ("conformer", {"attention": "flash"}, "attention is 'flash': choose one of"),
         ("conformer", {"attention": "flash", "latent_dim": 8}, "attention is 'flash': choose one of"),
-        ("branchformer", {"attention": "gqa", "kv_heads": 3}, "do not fall into 3 equal groups"),
+        ("branchformer", {"attention": "gqa", "kv_heads": 3}, "is not divisible by kv_heads 3"),
         ("branchformer", {"attention": "mla_simple", "latent_dim": 4_000}, "latent_dim is 4000"),
         ("branchformer", {"depthwise_kernel": 30}, "kernel_size is 30: it must be odd"),
     ],

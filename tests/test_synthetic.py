@@ -23,7 +23,7 @@ from asrlib.data.synthetic import (
     open_synthetic,
     script,
 )
-from asrlib.models.families import CHARACTERS
+from asrlib.models.scratch import CHARACTERS
 
 TESTS = {"test-clean", "test-other"}
 

@@ -13,7 +13,8 @@ Equal names mean equal things: `linear_q`, `linear_k`, `linear_v`, `linear_out`,
 
 Shapes: B batch, T frames, D width, H heads, E = d_h = D / H, G key/value heads, R latent width.
 
-A new kind is a class with `forward` and `cached_numbers`, and one line in `KINDS`.
+That is what attention keeps: the convolutions beside it keep their last frames too, whatever the kind. A new kind is a
+class with `keys_and_values`, or a `forward` of its own, and `cached_numbers`, and one line in `KINDS`.
 """
 
 import torch
@@ -133,12 +134,12 @@ class LatentQuery(nn.Module):
 
 
 class LatentAttention(SimpleLatentAttention):
-    """`mla_simple` with queries from a latent too, as DeepSeek-V2 has it, without its rotary part.
+    """`mla_simple` with queries from a latent too, as DeepSeek-V2 has it, without its rotary part and its RMSNorms.
 
-    The cache is the same. The latent of the queries saves 2·D·(D/2 − R_q) parameters a layer and as much
-    computation, which matters where D is in the thousands, and ties the heads' queries to R_q directions, which costs
-    accuracy where R_q is small. DeepSeek's decoupled rotary key is not needed: relative positions enter the score
-    without touching the keys.
+    The cache is the same. The latent of the queries saves 2·D·(D/2 − R_q) parameters a layer and as much computation:
+    nothing at the default R_q = D/2, more where D is in the thousands and R_q below that. It ties the heads' queries to
+    R_q directions, which may cost accuracy. DeepSeek's decoupled rotary key is not needed: relative positions enter the
+    score without touching the keys.
     """
 
     def __init__(self, config, layer: int):
@@ -170,7 +171,8 @@ class LinearAttention(SelfAttention):
     """φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j), φ = elu + 1 (Katharopoulos et al. 2020, arXiv 2006.16236, 3.2).
 
     Time grows with T, and what is kept does not grow at all. Positions do not enter: the sums know no order, and what
-    order there is comes from the convolutions around it. There are no weights to return.
+    order there is comes from the convolutions around it. There are no weights to return, and none to drop out. The sums
+    here are over all frames; a stream would add up what it has heard.
     """
 
     position_embeddings_type = None

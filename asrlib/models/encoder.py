@@ -11,7 +11,13 @@ from transformers import AutoConfig, AutoModelForCTC, PreTrainedConfig, PreTrain
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 
-from asrlib.attention.kinds import KINDS, LatentAttention, SimpleLatentAttention, attention_kind
+from asrlib.attention.kinds import (
+    KINDS,
+    GroupedQueryAttention,
+    LatentAttention,
+    SimpleLatentAttention,
+    attention_kind,
+)
 from asrlib.attention.latent import check_latent_widths, split_ranks
 from asrlib.attention.relative import sinusoids
 from asrlib.data.augmentation import spec_augment
@@ -79,7 +85,7 @@ class SpeechEncoderConfig(PreTrainedConfig):
                 f"hidden_size {self.hidden_size} must be even and divide into {self.num_attention_heads} heads"
             )
         groups = self.num_key_value_heads
-        if self.attention == "gqa" and (groups < 1 or self.num_attention_heads % groups):
+        if issubclass(kind, GroupedQueryAttention) and (groups < 1 or self.num_attention_heads % groups):
             raise ValueError(
                 f"{self.num_attention_heads} heads do not fall into {groups} equal groups: choose "
                 "num_key_value_heads that divides them"

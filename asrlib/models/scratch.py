@@ -80,7 +80,7 @@ def new_config(
     the masks of SpecAugment are those of SpeechEncoderConfig.
     """
     _check(architecture)
-    if hidden_size % num_heads:
+    if num_heads < 1 or hidden_size % num_heads:
         raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}")
     if architecture == RAW_AUDIO:
         if attention != "mha":
@@ -91,6 +91,8 @@ def new_config(
         if time_masks or frequency_masks:
             raise ValueError(f"a new {RAW_AUDIO} masks spans of its own: time_masks and frequency_masks must be 0")
         return _raw_audio_config(processor, hidden_size, num_layers, num_heads, depthwise_kernel, dropout)
+    if attention == "gqa" and (kv_heads < 1 or num_heads % kv_heads):
+        raise ValueError(f"num_heads {num_heads} is not divisible by kv_heads {kv_heads}")
     extractor = processor.feature_extractor
     kind = attention_kind(attention)
     latent = latent_dim is not None and issubclass(kind, SimpleLatentAttention)
