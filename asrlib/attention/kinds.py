@@ -17,6 +17,8 @@ That is what attention keeps: the convolutions beside it keep their last frames 
 class with `keys_and_values`, or a `forward` of its own, and `cached_numbers`, and one line in `KINDS`.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import nn
 
@@ -24,7 +26,7 @@ from asrlib.attention.latent import LatentKV
 from asrlib.attention.relative import relative_attention
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(nn.Module, ABC):
     """Multi-head attention with relative positions over what a subclass gives as keys and values.
 
     `forward` takes inputs [B, T, D], which frames are speech [B, T] (all, if None), and the encodings of positions
@@ -74,9 +76,9 @@ class SelfAttention(nn.Module):
         return self.linear_out(output_BHTE.transpose(1, 2).flatten(2)), weights_BHTT
 
     @staticmethod
+    @abstractmethod
     def cached_numbers(config, layer: int, frames: int) -> int:
         """What a stream keeps of `frames` frames in one layer."""
-        raise NotImplementedError
 
 
 class MultiHeadAttention(SelfAttention):
