@@ -110,7 +110,7 @@ class Streams:
 
     @torch.no_grad()
     def step(self, x_BnD: torch.Tensor, kept_Bn: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [B, c, V] of the chunk that begins `x_BnD`: c = `chunks.size` frames, or all that there are at the end.
+        """Logits [B, c, V] of the chunk that begins `x_BnD`: c = `chunks.size` frames, or all there are at the end.
 
         What follows the chunk is its lookahead, and is given again with the next. `kept_Bn` says which frames are
         speech: a stream that has ended has none.
@@ -204,7 +204,8 @@ class AudioFrames:
     def __init__(self, model: nn.Module, processor):
         extractor = processor.feature_extractor
         self.model, self.extractor, self.frames_of = model, extractor, frames_of(model)
-        self.normalise = RunningNormaliser() if getattr(extractor, "do_normalize", False) else lambda samples_S: samples_S
+        normalises = getattr(extractor, "do_normalize", False)
+        self.normalise = RunningNormaliser() if normalises else lambda samples_S: samples_S
         self.waiting_S = np.zeros(0, np.float32)  # from the first sample of the next frame on
 
     @torch.no_grad()
@@ -358,8 +359,8 @@ def _account(streams: Streams, heard: float, seconds: float, slowest: float) -> 
     return (
         f"{heard:.1f} s of audio in {seconds:.1f} s, the slowest chunk {1000 * slowest:.0f} ms\n"
         f"chunks of {1000 * chunks.size / rate:.0f} ms, {1000 * chunks.lookahead / rate:.0f} ms ahead\n"
-        f"cache of attention: {held} bytes ({agrees}) for {streams.held_frames} frames, {streams.held_frames / rate:.1f}"
-        f" s, in {streams.cache}: 1/{times:.1f} of multi-head attention's in float32\n"
+        f"cache of attention: {held} bytes ({agrees}) for {streams.held_frames} frames, "
+        f"{streams.held_frames / rate:.1f} s, in {streams.cache}: 1/{times:.1f} of multi-head attention's in float32\n"
         f"cache of convolutions: {sum(streams.convolution_bytes)} bytes"
     )
 

@@ -101,7 +101,7 @@ class RelativeAttention(ABC):
 
 
 def speech(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """bool [B, T] of a padding mask, whether given as that or as transformers makes it, [B, 1, T, T], all rows alike."""
+    """bool [B, T] of a padding mask, given as that or as transformers makes it: [B, 1, T, T], all rows alike."""
     if mask is None or mask.dim() == 2:
         return mask if mask is None else mask.bool()
     row_BT = mask[:, 0, 0]
@@ -334,9 +334,7 @@ def _weighted(query_BHTE: torch.Tensor, state_BHEE: torch.Tensor, total_BHE: tor
     return (query_BHTE @ state_BHEE) / weight_BHT1
 
 
-def _in_chunks(
-    query_BHTE: torch.Tensor, key_BHTE: torch.Tensor, value_BHTE: torch.Tensor, size: int
-) -> torch.Tensor:
+def _in_chunks(query_BHTE: torch.Tensor, key_BHTE: torch.Tensor, value_BHTE: torch.Tensor, size: int) -> torch.Tensor:
     frames = query_BHTE.shape[2]
     query, key, value = (
         nn.functional.pad(x, (0, 0, 0, -frames % size)).unflatten(2, (-1, size))

@@ -36,8 +36,8 @@ def queries_per_block(frames: int) -> int:
 def position_scores(query_BHnE: torch.Tensor, positions_HPE: torch.Tensor, start: int, frames: int) -> torch.Tensor:
     """(q_i + v)·p_{i−j} for the queries i = start … start+n−1 and all keys j: [B, H, n, T].
 
-    `positions_HPE` holds the projected encodings of distances, T−1 first, as many as these queries need. Row r of the block begins at
-    column n−1−r of q·pᵀ: read with rows one shorter, the matrix is aligned, and nothing is copied.
+    `positions_HPE` holds the projected encodings of distances, T−1 first, as many as these queries need. Row r of the
+    block begins at column n−1−r of q·pᵀ: read with rows one shorter, the matrix is aligned, and nothing is copied.
     """
     rows = query_BHnE.shape[2]
     near_HPE = positions_HPE[:, frames - start - rows : 2 * frames - 1 - start]

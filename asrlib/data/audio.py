@@ -32,7 +32,7 @@ def read_audio(source: Source) -> np.ndarray:
 
 
 def read_pieces(source: Source, seconds: float) -> Iterator[np.ndarray]:
-    """What `read_audio` gives, in pieces of about `seconds`, each decoded when it is asked for. Raises UnusableAudio."""
+    """What `read_audio` gives, in pieces of about `seconds`, decoded when they are asked for. Raises UnusableAudio."""
     count = 0
     try:
         with soundfile.SoundFile(source()) as file:

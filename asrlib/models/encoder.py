@@ -393,9 +393,7 @@ class SpeechEncoderForCTC(PreTrainedModel):
         positions_1PD = sinusoids(frames, self.config.hidden_size, x_BTD.device, x_BTD.dtype)
         hidden_states = [x_BTD]
         for layer in self.layers:
-            x_BTD = layer(
-                x_BTD, attention_mask=kept_BT, relative_position_embeddings=positions_1PD, chunks=chunks
-            )
+            x_BTD = layer(x_BTD, attention_mask=kept_BT, relative_position_embeddings=positions_1PD, chunks=chunks)
             hidden_states = [*hidden_states, x_BTD] if output_hidden_states else []
         logits_BTV = self.lm_head(x_BTD)
         loss = None if labels is None else self._ctc_loss(logits_BTV, frames_B, labels)

@@ -122,7 +122,9 @@ def check_streaming(config: Wav2Vec2ConformerConfig) -> None:
     if config.position_embeddings_type != "relative":
         raise ValueError(f"positions are {config.position_embeddings_type}: only relative ones can stream")
     if config.feat_extract_norm == "group":
-        raise ValueError("the feature encoder normalises over the whole recording: only feat_extract_norm: layer can stream")
+        raise ValueError(
+            "the feature encoder normalises over whole recordings: only feat_extract_norm: layer can stream"
+        )
     if config.add_adapter:
         raise ValueError("the adapter behind the encoder can not stream: convert a model without one")
 
