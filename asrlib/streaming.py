@@ -10,6 +10,7 @@ Shapes: B streams, S samples, n frames worked on at once, T frames, D width, V t
 """
 
 import argparse
+import copy
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from asrlib.attention.chunks import Chunks
 from asrlib.attention.formats import cache_format
 from asrlib.attention.memory import LayerMemory, SideBySide, StreamMemory
 from asrlib.data.audio import SAMPLE_RATE, UnusableAudio, read_pieces
+from asrlib.data.batches import CTCCollator
 from asrlib.models.families import attention_modules, family_of, frame_counts, frames_of, frames_per_second, load
 
 CHUNK_MS = 320.0
@@ -196,6 +198,22 @@ class RunningNormaliser:
             self.count, self.total, self.squares = count_S[-1], total_S[-1], squares_S[-1]
         mean_S = total_S / count_S
         return ((wide_S - mean_S) / np.sqrt(squares_S / count_S - mean_S**2 + 1e-7)).astype(np.float32)
+
+
+class HeardSoFar(CTCCollator):
+    """Batches of utterances each of which was normalised as a stream must."""
+
+    def __init__(self, processor):
+        super().__init__(copy.deepcopy(processor))
+        extractor = self.processor.feature_extractor
+        self.normalises = getattr(extractor, "do_normalize", False)
+        if self.normalises:
+            extractor.do_normalize = False
+
+    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        if self.normalises:
+            items = [item | {"audio": RunningNormaliser()(item["audio"])} for item in items]
+        return super().__call__(items)
 
 
 class AudioFrames:
