@@ -38,6 +38,11 @@ RECOMPUTED = "MHA, recomputed"  # by whom has no cache: the past is worked again
 LONGEST_RECOMPUTED = 60.0  # seconds; beyond, that takes minutes
 
 
+def size_of(config) -> dict[str, int]:
+    """Of a model's encoder, by the names of SpeechEncoderConfig."""
+    return {name: getattr(config, name) for name in SIZES["shipped"]}
+
+
 def kinds_of(width: int, heads: int) -> dict[str, dict]:
     """{name: settings of SpeechEncoderConfig}: standard attention first, then by falling cache."""
     ranks = [width // 2, width // 4, width // 8]

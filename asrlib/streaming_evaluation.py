@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from torch import nn
 from tqdm import tqdm
@@ -12,7 +11,6 @@ from asrlib.attention.chunks import Chunks
 from asrlib.conversion.rotate import rotate_latents
 from asrlib.data.corpus import Corpus
 from asrlib.evaluation import EvaluationResult, paired_bootstrap, score, transcribe
-from asrlib.figures import SYSTEMS, size
 from asrlib.models.families import frames_per_second, is_latent
 from asrlib.streaming import chunks_of
 
@@ -21,7 +19,7 @@ ROTATED = ", rotated"
 
 def streaming_errors(
     systems: dict[str, nn.Module],
-    processors: dict,
+    processor,
     corpus: Corpus,
     chunk_ms: Sequence[float | None],
     left_seconds: Sequence[float],
@@ -51,7 +49,7 @@ def streaming_errors(
                 for held_as, variant in variants.items():
                     chunks = None if chunk is None else chunks_of(model.config, chunk, left, lookahead_ms)
                     how = {"batch_seconds": batch_seconds, "device": device, "chunks": chunks, "cache": cache}
-                    result = score(transcribe(variant, processors[name], corpus, **how))
+                    result = score(transcribe(variant, processor, corpus, **how))
                     row = _row(name, model, chunks, held_as, result)
                     if reference is None:
                         reference = result
@@ -82,60 +80,3 @@ def _row(name: str, model: nn.Module, chunks: Chunks | None, held_as: str, resul
 def _change(test: dict) -> dict:
     low, high = test["interval"]
     return {"difference": test["difference"], "difference_low": low, "difference_high": high, "p": test["p"]}
-
-
-# ---- to read -----------------------------------------------------------------------------------------------
-
-
-def errors_table(errors: pd.DataFrame) -> pd.DataFrame:
-    """For people: chunk and left context down, systems and formats beside each other are rows below each other."""
-    first = errors["system"].iloc[0]
-    rows = []
-    for row in errors.to_dict("records"):
-        full = pd.isna(row["chunk_ms"])
-        against = (
-            ""
-            if pd.isna(row.get("p"))
-            else "{:+.2f} ({:+.2f} to {:+.2f}), p = {:.3f}".format(
-                *(100 * row[name] for name in ("difference", "difference_low", "difference_high")), row["p"]
-            )
-        )
-        rows.append(
-            {
-                "chunk": "full context" if full else f"{row['chunk_ms']:.0f} ms",
-                "left context": "–" if full else f"{row['left_seconds']:.1f} s",
-                "system": SYSTEMS.get(row["system"], row["system"]),
-                "cache in": "–" if full else row["cache"],
-                "cache": "–" if full else size(row["cache_bytes"]),
-                "WER %": "{:.2f} ({:.2f}–{:.2f})".format(*(100 * row[n] for n in ("wer", "wer_low", "wer_high"))),
-                f"against {SYSTEMS.get(first, first)}, points": against,
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def errors_figure(errors: pd.DataFrame):
-    """WER against the chunk, a line a system, a panel a left context; the full context as the last place of each."""
-    kept = errors[(errors["cache"] == errors["cache"].iloc[0])]
-    lefts = sorted(kept["left_seconds"].dropna().unique())
-    fig, axes = plt.subplots(1, max(1, len(lefts)), figsize=(8, 3.4), sharey=True, squeeze=False, layout="constrained")
-    for ax, left in zip(axes[0], lefts, strict=False):
-        for place, (name, rows) in enumerate(kept.groupby("system", sort=False)):
-            chunked = rows[rows["left_seconds"] == left].sort_values("chunk_ms")
-            rows = pd.concat([chunked, rows[rows["chunk_ms"].isna()]])
-            x = [i + 0.06 * place for i in range(len(rows))]
-            wer = 100 * rows["wer"]
-            bars = [wer - 100 * rows["wer_low"], 100 * rows["wer_high"] - wer]
-            ax.errorbar(x, wer, yerr=bars, marker="os^D"[place % 4], capsize=2, label=SYSTEMS.get(name, name))
-            ticks = ["full" if pd.isna(chunk) else f"{chunk:.0f}" for chunk in rows["chunk_ms"]]
-            ax.set_xticks(range(len(rows)), ticks)
-        ax.set(xlabel="chunk, ms", title=f"left context {left:.0f} s", ylim=(0, None))
-    axes[0][0].set_ylabel("WER, %")
-    axes[0][-1].legend()
-    points = [
-        f"{row['system']} {'full context' if pd.isna(row['chunk_ms']) else format(row['chunk_ms'], '.0f') + ' ms'}"
-        f"{'' if pd.isna(row['left_seconds']) else format(row['left_seconds'], ' .0f') + ' s'} {100 * row['wer']:.2f} %"
-        for row in kept.to_dict("records")
-    ]
-    fig.set_label("Word error rate against the length of a chunk. " + "; ".join(points))
-    return fig
