@@ -1,6 +1,6 @@
 """Word errors under streaming: what chunks, bounded contexts and coarser caches cost, all under the same mask."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 from torch import nn
@@ -33,30 +33,31 @@ def streaming_errors(
     chunk_ms (NaN: the full context of the utterance), left_seconds and lookahead_ms (NaN with it), cache, system,
     cache_bytes (of a full left context, by the formula), wer with its 95 % interval wer_low and wer_high, words,
     utterances; difference to the first system in float32 in the same chunks, its interval and p (None for itself).
-    Integer formats are measured for latents as they are and turned at random ("int4, rotated").
+    Formats but the first are measured at the longest left context; integers for latents as they are and turned at
+    random ("int4, rotated").
     """
+    longest = max(left_seconds)
     settings = [(chunk, left) for chunk in chunk_ms if chunk is not None for left in left_seconds]
     settings += [(None, None)] if None in chunk_ms else []
     rows = []
-    progress = tqdm(settings, desc="chunks", unit="setting")
-    for chunk, left in progress:
+    for chunk, left in tqdm(settings, desc="chunks", unit="setting"):
         reference = None
-        for cache in caches if chunk is not None else caches[:1]:
-            for name, model in systems.items():
-                variants = {cache: model}
-                if cache.startswith("int") and is_latent(model.config):
-                    variants[cache + ROTATED] = rotate_latents(model)
-                for held_as, variant in variants.items():
-                    chunks = None if chunk is None else chunks_of(model.config, chunk, left, lookahead_ms)
-                    how = {"batch_seconds": batch_seconds, "device": device, "chunks": chunks, "cache": cache}
-                    result = score(transcribe(variant, processor, corpus, **how))
-                    row = _row(name, model, chunks, held_as, result)
-                    if reference is None:
-                        reference = result
-                    else:
-                        row |= _change(paired_bootstrap(reference, result))
-                    rows.append(row)
+        for cache in caches if left == longest else caches[:1]:
+            for name, held_as, model in _variants(systems, cache):
+                chunks = None if chunk is None else chunks_of(model.config, chunk, left, lookahead_ms)
+                how = {"batch_seconds": batch_seconds, "device": device, "chunks": chunks, "cache": cache}
+                result = score(transcribe(model, processor, corpus, **how))
+                reference = reference or result
+                rows.append(_row(name, model, chunks, held_as, result) | _change(reference, result))
     return pd.DataFrame(rows)
+
+
+def _variants(systems: dict[str, nn.Module], cache: str) -> Iterator[tuple[str, str, nn.Module]]:
+    """(name, format as it is called, model): latents in integers also with their coordinates turned."""
+    for name, model in systems.items():
+        yield name, cache, model
+        if cache.startswith("int") and is_latent(model.config):
+            yield name, cache + ROTATED, rotate_latents(model)
 
 
 def _row(name: str, model: nn.Module, chunks: Chunks | None, held_as: str, result: EvaluationResult) -> dict:
@@ -77,6 +78,9 @@ def _row(name: str, model: nn.Module, chunks: Chunks | None, held_as: str, resul
     }
 
 
-def _change(test: dict) -> dict:
+def _change(reference: EvaluationResult, result: EvaluationResult) -> dict:
+    if result is reference:
+        return {"difference": None, "difference_low": None, "difference_high": None, "p": None}
+    test = paired_bootstrap(reference, result)
     low, high = test["interval"]
     return {"difference": test["difference"], "difference_low": low, "difference_high": high, "p": test["p"]}
