@@ -93,7 +93,8 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
         say(f"params {file.name} → {run.path}")
         for name in redo:
             run.discard(name)
-        write_json(run.path / "params.json", values)
+        some = {} if names == list(notebooks) else {"steps": names}
+        write_json(run.path / "params.json", values | some)
         pipeline.run_steps(steps, place, say, command_of(args))
         say(str(run.path / "index.html"))
     return 0
@@ -135,22 +136,25 @@ def run_name(name: str | None, file: Path) -> str:
 
 def listing(root: Path) -> str:
     """The params files with their first comment line, and the runs and sweeps with how far they are."""
+    from asrlib.members import asked_steps
     from asrlib.pipeline import find_notebooks
     from asrlib.sweeps import progress
 
-    steps = list(find_notebooks(root))
-    lines = ["params"]
+    params, runs = {}, {}
     for file in sorted((root / "params").glob("*.yaml")):
         text = file.read_text(encoding="utf-8").splitlines()
-        comment = next((line.lstrip("# ") for line in text if line.startswith("#")), "")
-        lines.append(f"  {file.stem:<19} {comment}".rstrip())
-    lines.append("runs")
+        params[file.stem] = next((line.lstrip("# ") for line in text if line.startswith("#")), "")
     for folder in sorted((root / "reports").glob("*/")):
         if members := progress(folder):
-            lines.append(f"  {folder.name:<19} {members[0]} of {members[1]} members completed")
+            runs[folder.name] = f"{members[0]} of {members[1]} members completed"
         elif (folder / ".started").is_dir():
+            steps = asked_steps(folder, list(find_notebooks(root)))
             done = [step for step in steps if Run(folder).completed(step)]
-            lines.append(f"  {folder.name:<19} {len(done)} of {len(steps)} steps completed")
+            runs[folder.name] = f"{len(done)} of {len(steps)} step{'s' * (len(steps) > 1)} completed"
+    width = max(19, *map(len, params | runs))
+    lines = []
+    for title, said in (("params", params), ("runs", runs)):
+        lines += [title, *(f"  {name:<{width}} {text}".rstrip() for name, text in said.items())]
     return "\n".join(lines)
 
 

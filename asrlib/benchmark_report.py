@@ -3,7 +3,7 @@
 import pandas as pd
 
 from asrlib.figures import size
-from asrlib.members import ATTENTION, AUDIO_SECONDS
+from asrlib.members import ATTENTION, AUDIO_SECONDS, short_names
 
 STATE_INTRODUCTION = f"""\
 ## What a stream would keep
@@ -54,19 +54,65 @@ def speed_table(measured: dict) -> pd.DataFrame:
 
 
 def lengths_introduction(lengths: dict) -> str:
-    """Heading and text of the measurement over lengths: what was timed, and who was given up where."""
-    reasons = {"time": "took longer than that", "memory": "ran out of memory"}
-    ends = [
-        f" {name} {reasons[row['stopped']['reason']]} at {row['stopped']['seconds']:g} s."
-        for name, row in lengths["systems"].items()
-        if row["stopped"]
-    ]
+    """Heading and text of the measurement over lengths."""
+    return f"## Against the length of the audio\n\n{lengths_caption(lengths)}"
+
+
+def lengths_caption(lengths: dict) -> str:
+    """What was timed, who was given up where, and why a curve may end before the others."""
     allowed = lengths.get("budget_seconds")
-    limit = f" A model that takes more than {allowed:g} s for a pass is not timed at longer ones." if allowed else ""
+    limit = f"A model that takes more than {allowed:g} s for a pass is not timed at longer ones." if allowed else ""
+    drawn = "Curves that coincide lie upon each other, each narrower than the one below."
+    sentences = [limit, *_given_up(lengths), _memory_ends(lengths), drawn]
+    words = "Utterances joined end to end, one pass over all of it, the models taking turns."
+    return " ".join([words, *filter(None, sentences)])
+
+
+def _given_up(lengths: dict) -> list[str]:
+    """A sentence for each length at which models were given up, and for each reason why."""
+    reasons = {"time": "took longer than that", "memory": "ran out of memory"}
+    names: dict[tuple[float, str], list[str]] = {}
+    for name, row in lengths["systems"].items():
+        if row["stopped"]:
+            names.setdefault((row["stopped"]["seconds"], row["stopped"]["reason"]), []).append(name)
+    return [
+        f"At {seconds:g} s {_these(together, lengths)} {reasons[reason]}."
+        for (seconds, reason), together in sorted(names.items())
+    ]
+
+
+def _memory_ends(lengths: dict) -> str:
+    """Why memory is not known of every pass that was timed, and up to where it is; nothing where it is of all."""
+    from asrlib.length_benchmark import LONG_PASS, PROFILED_AUDIO
+
+    ends: dict[float, list[str]] = {}
+    for name, row in lengths["systems"].items():
+        passes = list(zip(lengths["seconds"], row["ms"], row["peak_memory_bytes"], strict=True))
+        told = [seconds for seconds, _, peak in passes if peak is not None]
+        if told and any(ms is not None and peak is None for _, ms, peak in passes):
+            ends.setdefault(told[-1], []).append(name)
+    if not ends:
+        return ""
+    where = "; ".join(f"at {seconds:g} s for {_these(names, lengths)}" for seconds, names in sorted(ends.items()))
     return (
-        "## Against the length of the audio\n\nUtterances joined end to end, one pass over all of it, the models "
-        f"taking turns.{limit}{''.join(ends)}"
+        f"Memory is measured with the CPU's profiler, which is slow, and so not of passes over more than "
+        f"{PROFILED_AUDIO:g} s of audio that take more than {LONG_PASS:g} s: its curve ends {where}."
     )
+
+
+def _these(names: list[str], lengths: dict) -> str:
+    """Some of the models, as the figure calls them: by who they are, or by who is missing where those are fewer."""
+    short = short_names(list(lengths["systems"]))
+    others = [short[name] for name in short if name not in names]
+    if not others and len(names) > 1:
+        return "all"
+    return f"all but {listed(others)}" if len(others) < len(names) - 1 else listed([short[name] for name in names])
+
+
+def listed(names: list[str]) -> str:
+    """a, b and c"""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def lengths_table(lengths: dict) -> pd.DataFrame:

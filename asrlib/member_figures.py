@@ -41,14 +41,22 @@ def looks(found: Comparison) -> dict[str, Look]:
     table, palette = found.table, sns.color_palette("colorblind")
     kinds = {"mha": palette[7], "mla": palette[0], "mla_simple": palette[9], "gqa": palette[1], "linear": palette[2]}
     colours = {name: kinds.get(row["attention"], palette[4]) for name, row in table.iterrows()}
-    compared = table[[not name.startswith(UNCONVERTED) for name in table.index]]
-    if compared.duplicated(["encoder", "attention"]).any():
-        by_cache = compared.sort_values("cache_bytes", kind="stable").index
-        colours |= dict(zip(by_cache, sns.color_palette("viridis", len(by_cache) + 1), strict=False))
+    if by_cache(table):
+        rising = _members_of(table).sort_values("cache_bytes", kind="stable").index
+        colours |= dict(zip(rising, sns.color_palette("viridis", len(rising) + 1), strict=False))
     return {
         name: Look(found.short[name], colours[name], MARKERS.get(row["encoder"], "s"), LINES.get(row["encoder"], ":"))
         for name, row in table.iterrows()
     }
+
+
+def by_cache(table: pd.DataFrame) -> bool:
+    """Do colours go by the size of the cache, as encoder and attention do not tell all members apart?"""
+    return bool(_members_of(table).duplicated(["encoder", "attention"]).any())
+
+
+def _members_of(table: pd.DataFrame) -> pd.DataFrame:
+    return table[[not name.startswith(UNCONVERTED) for name in table.index]]
 
 
 def looks_of_run() -> dict[str, Look]:
@@ -64,7 +72,8 @@ def _legend(fig: "Figure", drawn: Iterable[Look]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=look.colour, ls=look.line, marker=look.marker, ms=5) for look in drawn]
-    fig.legend(handles, [look.label for look in drawn], frameon=False, fontsize=8, loc="outside right upper")
+    labels = [look.label for look in drawn]
+    fig.legend(handles, labels, frameon=False, fontsize=8, handlelength=3.6, loc="outside right upper")
 
 
 def _label_points(ax: "Axes", points: Sequence[tuple[Look, float, float, float, float]]) -> None:
@@ -263,25 +272,34 @@ def training_together(found: Comparison) -> "Figure":
 
 # ---- the length of the audio -------------------------------------------------------------------------------
 
+PANELS = {"ms": ("time of one pass (s)", 1e-3), "peak_memory_bytes": ("peak memory of one pass (MiB)", 2**-20)}
+
 
 def lengths_figure(lengths: dict, drawn: Mapping[str, Look]) -> "Figure":
-    """Time and peak memory of one pass against the length of the audio, of `length_benchmark.benchmark_lengths`."""
+    """Time and peak memory of one pass against the length of the audio, of `length_benchmark.benchmark_lengths`: a row
+    of panels for each encoder. Curves that coincide lie upon each other, each narrower than the one below."""
     seconds = np.array(lengths["seconds"], float)
-    panels = {"ms": ("time of one pass (s)", 1e-3), "peak_memory_bytes": ("peak memory of one pass (MiB)", 2**-20)}
-    shown = {name: look for name, look in drawn.items() if name in lengths["systems"]}
+    shown = {name: drawn[name] for name in lengths["systems"] if name in drawn}
+    lines = list(dict.fromkeys(look.line for look in shown.values()))
     told = []
     with _style():
-        fig, axes = _figure(9.6, 4, 1, 2)
-        for ax, (column, (label, scale)) in zip(axes[0], panels.items(), strict=True):
-            for name, look in shown.items():
-                values = scale * np.array(lengths["systems"][name][column], float)
-                ax.plot(seconds, values, color=look.colour, ls=look.line, marker=look.marker, ms=4, lw=1.4)
-            ax.set(xscale="log", yscale="log", xlabel="length of the audio (s)", ylabel=label)
-            _plain_log(ax.xaxis, lengths["seconds"])
-            _plain_log(ax.yaxis, [])
-            ax.minorticks_off()
-            ax.spines[["top", "right"]].set_visible(False)
-        _legend(fig, shown.values())
+        fig, axes = _figure(9.6, 0.4 + 3.6 * len(lines), len(lines), 2, sharex=True, sharey="col")
+        for line, row in zip(lines, axes, strict=True):
+            alike = {name: look for name, look in shown.items() if look.line == line}
+            widths = np.linspace(min(1.3 * len(alike), 6), 1.3, len(alike))  # points
+            for ax, (column, (label, scale)) in zip(row, PANELS.items(), strict=True):
+                for (name, look), width in zip(alike.items(), widths, strict=True):
+                    values = scale * np.array(lengths["systems"][name][column], float)
+                    how = dict(color=look.colour, ls=line, marker=look.marker, lw=width, ms=width + 2.5)
+                    ax.plot(seconds, values, label=look.label, **how)
+                ax.set(xscale="log", yscale="log", ylabel=label)
+                _plain_log(ax.xaxis, lengths["seconds"])
+                _plain_log(ax.yaxis, [])
+                ax.minorticks_off()
+                ax.spines[["top", "right"]].set_visible(False)
+            row[0].legend(frameon=False, fontsize=9, handlelength=4, loc="upper left")
+        for ax in axes[-1]:
+            ax.set_xlabel("length of the audio (s)")
     for name, look in shown.items():
         ms = np.array(lengths["systems"][name]["ms"], float)
         last = np.flatnonzero(~np.isnan(ms))

@@ -10,19 +10,19 @@ from markupsafe import Markup
 
 from asrlib.figures import change, duration, percent, size
 from asrlib.html import table_html
-from asrlib.members import ATTENTION, AUDIO_SECONDS, SIGNIFICANT, UNCONVERTED, Comparison
+from asrlib.members import ATTENTION, AUDIO_SECONDS, SIGNIFICANT, UNCONVERTED, Comparison, Entry
 from asrlib.report import save_table, small_print
 from asrlib.runs import Run
 
-# Cache relative to that of multi-head attention, as the first system stated it. It measured none of it.
+# Cache relative to that of multi-head attention, as Sonawane, Gokhale and Tian (2025) stated and did not measure it.
 CLAIMED_CACHE = {"mla": "45–55 %", "mla_simple": "45–55 %", "gqa": "25–30 %", "linear": "95–105 %"}
 
 CLAIMS_INTRODUCTION = f"""\
-## Beside the first system's claims
+## Beside what is claimed for each kind
 
-It stated these shares of the cache of multi-head attention for models of its own (12 layers of width 512), and measured
-none. A share depends on the sizes chosen; that of linear attention, whose state never grows, on the length of the audio
-as well: here {AUDIO_SECONDS:g} s."""
+Shares of the cache of multi-head attention, stated for other models (12 layers of width 512) and never measured. A
+share depends on the sizes chosen; that of linear attention, whose state never grows, on the length of the audio as
+well: here {AUDIO_SECONDS:g} s."""
 
 
 # ---- numbers as text ---------------------------------------------------------------------------------------
@@ -95,18 +95,30 @@ def difference_name(found: Comparison) -> str:
     return f"points more than {to}"
 
 
-def ranking_html(found: Comparison, links: bool = False) -> Markup:
-    """`ranking` with what stands in brackets in small print; `links`: to the members' folders, from the sweep's."""
+def ranking_html(found: Comparison) -> Markup:
+    """`ranking` with what stands in brackets in small print, and links to the members' pages."""
     table = ranking(found)
-    runs = {entry.name: f"{entry.run.path.name}/index.html" for entry in found.entries}
+    links = {entry.name: link(entry) for entry in found.entries}
 
     def member(text: str) -> Markup:
         name, _, note = text.partition(" (")
-        shown = Markup('<a href="{}">{}</a>').format(runs[name], breakable(name)) if links else breakable(name)
-        return Markup("{} <small>{}</small>").format(shown, note.removesuffix(")"))
+        return Markup("{} <small>{}</small>").format(links[name], note.removesuffix(")"))
 
     formats = dict.fromkeys(table, small_print) | {"member": member}
     return Markup('<div class="ranking">{}</div>').format(table_html(table, "", formats, index=False))
+
+
+def link(entry: Entry) -> Markup:
+    """Its name, as a link from a page of the sweep to its own index page where there is one."""
+    if not (entry.run.path / "index.html").is_file():
+        return breakable(entry.name)
+    return Markup('<a href="{}/index.html">{}</a>').format(entry.run.path.name, breakable(entry.name))
+
+
+def links_html(found: Comparison) -> Markup:
+    """A line that leads to every member's own pages."""
+    members = [link(entry) for entry in found.entries if not entry.name.startswith(UNCONVERTED)]
+    return Markup("<p>Each member by itself: {}.</p>").format(Markup(", ").join(members))
 
 
 def breakable(name: str) -> Markup:
@@ -179,7 +191,7 @@ def tests_in_words(found: Comparison) -> pd.DataFrame:
 
 
 def claimed_cache(found: Comparison) -> pd.DataFrame:
-    """State kept of AUDIO_SECONDS, relative to multi-head attention, beside what the first system said of its kind."""
+    """State kept of AUDIO_SECONDS, relative to multi-head attention, beside what was claimed for its kind."""
     rows = found.table[found.table["attention"].isin(CLAIMED_CACHE) & found.table["cache_cut"].notna()]
     return pd.DataFrame(
         {

@@ -349,6 +349,13 @@ def varied_parameters(entries: Sequence[Entry]) -> dict[str, list[list[str]]]:
     return found
 
 
+def asked_steps(folder: Path, steps: Sequence[str]) -> list[str]:
+    """Those of `steps` that the run in `folder` was asked for: its params.json names them where they are not all."""
+    params = folder / "params.json"
+    asked = read_json(params).get("steps", steps) if params.is_file() else steps
+    return [step for step in steps if step in asked]
+
+
 def is_sweep(folder: Path) -> bool:
     """Is it the folder of a sweep, rather than that of a run or of none at all?"""
     params = folder / "params.json"

@@ -100,6 +100,7 @@ LIMITS: dict[str, Any] = {
 
 
 SET_BY_RUN_ALL = {"run_dir": "name the run with --name", "members": "name them in `sweep`"}
+BESIDE_PARAMETERS = ("sweep", "steps")  # what a params file may say at its top, though no notebook declares it
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -273,8 +274,10 @@ class Schema:
         where = f"{name!r} (in {origin[name]})"
         if name in SET_BY_RUN_ALL:
             return f"{where} is set by run_all itself: {SET_BY_RUN_ALL[name]}"
+        if name in BESIDE_PARAMETERS:
+            return f"{where} is no parameter: it belongs at the top of a params file"
         if error["type"] == "extra_forbidden":
-            valid = list(self.model.model_fields)
+            valid = [*self.model.model_fields, *BESIDE_PARAMETERS]
             return f"unknown parameter {where}{nearest(name, valid) or ': valid are ' + ', '.join(valid)}"
         message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
         item = f" (its item {inside[-1]!r} is {error['input']!r})" if inside else ""

@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from asrlib import html
+from asrlib.figure_captions import caption_of, heading_of
 from asrlib.figures import duration, unbroken
 from asrlib.html import PAGES
 from asrlib.member_report import headline, how_to_read, ranking_html
@@ -22,13 +23,13 @@ def write_sweep_index(run: Run, command: str) -> Path:
     finished = [name for name, member in members.items() if member["finished"]]
     found = _compared(run) if "06_compare" in times else compare_members(run, finished, test=False)
     index = run.path / "index.html"
-    figures = _figures(run) if "06_compare" in times else []
+    figures = _figures(run, found) if "06_compare" in times else []
     return html.render_template(
         "sweep.html.j2",
         index,
         page=html.page_facts(index, run.path.name, f"{len(members)} recognisers side by side", times),
         headline=unbroken(headline(found)) if finished else "No member is finished yet.",
-        ranking=ranking_html(found, links=True) if finished else None,
+        ranking=ranking_html(found) if finished else None,
         reading=unbroken(how_to_read(found)),
         figures=figures[:FIRST_FIGURES],
         more_figures=figures[FIRST_FIGURES:],
@@ -55,18 +56,29 @@ def asked_for(run: Run) -> list[str]:
 
 
 def _progress(run: Run) -> dict:
-    """How far a member is: its steps, the seconds they took, its page."""
+    """How far a member is: its steps with their pages, the seconds they took, what is left, its index page."""
     begun = [stem for stem in PAGES if run.started(stem)]
     done = step_times(run)
+    pages = {stem: f"{run.path.name}/{stem}.html" for stem in done if (run.path / f"{stem}.html").is_file()}
     return {
-        "begun": bool(begun),
         "finished": bool(begun) and all(run.completed(stem) for stem in begun),
-        "done": [PAGES[stem][0] for stem in done],
-        "missing": [PAGES[stem][0] for stem in begun if not run.completed(stem)],
+        "done": [(PAGES[stem][0], pages.get(stem)) for stem in done],
+        "left": [_left(run, stem) for stem in begun if not run.completed(stem)] if begun else ["not begun"],
         "seconds": sum(done.values()),
         "time": duration(sum(done.values())),
         "page": (run.path / "index.html").is_file(),
     }
+
+
+def _left(run: Run, stem: str) -> str:
+    """Why a step that was begun is not done, and what the next call will make of it."""
+    name = PAGES[stem][0]
+    if (run.path / "notebooks" / f"{stem}.failed.ipynb").is_file():
+        return f"{name} failed"
+    if not run.resumable(stem):
+        return f"not done: {name}"
+    checkpoints = any((run.path / "checkpoints" / stem).glob("*"))
+    return f"{name} interrupted, {'goes on where it stopped' if checkpoints else 'begins again'}"
 
 
 def _compared(run: Run) -> Comparison:
@@ -80,7 +92,11 @@ def _compared(run: Run) -> Comparison:
     )
 
 
-def _figures(run: Run) -> list:
-    """The figures that 06_compare made, in its order."""
-    paths = [run.path / "figures" / f"{name}.png" for name in run.read_metrics("compare")["figures"]]
-    return [html.figure_html(path) for path in paths if path.is_file()]
+def _figures(run: Run, found: Comparison) -> list[tuple]:
+    """The figures that 06_compare made, in its order: heading, image, caption."""
+    paths = {name: run.path / "figures" / f"{name}.png" for name in run.read_metrics("compare")["figures"]}
+    return [
+        (heading_of(name), html.figure_html(path), unbroken(caption_of(name, found)))
+        for name, path in paths.items()
+        if path.is_file()
+    ]

@@ -43,6 +43,7 @@ from asrlib.report import write_index
 from asrlib.runs import Run, read_json, write_json
 
 RUN_FOLDERS = {"metrics", "predictions", "tables", "figures", "rejected", "models", "checkpoints", "notebooks"}
+DIFFERS_BY_CHANCE = r"0x[0-9a-f]+|Request ID: [^)]*"  # in the messages of one and the same failure of the network
 VALUE_CHARACTERS = 60  # of a value in a member's name; of a path its end says more than its beginning
 
 
@@ -164,7 +165,7 @@ def _own_values(sweep: list | dict[str, list]) -> list[str | dict[str, Any]]:
 
 def _layers(root: Path, own: str | dict[str, Any], shared: tuple[str, dict]) -> list[tuple[str, dict]]:
     if isinstance(own, dict):
-        return [shared, ("the sweep", own)]
+        return [shared, (f"the sweep of {shared[0]}", own)]
     file = find_params(root, own)
     values = read_params_file(file)
     if "sweep" in values:
@@ -267,14 +268,15 @@ def _run_members(
                 run_steps(member.steps, member_place, say, command)
         except StepFailed as failure:
             failures.append((member.name, failure))
-            say(str(failure).splitlines()[0])
+            say(_reasons(failures)[-1][0])
+        finally:  # after Ctrl-C too: the page says who was interrupted
+            write_index(sweep.run.path, command)
         now = time.monotonic()
         if member.finished:
             took.append(now - member_begin)
         verb = "took" if member.finished else "failed after"
         ahead = time_left(_seconds_ahead(sweep, sweep.members[number:], took))
         say(f"{title} {verb} {duration(now - member_begin)} (elapsed {duration(now - begin)}{ahead})")
-        write_index(sweep.run.path, command)
     return failures
 
 
@@ -300,12 +302,23 @@ def _seconds_ahead(sweep: Sweep, members: list[Member], took: list[float]) -> li
 
 
 def _explain(failures: list[tuple[str, StepFailed]]) -> str:
-    """Who failed; of each the reason's first line and where its notebook is."""
+    """Who failed, and why."""
     lines = [f"failed: {', '.join(name for name, _ in failures)}"]
+    for (name, _), (reason, *notebook) in zip(failures, _reasons(failures), strict=True):
+        lines += [f"  {name}: {reason}", *(f"    {where}" for where in notebook)]
+    return "\n".join(lines)
+
+
+def _reasons(failures: list[tuple[str, StepFailed]]) -> list[list[str]]:
+    """Of each failure the reason's first line and where its notebook is; of one like another before, only whose."""
+    first: dict[str, str] = {}
+    reasons = []
     for name, failure in failures:
         reason, *_, notebook = str(failure).splitlines()
-        lines += [f"  {name}: {reason}", f"    {notebook}"]
-    return "\n".join(lines)
+        kind = re.sub(DIFFERS_BY_CHANCE, "", reason)
+        reasons.append([f"the same as {first[kind]}"] if kind in first else [reason, notebook])
+        first.setdefault(kind, name)
+    return reasons
 
 
 # ---- what was run ------------------------------------------------------------------------------------------

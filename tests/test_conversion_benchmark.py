@@ -309,6 +309,7 @@ def test_a_table_reads_as_it_should():
         "p": "< 0.001", "seconds": "1.0",
     }  # fmt: skip
     assert as_table([dataclasses.replace(rows[1], latent_dim=(3, 17))])["cached"][0] == "3–17"
+    assert as_table([row("svd", 0.5, -0.01)])["difference"][0] == "−1.00 (−2.00 to +0.00)"
 
 
 @pytest.mark.parametrize(

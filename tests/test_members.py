@@ -20,6 +20,7 @@ from asrlib.benchmark_report import lengths_introduction, lengths_table, speed_s
 from asrlib.cached_tensors import cached_tensors
 from asrlib.conversion.convert import convert
 from asrlib.evaluation import score, write_predictions
+from asrlib.figure_captions import caption_of, heading_of
 from asrlib.member_figures import figures_of, lengths_figure, looks, looks_of_run
 from asrlib.members import (
     UNCONVERTED,
@@ -359,11 +360,32 @@ def test_what_a_benchmark_says(eight):
     assert speed_sentence(measured).startswith("The fastest is conformer_mha_tiny, 10.0 ms per utterance, the slowest")
     assert speed_table(measured).at["conformer_linear_tiny", "cache per second"] == "0 B"
     assert state_table(measured["members"]).at["conformer_mla_tiny", "of MHA's"] == "25.0 %"
-    lengths = measured["lengths"]
-    lengths["systems"][EIGHT[0]]["stopped"] = {"seconds": 40, "reason": "time"}
-    lengths["systems"][EIGHT[0]]["ms"][2] = None
-    assert f"{EIGHT[0]} took longer than that at 40 s." in lengths_introduction(lengths)
+
+
+def test_why_curves_end_is_said_once_for_all_that_end_alike(eight):
+    lengths = eight.read_metrics("benchmark")["lengths"]
+    assert "longer than that" not in lengths_introduction(lengths) and "profiler" not in lengths_introduction(lengths)
+
+    def end(name, reason):
+        row = lengths["systems"][name]
+        row["stopped"], row["ms"][2] = {"seconds": 10, "reason": reason}, None
+        row["peak_memory_bytes"][1:] = [None, None]
+
+    end(EIGHT[0], "time")
+    end(EIGHT[1], "memory")
+    said = lengths_introduction(lengths)
+    assert "At 10 s conformer_mha took longer than that." in said
+    assert "At 10 s conformer_mla ran out of memory." in said
+    assert (
+        "over more than 60 s of audio that take more than 5 s" in said
+        and "ends at 5 s for conformer_mha and conformer_mla." in said
+    )
     assert lengths_table(lengths).loc[EIGHT[0]].isna().tolist() == [False, False, True]
+    for name in EIGHT[1:7]:
+        end(name, "time")
+    assert "At 10 s all but branchformer_linear took longer than that." in lengths_introduction(lengths)
+    end(EIGHT[7], "time")
+    assert "ends at 5 s for all." in lengths_introduction(lengths)
 
 
 # ---- figures -----------------------------------------------------------------------------------------------
@@ -378,7 +400,11 @@ def test_figures_of_all_that_was_measured(eight, widths):
     epochs, minutes = drawn["training_together"].axes
     assert epochs.lines[0].get_xdata().tolist() == [0, 1, 2, 3] and minutes.lines[0].get_xdata()[-1] == 2
     assert epochs.get_yscale() == "log" and epochs.lines[0].get_ydata()[0] == 100
-    assert drawn["lengths"].axes[0].lines[0].get_ydata().tolist() == pytest.approx([0.01, 0.02, 0.32])
+    lengths = drawn["lengths"].axes
+    assert lengths[0].lines[0].get_ydata().tolist() == pytest.approx([0.01, 0.02, 0.32])
+    assert [{line.get_linestyle() for line in ax.lines} for ax in lengths] == [{"-"}, {"-"}, {"--"}, {"--"}]
+    thickness = [line.get_linewidth() for line in lengths[0].lines]
+    assert thickness == sorted(set(thickness), reverse=True), "none hides another of the same values"
 
     found = compare_members(widths, ["latent_dim-4", "latent_dim-16", "latent_dim-64"])
     parameter = figures_of(found)["wer_vs_latent_dim"].axes[0]
@@ -386,6 +412,18 @@ def test_figures_of_all_that_was_measured(eight, widths):
     assert parameter.containers[0][0].get_ydata().round(1).tolist() == [40, 20, 10]
     table = member_report.parameter_table(found, "latent_dim", [list(found.table.index[::-1])])
     assert list(table["latent_dim"]) == [4, 16, 64] and "cut against MHA" in table
+
+
+def test_captions_say_how_to_read_each_figure(eight, widths):
+    found = compare_members(eight, EIGHT)
+    captions = {name: caption_of(name, found) for name in figures_of(found)}
+    assert "side by side, to be seen all: conformer_linear and branchformer_linear; " in captions["wer_vs_cache"]
+    assert all("Colour: the kind of attention; shape and line: the encoder." in said for said in captions.values())
+    found = compare_members(widths, [f"latent_dim-{width}" for width in (4, 16, 64)])
+    assert "side by side" not in caption_of("wer_vs_cache", found), "no two are of one size"
+    assert "from the smallest state to the largest" in caption_of("wer_vs_time", found)
+    assert heading_of("wer_vs_latent_dim") == "Word errors against latent_dim"
+    assert caption_of("wer_vs_latent_dim", found) == "Members that differ in latent_dim alone; bars: 95 % intervals."
 
 
 def test_a_member_looks_the_same_everywhere_and_unlike_the_others(eight, widths):
@@ -399,6 +437,7 @@ def test_a_member_looks_the_same_everywhere_and_unlike_the_others(eight, widths)
 def test_lengths_of_a_single_run():
     rows = {name: {"ms": [1.0, None], "peak_memory_bytes": [5, None], "stopped": None} for name in looks_of_run()}
     figure = lengths_figure({"seconds": [5, 10], "systems": rows}, looks_of_run())
+    assert len(figure.axes) == 2, "one encoder"
     assert "baseline (MHA): 0.001 s for 5 s of audio" in figure.get_label()
 
 
@@ -442,6 +481,9 @@ def test_the_index_of_a_sweep(eight):
     ]
     assert [link["href"] for link in soup.select("ol.members a")] == [f"{name}/index.html" for name in EIGHT]
     assert len(soup.select("figure img[alt]")) == 4 and not soup.select(".notice")
+    assert [heading.text for heading in soup.select("h3")] == [heading_of(name) for name in kept["figures"]]
+    captions = [caption.text for caption in soup.select("figure figcaption")]
+    assert captions == [caption_of(name, found) for name in kept["figures"]]
     assert "python run_all.py eight" in soup.select_one("dl.facts").text and not soup.select("script")
 
 
@@ -454,10 +496,44 @@ def test_the_index_of_a_sweep_half_done(eight):
     assert len(soup.select(".ranking tbody tr")) == 7 and not soup.select("figure")
     notices = " ".join(notice.text for notice in soup.select(".notice"))
     assert f"Not finished so far: {EIGHT[7]}." in notices and "not been timed and compared yet" in notices
+    assert "not done: Baseline" in soup.select("ol.members li")[7].text
     assert "not finished" in soup.select("ol.members li")[7].text
     for name in EIGHT:
         Run(eight.path / name).discard("00_baseline")
     assert index_of(eight).select_one(".lead").text == "No member is finished yet."
+
+
+def test_the_index_of_a_sweep_tells_interrupted_members_from_those_not_begun(eight):
+    interrupted, anew, failed, waiting = (Run(eight.path / name) for name in EIGHT[:4])
+    for begun in (interrupted, anew, failed):
+        begun.discard("00_baseline")
+        begun.mark_started("00_baseline", "f")
+    (interrupted.checkpoints("00_baseline") / "checkpoint-5").mkdir()
+    (failed.path / "notebooks").mkdir()
+    (failed.path / "notebooks" / "00_baseline.failed.ipynb").touch()
+    for marker in (".completed", ".started"):
+        (waiting.path / marker / "00_baseline.json").unlink()
+    said = [line.select_one(".what").text for line in index_of(eight).select("ol.members li")]
+    assert said == [
+        "Baseline interrupted, goes on where it stopped",
+        "Baseline interrupted, begins again",
+        "Baseline failed",
+        "not begun",
+        *4 * ["Baseline"],
+    ]
+
+
+def test_links_lead_to_pages_that_exist(eight):
+    (eight.path / EIGHT[0] / "index.html").unlink()
+    (eight.path / EIGHT[1] / "00_baseline.html").touch()
+    found = compare_members(eight, EIGHT, test=False)
+    of_notebooks = (member_report.links_html(found), member_report.ranking_html(found))
+    pages = [index_of(eight).main, *(BeautifulSoup(made, "html.parser") for made in of_notebooks)]
+    for page in pages:
+        links = {link["href"] for link in page.select("a")}
+        assert links >= {f"{name}/index.html" for name in EIGHT[1:]}
+        assert all((eight.path / link).is_file() for link in links)
+    assert pages[0].select_one(f'ol.members a[href="{EIGHT[1]}/00_baseline.html"]').text == "Baseline"
 
 
 def test_a_member_s_index_leads_back_to_the_sweep(eight):

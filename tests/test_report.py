@@ -534,6 +534,15 @@ def test_index_of_a_run_half_done(run):
     assert "--set seed=1" in soup.select_one("dl.facts").text
 
 
+def test_index_of_a_run_of_some_steps(run):
+    fill(run)
+    complete(run, "00_baseline", seconds=3.0)
+    write_json(run.path / "params.json", {"steps": ["00_baseline"]})
+    soup = index_of(run)
+    assert len(soup.select("ol.steps li")) == 1 and not soup.select(".notice")
+    assert soup.h1.text.endswith(": one recogniser")
+
+
 def test_index_forgets_what_is_out_of_date(run):
     report.write_comparison(fill(run))
     run.write_metrics("baseline", {"model": "m", "splits": SCORES["baseline"]})

@@ -140,8 +140,14 @@ def test_values_that_vary_are_combined(project):
         ("sweep: [small, params/small.yaml]", [], "two members of the sweep (in mine.yaml) would be named 'small'"),
         ("sweep: {model: [a/b, a-b]}", [], "two members of the sweep (in mine.yaml) would be named 'model-a-b'"),
         ("sweep: [models]", [], "cannot be named 'models'"),
-        ("sweep: {ticks: [1, many]}", [], "member ticks-many: parameter 'ticks' (in the sweep) is 'many', should be"),
-        ("sweep: {tiks: [1]}", [], "member tiks-1: unknown parameter 'tiks' (in the sweep): did you mean 'ticks'?"),
+        ("sweep: {ticks: [1, many]}", [], "member ticks-many: parameter 'ticks' (in the sweep of mine.yaml) is"),
+        ("sweeep: {ticks: [1]}", [], "unknown parameter 'sweeep' (in mine.yaml): did you mean 'sweep'?"),
+        ("ticks: 1", ["--set", "sweep={ticks: [1]}"], "'sweep' (in --set) is no parameter: it belongs at the top of"),
+        (
+            "sweep: {tiks: [1]}",
+            [],
+            "unknown parameter 'tiks' (in the sweep of mine.yaml): did you mean 'ticks'?",
+        ),
         ("sweep: {ticks: [1]}\nticks: 2", [], "'ticks' (in mine.yaml) is given twice: in the sweep and beside it"),
         ("sweep: {ticks: [1]}", ["--set", "ticks=2"], "member ticks-1: 'ticks' is what the sweep varies"),
         ("sweep: {latent_dim: [2]}", ["--set", "cache_cut=0.5"], "member latent_dim-2: 'latent_dim' is what the sweep"),
@@ -266,6 +272,18 @@ def test_a_member_that_fails_does_not_stop_the_others(project, capsys):
     assert run.completed("02_compare")["parameters"]["members"] == names
 
 
+def test_a_failure_that_members_share_is_told_once(project, capsys):
+    params(project, "fragile", "steps: [01_second]\non_error: network\nsweep: {seed: [1, 2, 3]}")
+    fail = "if on_error == 'network':\n    raise OSError(f'no way to the hub (Request ID: {run.path})')"
+    write_notebook(project / "notebooks" / "01_second.ipynb", [*SECOND, fail])
+    assert call(project, "fragile") == 1
+    shown = capsys.readouterr()
+    first, notebook, *others = shown.err.splitlines()[1:-1]
+    assert first.startswith("  seed-1: 01_second failed: OSError: no way to the hub") and "executed" in notebook
+    assert others == ["  seed-2: the same as seed-1", "  seed-3: the same as seed-1"]
+    assert shown.out.count("no way to the hub") == 1 and shown.out.count("\nthe same as seed-1\n") == 2
+
+
 def test_where_no_member_finishes_nothing_is_compared(project, capsys):
     params(project, "fragile", "steps: [01_second]\nsweep: {on_error: [raise]}")
     run = Run(project / "reports" / "fragile")
@@ -311,6 +329,8 @@ def test_ctrl_c_stops_the_whole_sweep_which_is_one_process_s_alone(project, caps
     assert process.returncode == 130 and gone([kernel])
     assert "Interrupted. The same command, given again, resumes here." in output
     assert not (run.path / "ticks-1").exists() and run.completed("02_compare") is None
+    interrupted = (begun / ".started" / "01_second.json").stat().st_mtime_ns
+    assert (run.path / "index.html").stat().st_mtime_ns > interrupted, "the page says so"
 
 
 # ---- beside ------------------------------------------------------------------------------------------------
@@ -373,12 +393,15 @@ def test_the_list_shows_how_many_members_are_done(project, capsys):
     write_json(run.path / "params.json", {"sweep": {"latent_dim": [2, 8, 9]}})
     for name in ("latent_dim-2", "latent_dim-8"):
         Run(run.path / name).mark_started("00_first", "a")
-    Run(run.path / "latent_dim-2").mark_completed("00_first", "a", seconds=1.0)
+    Run(run.path / "latent_dim-2").mark_completed("00_first", "a", seconds=1.0, parameters={})
+    assert call(project, "small", "--name", "of_one_step_and_with_a_long_name") == 0
     single = Run(project / "reports" / "single")
     single.mark_started("00_first", "a")
+    capsys.readouterr()
     assert call(project, "--list") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[lines.index("runs") + 1 :] == [
-        "  single              0 of 3 steps completed",
-        "  widths              1 of 3 members completed",
+        "  of_one_step_and_with_a_long_name 1 of 1 step completed",
+        "  single                           0 of 3 steps completed",
+        "  widths                           1 of 3 members completed",
     ]

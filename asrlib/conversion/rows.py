@@ -134,7 +134,7 @@ def as_table(rows: Iterable[Row]) -> pd.DataFrame:
             "KL": f"{row.kl:.2g}" if compared else "",
             "WER %": f"{100 * row.wer:.2f}",
             "95 % interval": _ends(row.wer_interval, ".2f"),
-            "difference": f"{100 * row.wer_difference:+.2f} ({_ends(row.difference_interval, '+.2f')})"
+            "difference": f"{_per_cent(row.wer_difference, '+.2f')} ({_ends(row.difference_interval, '+.2f')})"
             if compared
             else "",
             "p": ("< 0.001" if row.p < 0.001 else f"{row.p:.3f}") if compared else "",
@@ -196,4 +196,8 @@ def first_broken(rows: Iterable[Row], recipe: str) -> list[tuple[str, dict]]:
 
 
 def _ends(ends: tuple[float, float], form: str) -> str:
-    return " to ".join(format(100 * end, form) for end in ends)
+    return " to ".join(_per_cent(end, form) for end in ends)
+
+
+def _per_cent(fraction: float, form: str) -> str:
+    return format(100 * fraction, form).replace("-", "−")  # the minus sign, as wide as the plus
