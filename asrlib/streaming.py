@@ -324,6 +324,25 @@ def stream(
     yield from recognition.finish()
 
 
+def what_is_kept(model: nn.Module, processor, samples_S: np.ndarray, chunk_ms: float = 1000.0) -> dict:
+    """{frames, bytes, formula_bytes, convolution_bytes, tensors} of a stream that forgets nothing of `samples_S`.
+
+    `bytes` are those of all layers' attention, counted, and `tensors` the shapes in the first layer; `formula_bytes`
+    is what `kv_cache_bytes` says.
+    """
+    recognition = Recognition(model, processor, chunks_of(model.config, chunk_ms, left_seconds=None))
+    for _ in [*recognition.hear(samples_S), *recognition.finish()]:
+        pass
+    streams = recognition.streams
+    return {
+        "frames": streams.frames,
+        "bytes": sum(streams.attention_bytes),
+        "formula_bytes": streams.formula_bytes,
+        "convolution_bytes": sum(streams.convolution_bytes),
+        "tensors": [list(tensor.shape) for tensor in streams.memories[0].tensors],
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m asrlib.streaming", description="Recognises a recording in chunks.")
     parser.add_argument("file", metavar="FILE.wav", type=Path)

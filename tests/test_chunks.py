@@ -53,7 +53,9 @@ def test_chunks_that_hold_nothing_are_refused(settings, said):
 
 def test_chunks_of_a_time_are_frames():
     wav2vec2, encoder = tiny.conformer().config, tiny.encoder().config  # 20 and 40 ms a frame
-    assert chunks_of(wav2vec2, 320, 10, 80) == Chunks(16, 500, 4) and chunks_of(encoder, 320, 10, 80) == Chunks(8, 250, 2)
+    assert chunks_of(wav2vec2, 320, 10, 80) == Chunks(16, 500, 4) and chunks_of(encoder, 320, 10, 80) == Chunks(
+        8, 250, 2
+    )
     assert chunks_of(encoder, 320, None) == Chunks(8, None, 0) and chunks_of(encoder, 320, 0).left == 0
     assert chunks_of(encoder, 1).size == 1  # at least
     assert Chunks(8, 250, 2).block == 10

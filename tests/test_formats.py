@@ -7,7 +7,7 @@ from asrlib.attention.formats import FORMATS, _packed, _unpacked, cache_format
 
 WIDTHS = [1, 2, 5, 8, 33]
 STEPS = {"int8": 127, "int4": 7}  # from zero to the largest number of a frame
-PRECISION = {"float32": 0.0, "bfloat16": 2.0**-9, "float16": 2.0**-11}  # of a number, relative: half of its last bit
+PRECISION = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # of a number, relative: half of its last bit
 
 
 def frames(width: int, dtype: torch.dtype = torch.float32, count: int = 6) -> torch.Tensor:
@@ -67,7 +67,8 @@ def test_zeros_stay_zero_and_no_size_is_no_number(name, dtype):
         x_11N = size * torch.tensor([[[1.0, -0.5, 0.0, 0.25]]], dtype=dtype)
         rounded_11N = held_as.rounded(x_11N)
         assert torch.isfinite(rounded_11N).all() and rounded_11N[0, 0, 2] == 0
-        assert ((rounded_11N - x_11N).abs() <= 0.51 * max(size / STEPS.get(name, 7), 2.0**-14)).all(), size
+        half_a_step = 0.5 * max(size / STEPS.get(name, 127), 2.0**-14)
+        assert ((rounded_11N - x_11N).abs() <= half_a_step + 2.0**-8 * x_11N.abs()).all(), size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -77,14 +78,14 @@ def test_what_a_format_cannot_hold_is_its_largest_number(name, dtype):
     x_11N = torch.tensor([[[1e30, -1e30, 0.0]]], dtype=dtype)
     rounded_11N = cache_format(name).rounded(x_11N)
     assert torch.isfinite(rounded_11N).all()
-    assert rounded_11N[0, 0, 0] > 4e5 * (name != "float16") + 6e4 and rounded_11N[0, 0, 0] == -rounded_11N[0, 0, 1]
+    assert rounded_11N[0, 0, 0] > 6e4 and rounded_11N[0, 0, 1] == -rounded_11N[0, 0, 0] and rounded_11N[0, 0, 2] == 0
 
 
 @pytest.mark.parametrize("width", [*range(1, 18), 33])
 def test_every_half_byte_comes_back_from_either_half(width):
     values = torch.arange(-8, 8, dtype=torch.int8)
     for shift in range(16):
-        steps_1tN = values.roll(shift).repeat(3)[: 2 * width].view(1, 2, width)
+        steps_1tN = values.roll(shift).repeat(5)[: 2 * width].view(1, 2, width)
         bytes_1tM = _packed(steps_1tN)
         assert bytes_1tM.dtype == torch.uint8 and bytes_1tM.shape == (1, 2, (width + 1) // 2)
         unpacked_1tN = _unpacked(bytes_1tM)[..., :width]

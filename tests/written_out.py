@@ -146,7 +146,10 @@ class StreamedEncoder:
         known = past | own
         x_TD, own_TD = torch.stack(list(known.values())), torch.stack(list(own.values()))
         width = x_TD.shape[1]
-        query_HnE, (key_HTE, value_HTE) = queries(weights, own_TD, self.heads), keys_and_values(weights, x_TD, self.heads)
+        query_HnE, (key_HTE, value_HTE) = (
+            queries(weights, own_TD, self.heads),
+            keys_and_values(weights, x_TD, self.heads),
+        )
         scores_HnT = query_HnE.new_zeros(self.heads, len(own), len(known))
         for n, i in enumerate(own):
             for t, j in enumerate(known):

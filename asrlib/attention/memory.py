@@ -89,10 +89,14 @@ class StreamMemory(LayerMemory):
         return before_BCr
 
     @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that attention keeps."""
+        return [tensor for stored in self.held for tensor in stored] + list(self.total)
+
+    @property
     def attention_bytes(self) -> int:
         """Of the memory that is really taken, whatever a tensor shows of it."""
-        tensors = [tensor for stored in self.held for tensor in stored] + list(self.total)
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
 
     @property
     def convolution_bytes(self) -> int:
