@@ -28,10 +28,11 @@ from tqdm import tqdm
 from asrlib.attention.chunks import Chunks
 from asrlib.data.batches import BucketBatchSampler, CTCCollator, CTCDataset
 from asrlib.data.corpus import Corpus
+from asrlib.data.normalising import HeardSoFar
 from asrlib.models.families import frame_counts
 from asrlib.models.inference import choose_device, inference, padding_silenced
 from asrlib.runs import atomic_write, resolve
-from asrlib.streaming import HeardSoFar, chunked_pass
+from asrlib.streaming import chunked_pass
 
 FIELDS = {"id", "speaker", "seconds", "reference", "hypothesis"}  # of a transcript
 RESAMPLES = 10_000

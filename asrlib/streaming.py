@@ -10,7 +10,6 @@ Shapes: B streams, S samples, n frames worked on at once, T frames, D width, V t
 """
 
 import argparse
-import copy
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,13 +26,11 @@ from asrlib.attention.chunks import Chunks
 from asrlib.attention.formats import cache_format
 from asrlib.attention.memory import LayerMemory, SideBySide, StreamMemory
 from asrlib.data.audio import SAMPLE_RATE, UnusableAudio, read_pieces
-from asrlib.data.batches import CTCCollator
+from asrlib.data.normalising import RunningNormaliser
 from asrlib.models.families import attention_modules, family_of, frame_counts, frames_of, frames_per_second, load
 
 CHUNK_MS = 320.0
 LEFT_SECONDS = 10.0
-USUAL_LEVEL = 0.05  # root mean square of speech at 16 kHz, full scale 1
-USUAL_SECONDS = 1.0  # for how much heard speech that level stands
 
 
 def chunks_of(
@@ -177,43 +174,6 @@ def chunked_pass(
 
 
 # ---- audio -------------------------------------------------------------------------------------------------
-
-
-class RunningNormaliser:
-    """Zero mean and unit variance by what was heard so far, for processors that take them of the whole recording.
-
-    Every sample is normalised by itself and all before it, however the audio comes in pieces. At first that says
-    little: speech of USUAL_LEVEL for USUAL_SECONDS is taken as heard before.
-    """
-
-    def __init__(self):
-        self.count = USUAL_SECONDS * SAMPLE_RATE
-        self.total, self.squares = 0.0, self.count * USUAL_LEVEL**2
-
-    def __call__(self, samples_S: np.ndarray) -> np.ndarray:
-        wide_S = samples_S.astype(np.float64)
-        count_S = self.count + np.arange(1, len(wide_S) + 1)
-        total_S, squares_S = self.total + wide_S.cumsum(), self.squares + np.square(wide_S).cumsum()
-        if len(wide_S):
-            self.count, self.total, self.squares = count_S[-1], total_S[-1], squares_S[-1]
-        mean_S = total_S / count_S
-        return ((wide_S - mean_S) / np.sqrt(squares_S / count_S - mean_S**2 + 1e-7)).astype(np.float32)
-
-
-class HeardSoFar(CTCCollator):
-    """Batches of utterances each of which was normalised as a stream must."""
-
-    def __init__(self, processor):
-        super().__init__(copy.deepcopy(processor))
-        extractor = self.processor.feature_extractor
-        self.normalises = getattr(extractor, "do_normalize", False)
-        if self.normalises:
-            extractor.do_normalize = False
-
-    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        if self.normalises:
-            items = [item | {"audio": RunningNormaliser()(item["audio"])} for item in items]
-        return super().__call__(items)
 
 
 class AudioFrames:

@@ -21,7 +21,9 @@ from torch import nn
 from tqdm import tqdm
 
 from asrlib.attention.chunks import Chunks
-from asrlib.attention.kinds import LinearAttention
+from asrlib.attention.formats import cache_format
+from asrlib.attention.kinds import KINDS, LinearAttention, absorbing_pays
+from asrlib.attention.memory import StreamMemory
 from asrlib.attention.relative import sinusoids
 from asrlib.benchmark import measured_on, peak_memory_bytes, take_turns
 from asrlib.models.encoder import SpeechEncoderConfig, SpeechEncoderForCTC
@@ -220,6 +222,69 @@ def streams_in_real_time(
     return pd.DataFrame(rows)
 
 
+# ---- absorbed or expanded ----------------------------------------------------------------------------------
+
+
+def benchmark_forms(
+    hidden_size: int,
+    num_attention_heads: int,
+    queries: Sequence[int] = (1, 4, 8, 16, 32, 64, 128),
+    frames: Sequence[int] = (50, 500, 3000),
+    repeats: int = 15,
+    device: str | None = None,
+    **others,
+) -> pd.DataFrame:
+    """Both forms of one latent layer, taking turns: a row per rank, number of frames that are kept, and of queries.
+
+    rank, frames, queries, expanded_ms, absorbed_ms (medians), multiplications (of the absorbed form, over those of the
+    expanded), chosen (by `absorbing_pays`), loss (how much longer the chosen one takes than the faster, a fraction).
+    """
+    rows = []
+    for rank in (hidden_size // 2, hidden_size // 4, hidden_size // 8):
+        config = SpeechEncoderConfig(
+            attention="mla_simple", hidden_size=hidden_size, num_attention_heads=num_attention_heads,
+            num_hidden_layers=1, latent_dim=[rank],
+        )  # fmt: skip
+        attention = KINDS["mla_simple"](config, 0).eval()
+        where = choose_device(device, attention)
+        attention.to(where)
+        for kept in frames:
+            for count in queries:
+                memory = StreamMemory(Chunks(count, kept), cache_format("float32"))
+                memory.central = kept
+                memory.frames((torch.randn(1, kept, rank, device=where),))
+                memory.central = count
+                rows.append(_forms_row(attention, memory, rank, repeats, where))
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def _forms_row(attention: nn.Module, memory: StreamMemory, rank: int, repeats: int, device: torch.device) -> dict:
+    kept, count = memory.chunks.left, memory.chunks.size
+    x_1nD = torch.randn(1, count, attention.config.hidden_size, device=device)
+
+    def run(form: str) -> None:
+        attention.form = form
+        attention(x_1nD, past=memory)
+
+    steps = {form: partial(run, form) for form in ("expanded", "absorbed")}
+    take_turns(steps, 0, device)
+    ms = pd.DataFrame([take_turns(steps, turn, device) for turn in range(repeats)]).median()
+    heads, width, total = attention.num_heads, attention.config.hidden_size, kept + count
+    absorbed, expanded = 2 * rank * count * (width + total * heads), total * width * 2 * (rank + count)
+    chosen = absorbing_pays(count, total, heads, attention.head_size, (rank, rank))
+    return {
+        "rank": rank,
+        "frames": kept,
+        "queries": count,
+        "expanded_ms": ms["expanded"],
+        "absorbed_ms": ms["absorbed"],
+        "multiplications": absorbed / expanded,
+        "chosen": "absorbed" if chosen else "expanded",
+        "loss": ms["absorbed" if chosen else "expanded"] / ms.min() - 1,
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m asrlib.streaming_benchmark", description="Times a chunk of a stream, for kinds of attention."
@@ -230,8 +295,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache", default="float32", help="float32, bfloat16, float16, int8 or int4")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--forms", action="store_true", help="time absorbed and expanded latents instead")
     parser.add_argument("--out", type=Path, help="a .csv")
     args = parser.parse_args(argv)
+    if args.forms:
+        table = benchmark_forms(**SIZES[args.size], repeats=args.repeats, device=args.device)
+        if args.out:
+            table.to_csv(args.out, index=False)
+        sys.stdout.write(f"{table.to_string(index=False, float_format='{:.3f}'.format)}\n")
+        return 0
     systems = random_encoders(**SIZES[args.size])
     table = benchmark_steps(systems, args.chunk, args.left, args.repeats, args.device, args.cache)
     if args.out:
