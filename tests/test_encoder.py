@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCTC, AutoProcessor, set_seed
 
 from asrlib import load, to_standard_attention
+from asrlib.attention.chunks import Chunks
 from asrlib.attention.kinds import KINDS, attention_kind
 from asrlib.attention.relative import sinusoids
 from asrlib.data.corpus import SAMPLE_RATE
@@ -425,3 +426,47 @@ def test_latents_fold_back(encoder, attention, changes):
     assert all(isinstance(one.linear_q, nn.Linear) for one in attention_modules(plain))
     with torch.no_grad():
         torch.testing.assert_close(plain(**batch(torch.float64)).logits, latent(**batch(torch.float64)).logits, **CLOSE)
+
+
+# ---- for streaming -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["conformer", "branchformer"])
+def test_no_frame_of_a_causal_encoder_in_chunks_hears_beyond_its_chunk(kind):
+    model = tiny.encoder(kind, causal=True)
+    batch = tiny.features()
+    features = batch["input_features"][:1]
+    later = features.clone()
+    later[:, 15:] += 1  # encoder frame t reads mel frames 4t … 4t + 6: those from the fourth on hear it
+    with torch.no_grad():
+        one, other = (model(x, chunks=Chunks(3)).logits[0] for x in (features, later))
+    assert torch.equal(one[:3], other[:3]) and (one[3:] != other[3:]).any(-1).all()
+
+
+def test_chunks_are_drawn_in_training_alone():
+    model = tiny.encoder(causal=True, largest_chunk=4)
+    features = tiny.features()["input_features"]
+    torch.manual_seed(0)
+    drawn = [model._drawn_chunks() for _ in range(400)]
+    sizes = [chunks.size for chunks in drawn if chunks]
+    assert 0.4 < len(sizes) / len(drawn) < 0.6 and set(sizes) == {1, 2, 3, 4}
+    with torch.no_grad():
+        assert torch.equal(model(features).logits, model(features).logits)
+        model.train()
+        outputs = {float(model(features).logits.sum()) for _ in range(30)}
+    assert len(outputs) > 2
+
+
+def test_full_context_is_what_is_trained_without_chunks():
+    assert tiny.encoder(causal=True)._drawn_chunks() is None
+
+
+def test_chunks_that_cannot_be_trained_are_refused():
+    with pytest.raises(StrictDataclassClassValidationError, match="causal convolutions"):
+        tiny.encoder(largest_chunk=4)
+    with pytest.raises(StrictDataclassClassValidationError, match="largest_chunk is -1"):
+        tiny.encoder(causal=True, largest_chunk=-1)
+    features = tiny.features()["input_features"]
+    for model, chunks in ((tiny.encoder(), Chunks(3)), (tiny.encoder(causal=True), Chunks(3, lookahead=1))):
+        with pytest.raises(ValueError, match="takes causal convolutions and no lookahead"):
+            model(features, chunks=chunks)

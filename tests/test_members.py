@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 import soundfile
 import tiny
-import torch
 from bs4 import BeautifulSoup
 
 from asrlib import answers as room
@@ -86,7 +85,13 @@ def member(run: Run, encoder: str, kind: str, rate: float | None = None, **param
 
 def described(encoder: str, kind: str, cache: int | None = None) -> dict:
     cache = cache or CACHES[kind]
-    counted = {"frames": 100, "bytes": cache, "formula_bytes": cache, "convolution_bytes": 64, "tensors": [[1, 100, 16]]}
+    counted = {
+        "frames": 100,
+        "bytes": cache,
+        "formula_bytes": cache,
+        "convolution_bytes": 64,
+        "tensors": [[1, 100, 16]],
+    }
     return {
         "encoder": encoder, "attention": kind, "layers": 2, "hidden_size": 32, "cache_bytes": cache,
         "mha_cache_bytes": CACHES["mha"], "counted": counted,
