@@ -37,6 +37,8 @@ def chunks_of(
     config, chunk_ms: float = CHUNK_MS, left_seconds: float | None = LEFT_SECONDS, lookahead_ms: float = 0.0
 ) -> Chunks:
     """In encoder frames, of which a chunk has one at least; `left_seconds` None is everything heard so far."""
+    if not chunk_ms > 0:
+        raise ValueError(f"a chunk of {chunk_ms} ms holds nothing: give more than 0")
     rate = frames_per_second(config)
     left = None if left_seconds is None else round(left_seconds * rate)
     return Chunks(max(1, round(chunk_ms / 1000 * rate)), left, round(lookahead_ms / 1000 * rate))
@@ -208,7 +210,7 @@ class AudioFrames:
             heard = self.extractor(self.waiting_S, sampling_rate=SAMPLE_RATE, return_tensors="pt")
             inputs = heard[self.model.main_input_name]
         x_1TD = family_of(config).frames(self.model, inputs.to(like.device, like.dtype))
-        self.waiting_S = self.waiting_S[frames * config.inputs_to_logits_ratio :]
+        self.waiting_S = self.waiting_S[frames * config.inputs_to_logits_ratio :].copy()  # not a view of the whole
         return x_1TD[:, :frames]
 
 
@@ -308,36 +310,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("file", metavar="FILE.wav", type=Path)
     parser.add_argument("--model", required=True, help="a folder, a hub id or a shipped model's name")
     parser.add_argument("--chunk", type=float, default=CHUNK_MS, metavar="MS")
-    parser.add_argument("--left", type=float, default=LEFT_SECONDS, metavar="SECONDS", help="that attention looks back")
+    parser.add_argument("--left", type=float, default=LEFT_SECONDS, metavar="SECONDS", help="that a chunk looks back")
     parser.add_argument("--lookahead", type=float, default=0.0, metavar="MS")
     parser.add_argument("--cache", default="float32", help="float32, bfloat16, float16, int8 or int4")
     args = parser.parse_args(argv)
     try:
+        if not args.file.is_file():
+            raise FileNotFoundError(f"no file at {args.file}: give a recording")
         model, processor = load(args.model)
         chunks = chunks_of(model.config, args.chunk, args.left, args.lookahead)
         recognition = Recognition(model, processor, chunks, args.cache)
-        pieces, heard, slowest = read_pieces(partial(_opened, args.file), args.chunk / 1000), 0, 0.0
-        started = last = perf_counter()
-        shown = 0
-        for piece in pieces:
-            heard += len(piece)
+        heard, took, shown, started = 0, [0.0], 0, perf_counter()
+        for piece in read_pieces(partial(open, args.file, "rb"), args.chunk / 1000):
+            heard, began = heard + len(piece), perf_counter()
             for text in recognition.hear(piece):
-                slowest, last = max(slowest, perf_counter() - last), perf_counter()
                 shown = _show(text, shown)
+            took.append(perf_counter() - began)
         for text in recognition.finish():
             shown = _show(text, shown)
     except (OSError, ValueError) as error:
         sys.stderr.write(f"{args.file}: {error}\n" if isinstance(error, UnusableAudio) else f"{error}\n")
         return 1
     seconds = perf_counter() - started
-    sys.stdout.write(f"\n\n{_account(recognition.streams, heard / SAMPLE_RATE, seconds, slowest)}\n")
+    sys.stdout.write(f"\n\n{_account(recognition.streams, heard / SAMPLE_RATE, seconds, max(took))}\n")
     return 0
-
-
-def _opened(path: Path):
-    if not path.is_file():
-        raise FileNotFoundError(f"no file at {path}: give a recording")
-    return open(path, "rb")
 
 
 def _show(text: str, shown: int) -> int:

@@ -34,7 +34,8 @@ class Floating(Format):
     dtype: torch.dtype
 
     def store(self, x_BtN: torch.Tensor) -> Stored:
-        return (x_BtN.to(self.dtype),)
+        finite = torch.finfo(self.dtype)
+        return (x_BtN.to(self.dtype).clamp(finite.min, finite.max),)
 
     def restore(self, stored: Stored, numbers: int, dtype: torch.dtype) -> torch.Tensor:
         return stored[0].to(dtype)
@@ -56,7 +57,8 @@ class Integers(Format):
 
     def store(self, x_BtN: torch.Tensor) -> Stored:
         finite = torch.finfo(torch.float16)
-        scale_Bt1 = (x_BtN.abs().amax(-1, keepdim=True) / self.largest).clamp(finite.smallest_normal, finite.max).half()
+        largest_Bt1 = x_BtN.abs().amax(-1, keepdim=True).float()
+        scale_Bt1 = (largest_Bt1 / self.largest).clamp(finite.smallest_normal, finite.max).half()
         steps_BtN = (x_BtN / scale_Bt1.to(x_BtN.dtype)).round().clamp(-self.largest, self.largest).to(torch.int8)
         return (steps_BtN if self.bits == 8 else _packed(steps_BtN)), scale_Bt1
 

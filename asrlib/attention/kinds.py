@@ -91,12 +91,12 @@ class RelativeAttention(ABC):
         """[H, P, E], in evaluation once for as many distances, which are the same whenever they are as many."""
         weight, count = self.linear_pos.weight, embeddings_1PD.shape[1]
         key = (count, embeddings_1PD.dtype, weight.device, weight.data_ptr(), weight._version)
-        kept_key, kept_HPE = getattr(self, "_projected", (None, None))
+        kept_key, _, kept_HPE = getattr(self, "_projected", (None, None, None))
         if key == kept_key and not torch.is_grad_enabled():
             return kept_HPE
         positions_HPE = self.heads(self.linear_pos(embeddings_1PD))[0]
         if not torch.is_grad_enabled() and count <= KEPT_POSITIONS:
-            self._projected = (key, positions_HPE)
+            self._projected = (key, weight.detach(), positions_HPE)  # held, or another could come to its address
         return positions_HPE
 
 
