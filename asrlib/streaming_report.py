@@ -91,6 +91,21 @@ def _error_in_words(row: dict) -> str:
     return f"{row['system']}, {where}: {100 * row['wer']:.2f} %"
 
 
+def text_as_heard(model, processor, utterance, **chunks) -> pd.DataFrame:
+    """What a stream had written after every chunk, and what its attention kept; `chunks` are those of `chunks_of`."""
+    from asrlib.models.families import frames_per_second
+    from asrlib.streaming import Recognition, chunks_of
+
+    recognition = Recognition(model, processor, chunks_of(model.config, **chunks))
+    streams, rate, rows = recognition.streams, frames_per_second(model.config), []
+    for steps in (recognition.hear(utterance.audio()), recognition.finish()):
+        for text in steps:
+            heard = min(utterance.seconds, (streams.frames + streams.chunks.lookahead) / rate)
+            kept = size(sum(streams.attention_bytes))
+            rows.append({"heard": f"{heard:.2f} s", "text so far": text, "cache": kept})
+    return pd.DataFrame(rows)
+
+
 # ---- time and bytes ----------------------------------------------------------------------------------------
 
 
