@@ -7,6 +7,7 @@ import written_out
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCTC, AutoProcessor, set_seed
+from written_out import feed_forward, gelu, layer_norm, part, swish
 
 from asrlib import load, to_standard_attention
 from asrlib.attention.chunks import Chunks
@@ -31,24 +32,6 @@ def batch(dtype: torch.dtype = torch.float32, labels: bool = False) -> dict[str,
 # ---- what the papers say -----------------------------------------------------------------------------------
 
 
-def part(weights: dict, prefix: str) -> dict:
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-
-
-def layer_norm(weights: dict, name: str, x_TD: torch.Tensor) -> torch.Tensor:
-    centred = x_TD - x_TD.mean(-1, keepdim=True)
-    scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-
-def swish(x: torch.Tensor) -> torch.Tensor:
-    return x / (1 + (-x).exp())
-
-
-def gelu(x: torch.Tensor) -> torch.Tensor:
-    return x * (1 + torch.erf(x / 2**0.5)) / 2
-
-
 def depthwise(weights: dict, x_TC: torch.Tensor) -> torch.Tensor:
     """Σ_k w_ck x_{t+k−K/2, c} + b_c, with zeros beyond the ends."""
     kernel_CK = weights["depthwise.weight"][:, 0]
@@ -58,10 +41,6 @@ def depthwise(weights: dict, x_TC: torch.Tensor) -> torch.Tensor:
         near = [(k, t + k - reach) for k in range(kernel_CK.shape[1]) if 0 <= t + k - reach < len(x_TC)]
         rows.append(weights["depthwise.bias"] + sum(kernel_CK[:, k] * x_TC[at] for k, at in near))
     return torch.stack(rows)
-
-
-def feed_forward(weights: dict, x_TD: torch.Tensor) -> torch.Tensor:
-    return written_out.linear(weights, "4", swish(written_out.linear(weights, "1", layer_norm(weights, "0", x_TD))))
 
 
 def convolution_module(weights: dict, x_TD: torch.Tensor) -> torch.Tensor:
