@@ -17,6 +17,7 @@ _PUBLIC = {
     "to_standard_attention": "asrlib.conversion.convert",
     "evaluate": "asrlib.evaluation",
     "kv_cache_bytes": "asrlib.attention.cache",
+    "stream": "asrlib.streaming",
 }
 __all__ = sorted(_PUBLIC)
 

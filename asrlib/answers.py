@@ -58,25 +58,25 @@ def cache_answer(found: Comparison) -> str:
     return (
         "By the formula, numbers kept per frame × frames × bytes:\n\n"
         + "\n".join(lines)
-        + f"\n\nThere is no streaming cache yet to be measured. {_counted_tensors(known)} {_peak_memory(found, known)}"
+        + f"\n\n{_counted_tensors(known)} {_peak_memory(found, known)}"
     )
 
 
 def _counted_tensors(rows: pd.DataFrame) -> str:
     counted = rows.dropna(subset=["counted_bytes"])
     if counted.empty:
-        return "The tensors of a pass were not counted."
+        return "The tensors of a stream were not counted."
     exact = counted[counted["counted_bytes"] == counted["formula_bytes"]]
     if len(exact) == len(counted):
         return (
-            f"What can be measured agrees: the latents that the layers made in a pass over {AUDIO_SECONDS:g} s, "
-            f"counted in float32, have the formula's bytes exactly, in {_every(len(counted))}."
+            f"What is measured agrees: the tensors that a stream held in float32 after {AUDIO_SECONDS:g} s have the "
+            f"formula's bytes exactly, in {_every(len(counted))}."
         )
     off = counted.drop(exact.index)
     different = ", ".join(
         f"{name} {size(row['counted_bytes'])} instead of {size(row['formula_bytes'])}" for name, row in off.iterrows()
     )
-    return f"Counted on the latents that the layers made in a pass, the bytes differ from the formula's: {different}."
+    return f"Counted on the tensors that a stream held, the bytes differ from the formula's: {different}."
 
 
 def _peak_memory(found: Comparison, rows: pd.DataFrame) -> str:

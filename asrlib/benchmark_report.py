@@ -6,10 +6,11 @@ from asrlib.figures import size
 from asrlib.members import ATTENTION, AUDIO_SECONDS, short_names
 
 STATE_INTRODUCTION = f"""\
-## What a stream would keep
+## What a stream keeps
 
-By the formula, of {AUDIO_SECONDS:g} s of audio; and counted, in a pass over it in float32, on the tensors that a stream
-would have to keep: keys and values, latents, or the sums of linear attention. There is no streaming cache yet."""
+Of {AUDIO_SECONDS:g} s of audio, nothing forgotten: by the formula; and counted, on the tensors that a stream in float32
+held at the end: keys and values, latents, or the sums of linear attention. The last frames that convolutions keep come
+to it, whatever the attention."""
 
 
 def speed_sentence(measured: dict) -> str:
@@ -128,12 +129,13 @@ def state_table(described: dict[str, dict]) -> pd.DataFrame:
     for name, facts in described.items():
         counted = facts["counted"]
         agrees = "the same" if counted["bytes"] == counted["formula_bytes"] else size(counted["formula_bytes"])
-        shapes = [f"{tensor} {'×'.join(map(str, shape))}" for tensor, shape in counted["tensors"].items()]
+        shapes = ["×".join(map(str, shape)) for shape in counted["tensors"]]
         rows[name] = {
             "attention": ATTENTION.get(facts["attention"], facts["attention"]),
             "formula": size(facts["cache_bytes"]),
             "of MHA's": f"{100 * facts['cache_bytes'] / facts['mha_cache_bytes']:.1f} %",
             "counted": f"{size(counted['bytes'])} (formula: {agrees})",
             "tensors of a layer": ", ".join(shapes),
+            "convolutions": size(counted["convolution_bytes"]),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("member")

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,11 +25,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from asrlib.attention.chunks import Chunks
 from asrlib.data.batches import BucketBatchSampler, CTCCollator, CTCDataset
 from asrlib.data.corpus import Corpus
+from asrlib.data.normalising import HeardSoFar
 from asrlib.models.families import frame_counts
 from asrlib.models.inference import choose_device, inference, padding_silenced
 from asrlib.runs import atomic_write, resolve
+from asrlib.streaming import chunked_pass
 
 FIELDS = {"id", "speaker", "seconds", "reference", "hypothesis"}  # of a transcript
 RESAMPLES = 10_000
@@ -46,13 +50,16 @@ def transcribe(
     device: str | None = None,
     precision: str = "fp32",
     record: Callable[[int, torch.Tensor], None] | None = None,
+    chunks: Chunks | None = None,
+    cache: str = "float32",
 ) -> list[dict]:
     """Greedy transcripts in the order of the corpus: {id, speaker, seconds, reference, hypothesis} each.
 
     The reference is the text of the corpus as it stands. `batch_seconds` bounds the padded audio in a batch
     and changes the speed, not the transcripts: each is that of the utterance alone. `record` is called once for every
     utterance, in no particular order, with its place in the corpus and its logits [T, V], unpadded frames alone, on the
-    device. Raises UnusableAudio where an utterance cannot be decoded.
+    device. With `chunks` they are what a stream would give, whose cache is held in that format. Raises UnusableAudio
+    where an utterance cannot be decoded.
     """
     device = choose_device(device, model)
     if getattr(model.config, "feat_extract_norm", "layer") == "group":
@@ -62,7 +69,7 @@ def transcribe(
     loader = DataLoader(
         CTCDataset(corpus, processor),
         batch_sampler=batches,
-        collate_fn=CTCCollator(processor),
+        collate_fn=CTCCollator(processor) if chunks is None else HeardSoFar(processor),
         num_workers=0 if device.type == "cpu" else 4,  # decode the next batch while the accelerator computes
     )
     hypotheses = [""] * len(corpus)
@@ -72,7 +79,7 @@ def transcribe(
         tqdm(total=len(corpus), desc=f"transcribing {corpus.split}", unit="utt", leave=None) as progress,
     ):
         for indices, batch in zip(batches, loader, strict=True):
-            logits = _logits(model, batch, device)
+            logits = _logits(model, batch, device, chunks, cache)
             texts = processor.batch_decode([logits_TV.argmax(-1).tolist() for logits_TV in logits])
             for i, text, logits_TV in zip(indices, texts, logits, strict=True):
                 hypotheses[i] = text
@@ -85,13 +92,18 @@ def transcribe(
     ]
 
 
-def _logits(model: nn.Module, batch: dict, device: torch.device) -> list[torch.Tensor]:
+def _logits(
+    model: nn.Module, batch: dict, device: torch.device, chunks: Chunks | None, cache: str
+) -> list[torch.Tensor]:
     """Logits [T, V] of the unpadded frames of each utterance: B tensors of different lengths."""
     mask_BS = batch["attention_mask"].to(device)
     frames_B = frame_counts(model, mask_BS.sum(-1))
-    with padding_silenced(model, frames_B):
+    with padding_silenced(model, frames_B) if chunks is None else nullcontext():
         inputs_BS = batch[model.main_input_name].to(device, model.dtype)  # [B, S, F] of features
-        logits_BTV = model(inputs_BS, attention_mask=mask_BS).logits
+        if chunks is None:
+            logits_BTV = model(inputs_BS, attention_mask=mask_BS).logits
+        else:
+            logits_BTV = chunked_pass(model, inputs_BS, chunks, mask_BS, cache)
     return [logits_TV[:n] for logits_TV, n in zip(logits_BTV, frames_B.tolist(), strict=True)]
 
 

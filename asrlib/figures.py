@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SYSTEMS = {"baseline": "baseline (MHA)", "converted": "converted (MLA)", "finetuned": "fine-tuned (MLA)"}
+IN_BLOCKS = "MHA in blocks"  # the baseline, worked by attention.relative
 DPI = 160
 INK, GREY = "#1c2126", "#5b656e"
 

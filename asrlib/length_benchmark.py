@@ -1,19 +1,37 @@
 """How time and memory of one pass grow with the length of the audio, for several systems side by side.
 
+    python -m asrlib.length_benchmark --size published --seconds 10 60
+
+times recognisers with random weights: multi-head attention as transformers works it, the same worked in blocks as
+`attention.relative` does, and latents. What the blocks bring is so told from what latents bring.
+
 Shapes: S samples of audio, or what a system reads of them.
 """
 
+import argparse
+import copy
+import io
 import itertools
+import math
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import soundfile
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
 
 from asrlib.benchmark import best_symbols, inputs_of_each, measured_on, peak_memory_bytes, take_turns
-from asrlib.data.corpus import SAMPLE_RATE, Corpus
+from asrlib.data.corpus import SAMPLE_RATE, Corpus, Utterance
+from asrlib.figures import IN_BLOCKS
+from asrlib.models.families import family_of, load
 from asrlib.models.inference import choose_device, inference
+from asrlib.models.wav2vec2_conformer import LatentSelfAttention
+from asrlib.runs import write_json
 
 LONG_PASS = 5.0  # seconds: one such pass is enough, whatever disturbs it weighs little
 PROFILED_AUDIO = 60.0  # seconds: the memory of longer audio is not worth another long pass, under the CPU's profiler
@@ -118,3 +136,91 @@ def _measure(
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # the latter on the CPU
+
+
+# ---- random weights ----------------------------------------------------------------------------------------
+
+PUBLISHED = dict(
+    hidden_size=1024,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    intermediate_size=4096,
+    conv_bias=True,
+    feat_extract_norm="layer",
+    position_embeddings_type="relative",
+)  # fmt: skip; facebook/wav2vec2-conformer-rel-pos-large-960h-ft, 618.6 M parameters
+SIZES = {"shipped": "synthetic-conformer", "published": PUBLISHED}
+
+
+def random_recognisers(size: str) -> dict[str, nn.Module]:
+    """{name: wav2vec2-conformer in evaluation mode}, which share all weights but those of keys and values."""
+    torch.manual_seed(0)
+    sizes = SIZES[size]
+    config = Wav2Vec2ConformerConfig(**sizes) if isinstance(sizes, dict) else load(sizes)[0].config
+    standard = Wav2Vec2ConformerForCTC(config).eval()
+    made = {"MHA by transformers": standard, IN_BLOCKS: in_blocks(standard)}
+    for rank in (config.hidden_size // 2, config.hidden_size // 4, config.hidden_size // 8):
+        latent = _sharing(standard)
+        latent_config = family_of(config).to_latent(config, latent_dim=[rank] * config.num_hidden_layers)
+        for index, layer in enumerate(family_of(config).layers(latent)):
+            attention = LatentSelfAttention(latent_config, index)
+            attention.load_state_dict(layer.self_attn.state_dict(keep_vars=True), strict=False, assign=True)
+            layer.self_attn = attention
+        latent.config = latent_config
+        made[f"MLA {rank}"] = latent.eval()
+    return made
+
+
+def in_blocks(model: nn.Module) -> nn.Module:
+    """`model` worked by `attention.relative`, sharing its parameters: what the blocks bring without any latent."""
+    return family_of(model.config).work_in_blocks(_sharing(model))
+
+
+def _sharing(model: nn.Module) -> nn.Module:
+    """A copy of the modules, with the same parameters."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m asrlib.length_benchmark", description="Times full passes of recognisers with random weights."
+    )
+    parser.add_argument("--size", choices=SIZES, default="shipped")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[10, 30, 60], help="lengths of audio")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, help="a .json")
+    args = parser.parse_args(argv)
+    systems = random_recognisers(args.size)
+    noise = np.random.default_rng(0).normal(scale=0.1, size=round(max(args.seconds) * SAMPLE_RATE)).astype(np.float32)
+    utterance = Utterance("noise", "", "", len(noise) / SAMPLE_RATE, "memory", partial(_as_file, noise))
+    corpus = Corpus("noise", "all", (utterance,))
+    processor = load("synthetic-conformer")[1]
+    measured = benchmark_lengths(systems, processor, corpus, args.seconds, args.repeats, args.device)
+    if args.out:
+        write_json(args.out.absolute(), measured)
+    rows = [
+        {
+            "seconds": seconds,
+            "system": name,
+            "ms": row["ms"][i],
+            "speed": measured["systems"]["MHA by transformers"]["ms"][i] / row["ms"][i],
+            "peak MiB": (row["peak_memory_bytes"][i] or math.nan) / 2**20,
+        }
+        for i, seconds in enumerate(measured["seconds"])
+        for name, row in measured["systems"].items()
+    ]
+    table = pd.DataFrame(rows).to_string(index=False, float_format="{:.2f}".format)
+    sys.stdout.write(f"{args.size}, {measured['device']}, {measured['threads']} threads\n{table}\n")
+    return 0
+
+
+def _as_file(samples_S: np.ndarray) -> io.BytesIO:
+    file = io.BytesIO()
+    soundfile.write(file, samples_S, SAMPLE_RATE, format="WAV", subtype="FLOAT")
+    file.seek(0)
+    return file
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

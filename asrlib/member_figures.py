@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from asrlib.figures import GREY, SYSTEMS, _colours, _figure, _style, percent, size
+from asrlib.figures import GREY, IN_BLOCKS, SYSTEMS, _colours, _figure, _style, percent, size
 from asrlib.members import ATTENTION, AUDIO_SECONDS, UNCONVERTED, Comparison, varied_parameters
 
 if TYPE_CHECKING:
@@ -60,8 +60,11 @@ def _members_of(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def looks_of_run() -> dict[str, Look]:
-    """The looks of the three models of a single run."""
-    return {name: Look(label, _colours()[name]) for name, label in SYSTEMS.items()}
+    """The looks of the three models of a single run, and of its baseline worked in blocks."""
+    import seaborn as sns
+
+    looks = {name: Look(label, _colours()[name]) for name, label in SYSTEMS.items()}
+    return looks | {IN_BLOCKS: Look(f"{IN_BLOCKS} of queries", sns.color_palette("colorblind")[2])}
 
 
 # ---- pieces ------------------------------------------------------------------------------------------------

@@ -94,22 +94,19 @@ def load_systems(run: Run, members: Sequence[str]) -> tuple[dict, dict]:
 
 
 def describe(model, processor, corpus, precision: str = "fp32") -> dict:
-    """What a model is, and what a stream would keep of the first AUDIO_SECONDS of speech.
+    """What a model is, and what a stream keeps of the first AUDIO_SECONDS of speech.
 
     `cache_bytes` and `mha_cache_bytes` (of the same encoder with multi-head attention) are the formula's, in numbers of
-    `precision`; `counted` is what `cached_tensors` found in one pass in float32.
+    `precision`; `counted` is what a stream in float32 really held of them (`streaming.what_is_kept`).
     """
     from asrlib.attention.cache import kv_cache_bytes
     from asrlib.benchmark import DTYPES
-    from asrlib.cached_tensors import cached_tensors
-    from asrlib.data.corpus import SAMPLE_RATE
     from asrlib.length_benchmark import joined
     from asrlib.models.families import family_of, is_latent
+    from asrlib.streaming import what_is_kept
 
     config = model.config
-    speech_S = joined(corpus, AUDIO_SECONDS)
-    inputs = processor(speech_S, sampling_rate=SAMPLE_RATE, return_tensors="pt")[model.main_input_name]
-    counted = cached_tensors(model, inputs)
+    counted = what_is_kept(model, processor, joined(corpus, AUDIO_SECONDS))
     frames, dtype = counted["frames"], DTYPES[precision]
     return {
         "encoder": getattr(config, "encoder", None) or _encoder_named(config.model_type),

@@ -5,7 +5,6 @@ A name means the same in every notebook that declares it.
 """
 
 import ast
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from asrlib.parameter_limits import LIMITS, nearest
 from asrlib.runs import read_json, resolve
 
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
@@ -25,88 +25,8 @@ class BadParameter(ValueError):
     """A parameter that cannot be used; the message says which, where it was given, what would be valid."""
 
 
-def one_of(*choices: str) -> AfterValidator:
-    def check(value: str | None) -> str | None:
-        if value is not None and value not in choices:
-            raise ValueError(f"should be one of {', '.join(choices)}{nearest(str(value), choices)}")
-        return value
-
-    return AfterValidator(check)
-
-
-AT_LEAST_ONE, POSITIVE, NOT_NEGATIVE = Field(ge=1), Field(gt=0), Field(ge=0)
-PRECISION = one_of("fp32", "bf16", "fp16")
-SCHEDULER = one_of(
-    "linear", "cosine", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau"
-)
-
-LIMITS: dict[str, Any] = {
-    "eval_splits": Field(min_length=1),
-    "train_samples": AT_LEAST_ONE,
-    "validation_samples": AT_LEAST_ONE,
-    "eval_samples": AT_LEAST_ONE,
-    "analysis_samples": AT_LEAST_ONE,
-    "analysis_eval_samples": AT_LEAST_ONE,
-    "analysis_cuts": Field(min_length=1),
-    "analysis_methods": Field(min_length=1),
-    "benchmark_samples": AT_LEAST_ONE,
-    "benchmark_pass_seconds": POSITIVE,
-    "hidden_size": AT_LEAST_ONE,
-    "num_layers": AT_LEAST_ONE,
-    "num_heads": AT_LEAST_ONE,
-    "kv_heads": AT_LEAST_ONE,
-    "query_latent_dim": AT_LEAST_ONE,
-    "feedforward_size": AT_LEAST_ONE,
-    "depthwise_kernel": AT_LEAST_ONE,
-    "subsampling_channels": AT_LEAST_ONE,
-    "mel_bins": Field(ge=8),  # two convolutions of stride 2 leave one of them
-    "frame_shift_ms": POSITIVE,
-    "dropout": Field(ge=0, lt=1),
-    "time_masks": NOT_NEGATIVE,
-    "frequency_masks": NOT_NEGATIVE,
-    "speeds": Field(min_length=1),
-    "baseline_samples": AT_LEAST_ONE,
-    "baseline_epochs": POSITIVE,
-    "baseline_learning_rate": POSITIVE,
-    "baseline_warmup_ratio": Field(ge=0, le=1),
-    "baseline_scheduler": SCHEDULER,
-    "baseline_patience": AT_LEAST_ONE,
-    "baseline_batch_seconds": POSITIVE,
-    "baseline_precision": PRECISION,
-    "latent_dim": AT_LEAST_ONE,
-    "cache_cut": Field(gt=0, lt=1),
-    "layout": one_of("joint", "split"),
-    "convert_to": one_of("mla", "gqa"),
-    "method": one_of("mean", "svd", "whitened", "two_sided", "attended"),
-    "ctc_weight": NOT_NEGATIVE,
-    "kl_weight": NOT_NEGATIVE,
-    "hidden_weight": NOT_NEGATIVE,
-    "ranks": one_of("uniform", "energy", "sensitivity"),
-    "rank_multiple": AT_LEAST_ONE,
-    "trainable": one_of("attention", "latent", "all"),
-    "epochs": POSITIVE,
-    "learning_rate": POSITIVE,
-    "warmup_ratio": Field(ge=0, le=1),
-    "scheduler": SCHEDULER,
-    "weight_decay": NOT_NEGATIVE,
-    "batch_seconds": POSITIVE,
-    "gradient_accumulation": AT_LEAST_ONE,
-    "evaluations_per_epoch": AT_LEAST_ONE,
-    "patience": AT_LEAST_ONE,
-    "precision": PRECISION,
-    "device": Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"),
-    "seed": NOT_NEGATIVE,
-}
-
-
 SET_BY_RUN_ALL = {"run_dir": "name the run with --name", "members": "name them in `sweep`"}
 BESIDE_PARAMETERS = ("sweep", "steps")  # what a params file may say at its top, though no notebook declares it
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """`: did you mean 'latent_dim'?`, or nothing where no name is near."""
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f": did you mean {near[0]!r}?" if near else ""
 
 
 # ---- YAML --------------------------------------------------------------------------------------------------

@@ -7,8 +7,10 @@ import written_out
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCTC, AutoProcessor, set_seed
+from written_out import feed_forward, gelu, layer_norm, part, swish
 
 from asrlib import load, to_standard_attention
+from asrlib.attention.chunks import Chunks
 from asrlib.attention.kinds import KINDS, attention_kind
 from asrlib.attention.relative import sinusoids
 from asrlib.data.corpus import SAMPLE_RATE
@@ -30,24 +32,6 @@ def batch(dtype: torch.dtype = torch.float32, labels: bool = False) -> dict[str,
 # ---- what the papers say -----------------------------------------------------------------------------------
 
 
-def part(weights: dict, prefix: str) -> dict:
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-
-
-def layer_norm(weights: dict, name: str, x_TD: torch.Tensor) -> torch.Tensor:
-    centred = x_TD - x_TD.mean(-1, keepdim=True)
-    scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-
-def swish(x: torch.Tensor) -> torch.Tensor:
-    return x / (1 + (-x).exp())
-
-
-def gelu(x: torch.Tensor) -> torch.Tensor:
-    return x * (1 + torch.erf(x / 2**0.5)) / 2
-
-
 def depthwise(weights: dict, x_TC: torch.Tensor) -> torch.Tensor:
     """Σ_k w_ck x_{t+k−K/2, c} + b_c, with zeros beyond the ends."""
     kernel_CK = weights["depthwise.weight"][:, 0]
@@ -57,10 +41,6 @@ def depthwise(weights: dict, x_TC: torch.Tensor) -> torch.Tensor:
         near = [(k, t + k - reach) for k in range(kernel_CK.shape[1]) if 0 <= t + k - reach < len(x_TC)]
         rows.append(weights["depthwise.bias"] + sum(kernel_CK[:, k] * x_TC[at] for k, at in near))
     return torch.stack(rows)
-
-
-def feed_forward(weights: dict, x_TD: torch.Tensor) -> torch.Tensor:
-    return written_out.linear(weights, "4", swish(written_out.linear(weights, "1", layer_norm(weights, "0", x_TD))))
 
 
 def convolution_module(weights: dict, x_TD: torch.Tensor) -> torch.Tensor:
@@ -425,3 +405,47 @@ def test_latents_fold_back(encoder, attention, changes):
     assert all(isinstance(one.linear_q, nn.Linear) for one in attention_modules(plain))
     with torch.no_grad():
         torch.testing.assert_close(plain(**batch(torch.float64)).logits, latent(**batch(torch.float64)).logits, **CLOSE)
+
+
+# ---- for streaming -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["conformer", "branchformer"])
+def test_no_frame_of_a_causal_encoder_in_chunks_hears_beyond_its_chunk(kind):
+    model = tiny.encoder(kind, causal=True)
+    batch = tiny.features()
+    features = batch["input_features"][:1]
+    later = features.clone()
+    later[:, 15:] += 1  # encoder frame t reads mel frames 4t … 4t + 6: those from the fourth on hear it
+    with torch.no_grad():
+        one, other = (model(x, chunks=Chunks(3)).logits[0] for x in (features, later))
+    assert torch.equal(one[:3], other[:3]) and (one[3:] != other[3:]).any(-1).all()
+
+
+def test_chunks_are_drawn_in_training_alone():
+    model = tiny.encoder(causal=True, largest_chunk=4)
+    features = tiny.features()["input_features"]
+    torch.manual_seed(0)
+    drawn = [model._drawn_chunks() for _ in range(400)]
+    sizes = [chunks.size for chunks in drawn if chunks]
+    assert 0.4 < len(sizes) / len(drawn) < 0.6 and set(sizes) == {1, 2, 3, 4}
+    with torch.no_grad():
+        assert torch.equal(model(features).logits, model(features).logits)
+        model.train()
+        outputs = {float(model(features).logits.sum()) for _ in range(30)}
+    assert len(outputs) > 2
+
+
+def test_full_context_is_what_is_trained_without_chunks():
+    assert tiny.encoder(causal=True)._drawn_chunks() is None
+
+
+def test_chunks_that_cannot_be_trained_are_refused():
+    with pytest.raises(StrictDataclassClassValidationError, match="causal convolutions"):
+        tiny.encoder(largest_chunk=4)
+    with pytest.raises(StrictDataclassClassValidationError, match="largest_chunk is -1"):
+        tiny.encoder(causal=True, largest_chunk=-1)
+    features = tiny.features()["input_features"]
+    for model, chunks in ((tiny.encoder(), Chunks(3)), (tiny.encoder(causal=True), Chunks(3, lookahead=1))):
+        with pytest.raises(ValueError, match="takes causal convolutions and no lookahead"):
+            model(features, chunks=chunks)

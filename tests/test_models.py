@@ -189,7 +189,11 @@ def test_cache_adds_up_over_layers_of_different_widths():
 
 @pytest.mark.parametrize(
     ("frames", "dtype", "said"),
-    [(-1, "float32", "frames is -1"), (10, "float33", "'float33' is no torch"), (10, "nn", "'nn' is no torch")],
+    [
+        (-1, "float32", "frames is -1"),
+        (10, "float33", "'float33' is no number format"),
+        (10, "nn", "'nn' is no number format"),
+    ],
 )
 def test_impossible_caches_are_refused(frames, dtype, said):
     with pytest.raises(ValueError, match=said):

@@ -3,12 +3,15 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from asrlib import load
+from asrlib.attention.chunks import Chunks
 from asrlib.attention.kinds import KINDS
 from asrlib.runs import project_root
+from asrlib.streaming import Recognition
 
 README = (project_root(Path(__file__).parent) / "README.md").read_text(encoding="utf-8")
 
@@ -35,3 +38,6 @@ def test_a_kind_of_attention_of_ones_own_computes_caches_saves_and_loads(own_kin
     features = torch.randn(1, 60, 80)
     with torch.no_grad():
         assert torch.equal(load(tmp_path)[0](features).logits, model(features).logits)
+    recognition = Recognition(model, names["processor"], Chunks(5, 10))
+    assert len([*recognition.hear(np.zeros(16_000, np.float32)), *recognition.finish()]) == 5
+    assert sum(recognition.streams.attention_bytes) == recognition.streams.formula_bytes > 0

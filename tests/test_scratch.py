@@ -71,6 +71,7 @@ def test_sizes_reach_the_config(processors):
     asked = dict(
         attention="mla", hidden_size=48, num_layers=3, num_heads=6, kv_heads=3, latent_dim=7, query_latent_dim=5,
         feedforward_size=40, depthwise_kernel=9, subsampling_channels=12, dropout=0.3, time_masks=4, frequency_masks=1,
+        causal=True, largest_chunk=8,
     )  # fmt: skip
     assert asked.keys() == set(SIZES)
     config = new_config("conformer", processors["conformer"], **asked)
@@ -78,6 +79,7 @@ def test_sizes_reach_the_config(processors):
         attention="mla", hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3,
         latent_dim=[7] * 3, query_latent_dim=5, intermediate_size=40, conv_depthwise_kernel_size=9,
         subsampling_channels=12, hidden_dropout=0.3, attention_dropout=0.3, time_masks=4, frequency_masks=1,
+        causal=True, largest_chunk=8,
     )  # fmt: skip
     assert {name: getattr(config, name) for name in named} == named
     model = SpeechEncoderForCTC(config)

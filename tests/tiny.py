@@ -8,8 +8,12 @@ import soundfile
 import torch
 from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
 
+import asrlib
+from asrlib.attention.chunks import Chunks
 from asrlib.data.corpus import SAMPLE_RATE, Corpus, Utterance
 from asrlib.models.encoder import SpeechEncoderConfig, SpeechEncoderForCTC
+from asrlib.models.families import family_of, frame_counts
+from asrlib.streaming import Streams
 
 WIDTH = 16
 LAYERS = 2
@@ -100,3 +104,41 @@ def features(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     mask = torch.arange(frames) < lengths[:, None]
     labels = torch.tensor([[5, 6, 7, 8], [9, 9, 10, -100], [11, -100, -100, -100]])
     return {"input_features": (noise * mask[..., None]).to(dtype), "attention_mask": mask, "labels": labels}
+
+
+def variants() -> dict[str, dict]:
+    """Every kind of attention with the settings that matter to what it keeps, by a name of their own."""
+    split = dict(latent_dim=[9, 6], latent_layout="split", latent_key_dim=[4, 5])
+    return {
+        "mha": dict(attention="mha"),
+        "mla": dict(attention="mla", latent_dim=[5, 8], query_latent_dim=6),
+        "mla split": dict(attention="mla", **split),
+        "mla_simple": dict(attention="mla_simple", latent_dim=[5, 8]),
+        "mla_simple split": dict(attention="mla_simple", **split),
+        "gqa": dict(attention="gqa"),
+        "linear": dict(attention="linear"),
+    }
+
+
+def latent_conformer(layout: str, **changes) -> torch.nn.Module:
+    """The latent twin of `conformer`."""
+    widths = dict(joint=[11, 7], split=[18, 9])[layout]
+    return asrlib.convert(conformer(**changes), latent_dim=widths, layout=layout).eval()
+
+
+def streamed(
+    model, inputs: torch.Tensor, chunks: Chunks, mask: torch.Tensor | None = None, cache: str = "float32"
+) -> tuple[torch.Tensor, Streams]:
+    """(logits [B, T, V] of the frames of `inputs` step by step, the streams at their end); behind the end of an
+    utterance is junk."""
+    with torch.no_grad():
+        x_BTD = family_of(model.config).frames(model, inputs)
+    streams, kept_BT = Streams(model, chunks, cache), None
+    if mask is not None:
+        kept_BT = torch.arange(x_BTD.shape[1]) < frame_counts(model, mask.sum(-1))[:, None]
+        x_BTD = x_BTD.masked_fill(~kept_BT[..., None], 1e3)
+    logits = []
+    for first in range(0, x_BTD.shape[1], chunks.size):
+        here = slice(first, first + chunks.block)
+        logits.append(streams.step(x_BTD[:, here], kept_BT if kept_BT is None else kept_BT[:, here]))
+    return torch.cat(logits, dim=1), streams

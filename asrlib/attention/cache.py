@@ -1,8 +1,19 @@
-"""What an attention layer would hold of the past while streaming, in numbers and in bytes."""
+"""What an attention layer holds of the past while streaming, in numbers and in bytes: the formula."""
 
-import torch
-
+from asrlib.attention.formats import cache_format
 from asrlib.attention.kinds import attention_kind
+
+
+def cached_widths(config) -> list[tuple[int, ...]]:
+    """Numbers per frame of each tensor that each layer keeps."""
+    if hasattr(config, "attention"):
+        kind = attention_kind(config.attention)
+        return [kind.cached_widths(config, layer) for layer in range(config.num_hidden_layers)]
+    if not getattr(config, "latent_dim", None):
+        return [(config.hidden_size, config.hidden_size)] * config.num_hidden_layers
+    keys = config.latent_key_dim or [None] * config.num_hidden_layers
+    each = zip(config.latent_dim, keys, strict=True)
+    return [(width,) if key is None else (key, width - key) for width, key in each]
 
 
 def cached_numbers(config, frames: int) -> list[int]:
@@ -10,20 +21,19 @@ def cached_numbers(config, frames: int) -> list[int]:
     if hasattr(config, "attention"):
         kind = attention_kind(config.attention)
         return [kind.cached_numbers(config, layer, frames) for layer in range(config.num_hidden_layers)]
-    per_frame = getattr(config, "latent_dim", None) or [2 * config.hidden_size] * config.num_hidden_layers
-    return [frames * numbers for numbers in per_frame]
+    return [frames * sum(widths) for widths in cached_widths(config)]
 
 
 def kv_cache_bytes(config, frames: int, dtype: str = "float32") -> int:
     """Bytes the key/value state of one stream takes over `frames` encoder frames, all layers together.
 
-    A formula, exact for a cache that holds these frames and no more: numbers × bytes per number. A full-context pass
-    keeps no cache at all; this is what chunked streaming would hold. `dtype` is a torch name: float32, bfloat16,
-    float16, int8.
+    Exact for a cache that holds these frames and no more, as `asrlib.stream` does; a full-context pass keeps none.
+    `dtype` is a format of `attention.formats`: float32, bfloat16, float16, int8 or int4; the latter two with a scale of
+    two bytes for each frame of a tensor. Sums of linear attention are float32, and do not grow, whatever the format.
     """
     if frames < 0:
         raise ValueError(f"frames is {frames}: it can not be negative")
-    number_type = getattr(torch, dtype, None)
-    if not isinstance(number_type, torch.dtype):
-        raise ValueError(f"dtype {dtype!r} is no torch number type: use float32, bfloat16, float16 or int8")
-    return sum(cached_numbers(config, frames)) * number_type.itemsize
+    held_as = cache_format(dtype)
+    growing = sum(frames * held_as.frame_bytes(width) for widths in cached_widths(config) for width in widths)
+    fixed = sum(cached_numbers(config, frames=0))
+    return growing + 4 * fixed

@@ -14,7 +14,7 @@ Equal names mean equal things: `linear_q`, `linear_k`, `linear_v`, `linear_out`,
 Shapes: B batch, T frames, D width, H heads, E = d_h = D / H, G key/value heads, R latent width.
 
 That is what attention keeps: the convolutions beside it keep their last frames too, whatever the kind. A new kind is a
-class with `keys_and_values`, or a `forward` of its own, and `cached_numbers`, and one line in `KINDS`.
+class with `remembered`, `keys_and_values` and `cached_widths`, and one line in `KINDS`.
 """
 
 from abc import ABC, abstractmethod
@@ -22,17 +22,94 @@ from abc import ABC, abstractmethod
 import torch
 from torch import nn
 
+from asrlib.attention.chunks import Chunks
 from asrlib.attention.latent import LatentKV
 from asrlib.attention.relative import relative_attention
 
+KEPT_POSITIONS = 4096  # distances whose projections are kept from call to call: some 40 s at 50 frames a second
+ABSORBED_SCORE_TIME = 1.0
 
-class SelfAttention(nn.Module, ABC):
-    """Multi-head attention with relative positions over what a subclass gives as keys and values.
 
-    `forward` takes inputs [B, T, D], which frames are speech [B, T] (all, if None), and the encodings of positions
-    [1, 2T−1, D] of `attention.relative.sinusoids`. It gives outputs [B, T, D] and, under eager attention, the weights
-    [B, H, T, T].
+class RelativeAttention(ABC):
+    """Attention with relative positions over what is remembered of frames: everything but the parameters.
+
+    A subclass is a module with `linear_q`, `linear_out`, `linear_pos`, `pos_bias_u`, `pos_bias_v`, `num_heads`,
+    `head_size` and `config`. It says what of a frame a stream keeps, and what keys and values are made of that.
     """
+
+    @abstractmethod
+    def remembered(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What a stream keeps of frames, [B, T, numbers] each."""
+
+    @abstractmethod
+    def keys_and_values(self, *remembered: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, G, T, E] each; G = H, or fewer, each serving H / G neighbouring heads."""
+
+    def heads(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """[B, T, heads·E] → [B, heads, T, E]"""
+        return x_BTD.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        relative_position_embeddings: torch.Tensor | None = None,
+        chunks: Chunks | None = None,
+        past=None,
+        **unused,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Outputs [B, T, D] and, under eager attention, the weights [B, H, T, T].
+
+        Of inputs [B, T, D], which frames are speech [B, T] (all, if None), and the encodings of positions
+        [1, 2T−1, D] of `attention.relative.sinusoids`. `chunks` limits who hears whom. `past`, a memory of
+        `attention.memory`, goes before the inputs; it then knows masks and positions.
+        """
+        held = self.remembered(hidden_states)
+        if past is None:
+            kept_BT, positions_HPE = speech(attention_mask), self.project_positions(relative_position_embeddings)
+        else:
+            held, kept_BT = past.frames(held)
+            positions_HPE = past.positions(self, held[0].shape[1])
+        output_BHnE, weights = self.attend(
+            self.heads(self.linear_q(hidden_states)),
+            held,
+            positions_HPE=positions_HPE,
+            bias_u_HE=self.pos_bias_u,
+            bias_v_HE=self.pos_bias_v,
+            kept_BT=kept_BT,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            return_weights=self.config._attn_implementation == "eager",
+            start=held[0].shape[1] - hidden_states.shape[1],
+            chunks=chunks,
+        )
+        return self.linear_out(output_BHnE.transpose(1, 2).flatten(2)), weights
+
+    def attend(self, query_BHnE: torch.Tensor, held: tuple[torch.Tensor, ...], **how):
+        return relative_attention(query_BHnE, *self.keys_and_values(*held), **how)
+
+    def project_positions(self, embeddings_1PD: torch.Tensor) -> torch.Tensor:
+        """[H, P, E], in evaluation once for as many distances, which are the same whenever they are as many."""
+        weight, count = self.linear_pos.weight, embeddings_1PD.shape[1]
+        key = (count, embeddings_1PD.dtype, weight.device, weight.data_ptr(), weight._version)
+        kept_key, _, kept_HPE = getattr(self, "_projected", (None, None, None))
+        if key == kept_key and not torch.is_grad_enabled():
+            return kept_HPE
+        positions_HPE = self.heads(self.linear_pos(embeddings_1PD))[0]
+        if not torch.is_grad_enabled() and count <= KEPT_POSITIONS:
+            self._projected = (key, weight.detach(), positions_HPE)  # held, or another could come to its address
+        return positions_HPE
+
+
+def speech(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """bool [B, T] of a padding mask, given as that or as transformers makes it: [B, 1, T, T], all rows alike."""
+    if mask is None or mask.dim() == 2:
+        return mask if mask is None else mask.bool()
+    row_BT = mask[:, 0, 0]
+    return row_BT if row_BT.dtype == torch.bool else row_BT == 0
+
+
+class SelfAttention(RelativeAttention, nn.Module):
+    """Of the encoders of `models.encoder`: the parameters that all kinds have, and the formula of the cache."""
 
     position_embeddings_type: str | None = "relative"
 
@@ -47,41 +124,29 @@ class SelfAttention(nn.Module, ABC):
             self.pos_bias_u = nn.Parameter(torch.zeros(self.num_heads, self.head_size))
             self.pos_bias_v = nn.Parameter(torch.zeros(self.num_heads, self.head_size))
 
-    def heads(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """[B, T, heads·E] → [B, heads, T, E]"""
-        return x_BTD.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-
-    def keys_and_values(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, H, T, E] each."""
-        return self.heads(self.linear_k(x_BTD)), self.heads(self.linear_v(x_BTD))
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        relative_position_embeddings: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        key_BHTE, value_BHTE = self.keys_and_values(hidden_states)
-        output_BHTE, weights_BHTT = relative_attention(
-            self.heads(self.linear_q(hidden_states)),
-            key_BHTE,
-            value_BHTE,
-            self.heads(self.linear_pos(relative_position_embeddings))[0],
-            self.pos_bias_u,
-            self.pos_bias_v,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            return_weights=self.config._attn_implementation == "eager",
-        )
-        return self.linear_out(output_BHTE.transpose(1, 2).flatten(2)), weights_BHTT
-
     @staticmethod
     @abstractmethod
-    def cached_numbers(config, layer: int, frames: int) -> int:
+    def cached_widths(config, layer: int) -> tuple[int, ...]:
+        """Numbers per frame of each tensor that `remembered` gives."""
+
+    @classmethod
+    def cached_numbers(cls, config, layer: int, frames: int) -> int:
         """What a stream keeps of `frames` frames in one layer."""
+        return sum(cls.cached_widths(config, layer)) * frames
 
 
-class MultiHeadAttention(SelfAttention):
+class KeyValueMemory(RelativeAttention):
+    """Keys and values are kept as they are, from `linear_k` and `linear_v`."""
+
+    def remembered(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.linear_k(x_BTD), self.linear_v(x_BTD)
+
+    def keys_and_values(self, *remembered: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key_BTC, value_BTC = remembered
+        return self.heads(key_BTC), self.heads(value_BTC)
+
+
+class MultiHeadAttention(KeyValueMemory, SelfAttention):
     """Keys and values of each head's own (Vaswani et al. 2017, arXiv 1706.03762)."""
 
     def __init__(self, config, layer: int):
@@ -90,11 +155,62 @@ class MultiHeadAttention(SelfAttention):
         self.linear_v = nn.Linear(config.hidden_size, config.hidden_size)
 
     @staticmethod
-    def cached_numbers(config, layer: int, frames: int) -> int:
-        return 2 * config.hidden_size * frames
+    def cached_widths(config, layer: int) -> tuple[int, ...]:
+        return config.hidden_size, config.hidden_size
 
 
-class SimpleLatentAttention(SelfAttention):
+class LatentMemory(RelativeAttention):
+    """The latent is kept, of a `latent_kv`; keys and values are made of it, or the queries brought to it.
+
+    `form` is "expanded" (keys and values are made for every frame), "absorbed" (queries and outputs change sides
+    instead, DeepSeek-V2, arXiv 2405.04434, 2.1.2), or "auto": whichever multiplies less. Both give the same.
+    """
+
+    form = "auto"
+
+    def remembered(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.latent_kv.latents(x_BTD)
+
+    def keys_and_values(self, *remembered: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key_BTD, value_BTD = self.latent_kv.expand(*remembered)
+        return self.heads(key_BTD), self.heads(value_BTD)
+
+    def linear_k(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.latent_kv.keys(x_BTD)
+
+    def linear_v(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.latent_kv.values(x_BTD)
+
+    def attend(self, query_BHnE: torch.Tensor, held: tuple[torch.Tensor, ...], **how):
+        form = self.form
+        if form == "auto":
+            ranks = self.latent_kv.ranks
+            fewer = absorbing_pays(query_BHnE.shape[2], held[0].shape[1], self.num_heads, self.head_size, ranks)
+            form = "absorbed" if fewer and not self.training else "expanded"
+        if form == "expanded":
+            return super().attend(query_BHnE, held, **how)
+        up_k, up_v = self.latent_kv.up_k, self.latent_kv.up_v
+        # b_k adds the same to all scores of a query, which softmax takes away; b_v passes, as weights add up to one.
+        absorbed_HER = up_k.weight.unflatten(0, (self.num_heads, self.head_size))
+        latent_BHnR, weights = relative_attention(
+            query_BHnE, held[0][:, None], held[-1][:, None], absorbed_HER=absorbed_HER, **how
+        )
+        up_HRE = up_v.weight.unflatten(0, (self.num_heads, self.head_size)).transpose(1, 2)
+        return latent_BHnR @ up_HRE + up_v.bias.unflatten(0, (self.num_heads, 1, self.head_size)), weights
+
+
+def absorbing_pays(queries: int, frames: int, heads: int, head_size: int, ranks: tuple[int, int]) -> bool:
+    """Whether bringing queries to the latents takes less time than making keys and values of all frames.
+
+    By multiplications: expanded D·(R_k + R_v) a frame and 2·D a score, absorbed D·(R_k + R_v) a query and
+    H·(R_k + R_v) a score, these ABSORBED_SCORE_TIME times as long each, as measured.
+    """
+    width, both = heads * head_size, sum(ranks)
+    absorbed = queries * both * (width + ABSORBED_SCORE_TIME * frames * heads)
+    return absorbed < frames * width * (both + 2 * queries)
+
+
+class SimpleLatentAttention(LatentMemory, SelfAttention):
     """Keys and values from one cached latent (DeepSeek-V2, arXiv 2405.04434, 2.1.1), joint or split.
 
     One up-projection [D, R] serves all heads. An up-projection [d_h, R] for each head is the same thing written
@@ -107,19 +223,10 @@ class SimpleLatentAttention(SelfAttention):
         width = config.hidden_size
         self.latent_kv = LatentKV(width, config.latent_dim[layer], config.latent_layout, config.key_dim(layer))
 
-    def keys_and_values(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        key_BTD, value_BTD = self.latent_kv(x_BTD)
-        return self.heads(key_BTD), self.heads(value_BTD)
-
-    def linear_k(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return self.latent_kv.keys(x_BTD)
-
-    def linear_v(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return self.latent_kv.values(x_BTD)
-
     @staticmethod
-    def cached_numbers(config, layer: int, frames: int) -> int:
-        return config.latent_dim[layer] * frames
+    def cached_widths(config, layer: int) -> tuple[int, ...]:
+        key_dim, width = config.key_dim(layer), config.latent_dim[layer]
+        return (width,) if key_dim is None else (key_dim, width - key_dim)
 
 
 class LatentQuery(nn.Module):
@@ -149,7 +256,7 @@ class LatentAttention(SimpleLatentAttention):
         self.linear_q = LatentQuery(config.hidden_size, config.query_latent_dim)
 
 
-class GroupedQueryAttention(SelfAttention):
+class GroupedQueryAttention(KeyValueMemory, SelfAttention):
     """G keys and values, each shared by H / G neighbouring heads (Ainslie et al. 2023, arXiv 2305.13245)."""
 
     def __init__(self, config, layer: int):
@@ -158,23 +265,18 @@ class GroupedQueryAttention(SelfAttention):
         self.linear_k = nn.Linear(config.hidden_size, width)
         self.linear_v = nn.Linear(config.hidden_size, width)
 
-    def keys_and_values(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        key_BGTE, value_BGTE = super().keys_and_values(x_BTD)
-        group = self.num_heads // self.config.num_key_value_heads
-        return key_BGTE.repeat_interleave(group, dim=1), value_BGTE.repeat_interleave(group, dim=1)
-
     @staticmethod
-    def cached_numbers(config, layer: int, frames: int) -> int:
-        head_size = config.hidden_size // config.num_attention_heads
-        return 2 * config.num_key_value_heads * head_size * frames
+    def cached_widths(config, layer: int) -> tuple[int, ...]:
+        width = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
+        return width, width
 
 
-class LinearAttention(SelfAttention):
+class LinearAttention(KeyValueMemory, SelfAttention):
     """φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j), φ = elu + 1 (Katharopoulos et al. 2020, arXiv 2006.16236, 3.2).
 
     Time grows with T, and what is kept does not grow at all. Positions do not enter: the sums know no order, and what
     order there is comes from the convolutions around it. There are no weights to return, and none to drop out. The sums
-    here are over all frames; a stream would add up what it has heard.
+    are over all frames; in chunks, over all up to the end of the chunk, as nothing can be taken out of them again.
     """
 
     position_embeddings_type = None
@@ -189,25 +291,57 @@ class LinearAttention(SelfAttention):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         relative_position_embeddings: torch.Tensor | None = None,
+        chunks: Chunks | None = None,
+        past=None,
+        **unused,
     ) -> tuple[torch.Tensor, None]:
-        key_BHTE, value_BHTE = self.keys_and_values(hidden_states)
         query_BHTE = nn.functional.elu(self.heads(self.linear_q(hidden_states))) + 1
+        key_BHTE, value_BHTE = self.keys_and_values(*self.remembered(hidden_states))
         key_BHTE = nn.functional.elu(key_BHTE) + 1
         if attention_mask is not None:
             key_BHTE = key_BHTE.masked_fill(~attention_mask[:, None, :, None], 0)
         with torch.autocast(query_BHTE.device.type, enabled=False):  # sums over many frames would leave float16's range
             wide = torch.promote_types(query_BHTE.dtype, torch.float32)
             query_BHTE, key_BHTE, value_BHTE = query_BHTE.to(wide), key_BHTE.to(wide), value_BHTE.to(wide)
-            state_BHEE = key_BHTE.transpose(2, 3) @ value_BHTE
-            total_BHE1 = key_BHTE.sum(2).unsqueeze(-1)
-            weight_BHT1 = (query_BHTE @ total_BHE1).clamp(min=torch.finfo(wide).tiny)
-            output_BHTE = ((query_BHTE @ state_BHEE) / weight_BHT1).to(hidden_states.dtype)
-        return self.linear_out(output_BHTE.transpose(1, 2).flatten(2)), None
+            if chunks is not None:
+                output_BHTE = _in_chunks(query_BHTE, key_BHTE, value_BHTE, chunks.size)
+            else:
+                sums = _sums(key_BHTE, value_BHTE)
+                if past is not None:
+                    before = past.sums(_sums(key_BHTE[:, :, : past.central], value_BHTE[:, :, : past.central]))
+                    sums = tuple(own + earlier for own, earlier in zip(sums, before, strict=True))
+                output_BHTE = _weighted(query_BHTE, *sums)
+        output_BTD = output_BHTE.to(hidden_states.dtype).transpose(1, 2).flatten(2)
+        return self.linear_out(output_BTD), None
 
     @staticmethod
-    def cached_numbers(config, layer: int, frames: int) -> int:
+    def cached_widths(config, layer: int) -> tuple[int, ...]:
+        return ()
+
+    @classmethod
+    def cached_numbers(cls, config, layer: int, frames: int) -> int:
         head_size = config.hidden_size // config.num_attention_heads
         return config.num_attention_heads * head_size * (head_size + 1)
+
+
+def _sums(key_BHTE: torch.Tensor, value_BHTE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Σ_j φ(k_j) v_jᵀ [..., E, E], Σ_j φ(k_j) [..., E])"""
+    return key_BHTE.transpose(-1, -2) @ value_BHTE, key_BHTE.sum(-2)
+
+
+def _weighted(query_BHTE: torch.Tensor, state_BHEE: torch.Tensor, total_BHE: torch.Tensor) -> torch.Tensor:
+    weight_BHT1 = (query_BHTE @ total_BHE.unsqueeze(-1)).clamp(min=torch.finfo(query_BHTE.dtype).tiny)
+    return (query_BHTE @ state_BHEE) / weight_BHT1
+
+
+def _in_chunks(query_BHTE: torch.Tensor, key_BHTE: torch.Tensor, value_BHTE: torch.Tensor, size: int) -> torch.Tensor:
+    frames = query_BHTE.shape[2]
+    query, key, value = (
+        nn.functional.pad(x, (0, 0, 0, -frames % size)).unflatten(2, (-1, size))
+        for x in (query_BHTE, key_BHTE, value_BHTE)
+    )  # [B, H, chunks, size, E]
+    sums = (one.cumsum(2) for one in _sums(key, value))
+    return _weighted(query, *sums).flatten(2, 3)[:, :, :frames]
 
 
 KINDS: dict[str, type[SelfAttention]] = {

@@ -85,12 +85,17 @@ class LatentKV(nn.Module):
         """(R_k, R_v); a joint latent's one rank, twice."""
         return self.up_k.in_features, self.up_v.in_features
 
+    def latents(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What is cached of frames: the joint latent [B, T, R], or [B, T, R_k] and [B, T, R_v]."""
+        return (self.down(x_BTD),) if self.layout == "joint" else (self.down_k(x_BTD), self.down_v(x_BTD))
+
+    def expand(self, *latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(keys, values) of latents."""
+        return self.up_k(latents[0]), self.up_v(latents[-1])
+
     def forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(keys, values), a joint latent computed once for both."""
-        if self.layout == "split":
-            return self.keys(x_BTD), self.values(x_BTD)
-        latent_BTR = self.down(x_BTD)
-        return self.up_k(latent_BTR), self.up_v(latent_BTR)
+        """(keys, values)"""
+        return self.expand(*self.latents(x_BTD))
 
     def keys(self, x_BTD: torch.Tensor) -> torch.Tensor:
         return self.up_k((self.down if self.layout == "joint" else self.down_k)(x_BTD))

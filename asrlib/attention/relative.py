@@ -10,16 +10,20 @@ import math
 import torch
 from torch import nn
 
+from asrlib.attention.chunks import Chunks
+
 BLOCK_SCORES = 1 << 18  # of a head at once: some 1 MB in float32, which processor caches hold
 SMALLEST_BLOCK = 64  # queries
 
 
-def sinusoids(frames: int, width: int, device=None, dtype=None) -> torch.Tensor:
-    """Encodings of the distances T−1 … −(T−1) between frames, in this order: [1, 2T−1, D].
+def sinusoids(frames: int, width: int, device=None, dtype=None, ahead: int | None = None) -> torch.Tensor:
+    """Encodings of the distances T−1 … −`ahead` between frames, in this order: [1, P, D], and of −(T−1) at last
+    where `ahead` is not given, P = 2T−1.
 
     sin(distance · ω_m) and cos(distance · ω_m) take turns, with ω_m = 10000^(−2m/D) (arXiv 1706.03762, 3.5).
     """
-    distances = torch.arange(frames - 1, -frames, -1, dtype=torch.float32, device=device)
+    last = frames - 1 if ahead is None else ahead
+    distances = torch.arange(frames - 1, -last - 1, -1, dtype=torch.float32, device=device)
     rates = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(1e4) / width))
     angles = distances[:, None] * rates
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[None, :, :width].to(dtype)
@@ -32,8 +36,8 @@ def queries_per_block(frames: int) -> int:
 def position_scores(query_BHnE: torch.Tensor, positions_HPE: torch.Tensor, start: int, frames: int) -> torch.Tensor:
     """(q_i + v)·p_{i−j} for the queries i = start … start+n−1 and all keys j: [B, H, n, T].
 
-    `positions_HPE` holds the projected encodings of all P = 2T−1 distances, T−1 first. Row r of the block begins at
-    column n−1−r of q·pᵀ: read with rows one shorter, the matrix is aligned, and nothing is copied.
+    `positions_HPE` holds the projected encodings of distances, T−1 first, as many as these queries need. Row r of the
+    block begins at column n−1−r of q·pᵀ: read with rows one shorter, the matrix is aligned, and nothing is copied.
     """
     rows = query_BHnE.shape[2]
     near_HPE = positions_HPE[:, frames - start - rows : 2 * frames - 1 - start]
@@ -45,43 +49,67 @@ def position_scores(query_BHnE: torch.Tensor, positions_HPE: torch.Tensor, start
 
 
 def relative_attention(
-    query_BHTE: torch.Tensor,
-    key_BHTE: torch.Tensor,
-    value_BHTE: torch.Tensor,
+    query_BHnE: torch.Tensor,
+    key_BGTE: torch.Tensor,
+    value_BGTE: torch.Tensor,
     positions_HPE: torch.Tensor,
     bias_u_HE: torch.Tensor,
     bias_v_HE: torch.Tensor,
     kept_BT: torch.Tensor | None = None,
     dropout: float = 0.0,
     return_weights: bool = False,
+    start: int = 0,
+    chunks: Chunks | None = None,
+    absorbed_HER: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(output [B, H, T, E], weights [B, H, T, T] where asked for).
+    """(output [B, H, n, E], weights [B, H, n, T] where asked for).
 
-    `kept_BT` says which frames are speech: no query attends to the others. `dropout` is applied to the weights.
+    The queries are those of the frames start … start+n−1 of the T = start+n, or more, that keys and values are given
+    of; G of these serve H / G neighbouring heads each. `positions_HPE` are the projected encodings of the distances
+    from T−1 on. `kept_BT` says which frames are speech, `chunks` which of them a query may hear: it attends to no
+    others. `dropout` is applied to the weights.
+
+    With `absorbed_HER`, keys are latents of width R, which a head's queries are brought to instead of bringing the
+    latents to the head; values may have any width, which the output has then (DeepSeek-V2, arXiv 2405.04434, 2.1.2).
     """
-    frames, scale = query_BHTE.shape[2], query_BHTE.shape[3] ** -0.5
+    frames, groups, scale = key_BGTE.shape[2], key_BGTE.shape[1], query_BHnE.shape[3] ** -0.5
+    queries = query_BHnE.shape[2]
     rows = queries_per_block(frames)
     outputs, weights = [], []
-    for start in range(0, frames, rows):
-        block = query_BHTE[:, :, start : start + rows]
-        bias = position_scores(block + bias_v_HE[:, None], positions_HPE, start, frames) * scale
+    for first in range(0, queries, rows):
+        block = query_BHnE[:, :, first : first + rows]
+        begin, end = start + first, start + first + block.shape[2]
+        bias = position_scores(block + bias_v_HE[:, None], positions_HPE, begin, frames) * scale
+        if chunks is not None:
+            bias = _only(bias, chunks.visible(begin, end, frames, bias.device))
+        if kept_BT is not None:
+            bias = _only(bias, kept_BT[:, None, None])
         block = block + bias_u_HE[:, None]
+        if absorbed_HER is not None:
+            block = block @ absorbed_HER
+        block, bias = _by_group(block, groups), _by_group(bias, groups)
         if return_weights:
-            scores = _only_speech((block @ key_BHTE.transpose(2, 3)) * scale + bias, kept_BT)
-            weights.append(scores.softmax(-1))
-            outputs.append(nn.functional.dropout(weights[-1], dropout) @ value_BHTE)
+            weights.append(_by_head((block @ key_BGTE.transpose(2, 3) * scale + bias).softmax(-1), end - begin))
+            outputs.append(_by_group(nn.functional.dropout(weights[-1], dropout), groups) @ value_BGTE)
         else:
-            bias = _only_speech(bias, kept_BT)
             outputs.append(
                 nn.functional.scaled_dot_product_attention(
-                    block, key_BHTE, value_BHTE, attn_mask=bias, dropout_p=dropout, scale=scale
+                    block, key_BGTE, value_BGTE, attn_mask=bias, dropout_p=dropout, scale=scale
                 )
             )
+        outputs[-1] = _by_head(outputs[-1], end - begin)
     return torch.cat(outputs, dim=2), torch.cat(weights, dim=2) if return_weights else None
 
 
-def _only_speech(scores_BHnT: torch.Tensor, kept_BT: torch.Tensor | None) -> torch.Tensor:
-    if kept_BT is None:
-        return scores_BHnT
+def _by_group(x_BHnN: torch.Tensor, groups: int) -> torch.Tensor:
+    """[B, H, n, N] → [B, G, H / G · n, N]: what heads share is read once for all of them."""
+    return x_BHnN.unflatten(1, (groups, -1)).flatten(2, 3)
+
+
+def _by_head(x_BGmN: torch.Tensor, queries: int) -> torch.Tensor:
+    return x_BGmN.unflatten(2, (-1, queries)).flatten(1, 2)
+
+
+def _only(scores_BHnT: torch.Tensor, heard: torch.Tensor) -> torch.Tensor:
     # Not −∞, with which an utterance without a single frame would be no number.
-    return scores_BHnT.masked_fill(~kept_BT[:, None, None], torch.finfo(scores_BHnT.dtype).min)
+    return scores_BHnT.masked_fill(~heard, torch.finfo(scores_BHnT.dtype).min)

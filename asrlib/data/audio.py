@@ -1,6 +1,6 @@
 """Audio in any format soundfile knows, sampling rate and channel count → float32, mono, 16 kHz."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -29,6 +29,27 @@ def read_audio(source: Source) -> np.ndarray:
     if not np.isfinite(samples).all():
         raise UnusableAudio("audio holds NaN or infinite samples")
     return samples
+
+
+def read_pieces(source: Source, seconds: float) -> Iterator[np.ndarray]:
+    """What `read_audio` gives, in pieces of about `seconds`, decoded when they are asked for. Raises UnusableAudio."""
+    count = 0
+    try:
+        with soundfile.SoundFile(source()) as file:
+            resampler = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, 1)
+            frames = max(1, round(seconds * file.samplerate))
+            while len(block := file.read(frames, dtype="float32", always_2d=True)):
+                piece = block.mean(axis=1)
+                if not np.isfinite(piece).all():
+                    raise UnusableAudio("audio holds NaN or infinite samples")
+                count += len(piece)
+                yield piece if file.samplerate == SAMPLE_RATE else resampler.resample_chunk(piece)
+            if file.samplerate != SAMPLE_RATE:
+                yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+    except (OSError, RuntimeError) as error:
+        raise UnusableAudio(f"audio cannot be decoded: {_words(error)}") from error
+    if not count:
+        raise UnusableAudio("audio holds no samples")
 
 
 def change_speed(samples: np.ndarray, speed: float) -> np.ndarray:

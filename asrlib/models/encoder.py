@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCTC, PreTrainedConfig, PreTrain
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 
+from asrlib.attention.chunks import Chunks
 from asrlib.attention.kinds import (
     KINDS,
     GroupedQueryAttention,
@@ -50,6 +51,8 @@ class SpeechEncoderConfig(PreTrainedConfig):
     query_latent_dim: int | None = None
     intermediate_size: int = 2048  # of the Conformer's feed-forward; of the Branchformer's cgMLP, behind the gate
     conv_depthwise_kernel_size: int = 31  # encoder frames
+    causal: bool = False  # convolutions read no later frame
+    largest_chunk: int = 0  # encoder frames; in training, chunks of up to so many are heard, half of the time; 0: never
     subsampling_channels: int = 256
     num_mel_bins: int = 80
     hop_length: int = 160
@@ -92,6 +95,11 @@ class SpeechEncoderConfig(PreTrainedConfig):
             )
         if not self.conv_depthwise_kernel_size % 2:
             raise ValueError(f"conv_depthwise_kernel_size is {self.conv_depthwise_kernel_size}: it must be odd")
+        if self.largest_chunk < 0 or (self.largest_chunk and not self.causal):
+            raise ValueError(
+                f"largest_chunk is {self.largest_chunk}: training in chunks takes 1 frame or more, and causal "
+                "convolutions, as others would hear beyond the chunk"
+            )
         if Subsampling.length(self.num_mel_bins) < 1:
             raise ValueError(f"num_mel_bins is {self.num_mel_bins}: the two convolutions need at least 7")
         if self.query_latent_dim is not None and not 1 <= self.query_latent_dim <= self.hidden_size:
@@ -192,13 +200,18 @@ class FrameBatchNorm(nn.BatchNorm1d):
 
 
 class DepthwiseConvolution(nn.Conv1d):
-    """One filter per channel over time, [B, C, T] → [B, C, T]; beyond the ends of an utterance it reads zeros."""
+    """One filter per channel over time, [B, C, T] → [B, C, T]; beyond the ends of an utterance it reads zeros.
 
-    def __init__(self, channels: int, kernel_size: int):
-        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+    `reach` is how many earlier frames it reads: half of its width, or, if causal, all but one.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, causal: bool):
+        super().__init__(channels, channels, kernel_size, groups=channels)
+        self.reach = kernel_size - 1 if causal else kernel_size // 2
 
     def forward(self, x_BCT: torch.Tensor, kept_BT: torch.Tensor) -> torch.Tensor:
-        return super().forward(x_BCT.masked_fill(~kept_BT[:, None], 0))
+        around = (self.reach, self.kernel_size[0] - 1 - self.reach)
+        return super().forward(nn.functional.pad(x_BCT.masked_fill(~kept_BT[:, None], 0), around))
 
 
 class FeedForward(nn.Sequential):
@@ -221,7 +234,7 @@ class ConvolutionModule(nn.Module):
         width = config.hidden_size
         self.layer_norm = nn.LayerNorm(width)
         self.pointwise1 = nn.Linear(width, 2 * width)
-        self.depthwise = DepthwiseConvolution(width, config.conv_depthwise_kernel_size)
+        self.depthwise = DepthwiseConvolution(width, config.conv_depthwise_kernel_size, config.causal)
         self.batch_norm = FrameBatchNorm(width)
         self.pointwise2 = nn.Linear(width, width)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -242,7 +255,7 @@ class ConvolutionalGatingMLP(nn.Module):
         self.layer_norm = nn.LayerNorm(config.hidden_size)
         self.linear1 = nn.Linear(config.hidden_size, 2 * half)
         self.gate_norm = nn.LayerNorm(half)
-        self.depthwise = DepthwiseConvolution(half, config.conv_depthwise_kernel_size)
+        self.depthwise = DepthwiseConvolution(half, config.conv_depthwise_kernel_size, config.causal)
         nn.init.normal_(
             self.depthwise.weight, std=1e-6
         )  # the gate is open at first, as in gMLP (arXiv 2105.08050, 2.1)
@@ -268,13 +281,14 @@ class ConformerBlock(GradientCheckpointingLayer):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_states, attention_mask, relative_position_embeddings):
+    def forward(self, hidden_states, attention_mask, relative_position_embeddings=None, chunks=None):
         x_BTD = hidden_states
         x_BTD = x_BTD + 0.5 * self.ffn1(x_BTD)
         attended_BTD, _ = self.self_attn(
             hidden_states=self.self_attn_layer_norm(x_BTD),
             attention_mask=attention_mask,
             relative_position_embeddings=relative_position_embeddings,
+            chunks=chunks,
         )
         x_BTD = x_BTD + self.dropout(attended_BTD)
         x_BTD = x_BTD + self.conv_module(x_BTD, attention_mask)
@@ -294,12 +308,13 @@ class BranchformerBlock(GradientCheckpointingLayer):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_states, attention_mask, relative_position_embeddings):
+    def forward(self, hidden_states, attention_mask, relative_position_embeddings=None, chunks=None):
         x_BTD = hidden_states
         attended_BTD, _ = self.self_attn(
             hidden_states=self.self_attn_layer_norm(x_BTD),
             attention_mask=attention_mask,
             relative_position_embeddings=relative_position_embeddings,
+            chunks=chunks,
         )
         branches_BTC = torch.cat([self.dropout(attended_BTD), self.cgmlp(x_BTD, attention_mask)], dim=-1)
         return self.final_layer_norm(x_BTD + self.dropout(self.merge(branches_BTC)))
@@ -340,6 +355,13 @@ class SpeechEncoderForCTC(PreTrainedModel):
     def _get_feat_extract_output_lengths(self, mel_frames: torch.Tensor) -> torch.Tensor:
         return Subsampling.length(mel_frames).clamp(min=0)
 
+    def frames(self, input_features: torch.Tensor) -> torch.Tensor:
+        """What the layers read: log-mel frames [B, M, F] → [B, T, D]."""
+        return self.subsampling(self.normalised(input_features))
+
+    def normalised(self, input_features: torch.Tensor) -> torch.Tensor:
+        return (input_features - self.feature_mean) / self.feature_std
+
     def forward(
         self,
         input_features: torch.Tensor,
@@ -347,15 +369,23 @@ class SpeechEncoderForCTC(PreTrainedModel):
         labels: torch.Tensor | None = None,
         output_hidden_states: bool = False,
         return_dict: bool = True,
+        chunks: Chunks | None = None,
     ) -> CausalLMOutput:
-        """`attention_mask` [B, M] says which mel frames are speech; `labels` [B, L] are padded with −100."""
+        """`attention_mask` [B, M] says which mel frames are speech; `labels` [B, L] are padded with −100.
+
+        `chunks` limits attention to them, as streaming does (convolutions see to themselves: ValueError if they are not
+        causal, or there is a lookahead). In training it is drawn, where the config says `largest_chunk`.
+        """
         if attention_mask is None:
             attention_mask = input_features.new_ones(input_features.shape[:2], dtype=torch.bool)
         lengths_B = attention_mask.sum(-1)
-        x_BMF = (input_features - self.feature_mean) / self.feature_std
+        x_BMF = self.normalised(input_features)
         if self.training:
             masks = ("time_masks", "time_mask_share", "frequency_masks", "frequency_mask_bins")
             x_BMF = spec_augment(x_BMF, lengths_B, *(getattr(self.config, name) for name in masks))
+            chunks = chunks or self._drawn_chunks()
+        if chunks is not None and (chunks.lookahead or not self.config.causal):
+            raise ValueError("a mask of chunks takes causal convolutions and no lookahead: use streaming.chunked_pass")
         x_BTD = self.subsampling(x_BMF)
         frames_B = self._get_feat_extract_output_lengths(lengths_B)
         frames = x_BTD.shape[1]
@@ -363,13 +393,20 @@ class SpeechEncoderForCTC(PreTrainedModel):
         positions_1PD = sinusoids(frames, self.config.hidden_size, x_BTD.device, x_BTD.dtype)
         hidden_states = [x_BTD]
         for layer in self.layers:
-            x_BTD = layer(x_BTD, attention_mask=kept_BT, relative_position_embeddings=positions_1PD)
+            x_BTD = layer(x_BTD, attention_mask=kept_BT, relative_position_embeddings=positions_1PD, chunks=chunks)
             hidden_states = [*hidden_states, x_BTD] if output_hidden_states else []
         logits_BTV = self.lm_head(x_BTD)
         loss = None if labels is None else self._ctc_loss(logits_BTV, frames_B, labels)
         return CausalLMOutput(
             loss=loss, logits=logits_BTV, hidden_states=tuple(hidden_states) if output_hidden_states else None
         )
+
+    def _drawn_chunks(self) -> Chunks | None:
+        """Full context half of the time, and chunks of any size up to the largest in the other, so that one model
+        serves all latencies (Zhang et al. 2020, "U2", arXiv 2012.05481, 3.2)."""
+        if not self.config.largest_chunk or torch.rand(()) < 0.5:
+            return None
+        return Chunks(int(torch.randint(1, self.config.largest_chunk + 1, ())))
 
     def _ctc_loss(self, logits_BTV: torch.Tensor, frames_B: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
         if (labels_BL >= self.config.vocab_size).any():  # ctc_loss would read beyond the logits, and not say so

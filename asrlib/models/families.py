@@ -36,6 +36,10 @@ class Family:
     layers: Callable[[PreTrainedModel], list[nn.Module]]  # encoder layers, in order
     attention: Callable[[nn.Module], nn.Module]  # layer → attention with linear_k and linear_v
     check_layout: Callable[[PreTrainedConfig, str], None]  # raises where the attention forbids a layout
+    frames: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor]  # inputs → what the layers read [B, T, D]
+    logits: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor]  # what the last layer gives → [B, T, V]
+    work_in_blocks: Callable[[PreTrainedModel], PreTrainedModel]  # with attention of our own, same parameters
+    check_streaming: Callable[[PreTrainedConfig], None]  # raises where something takes the whole recording
     to_grouped: Callable[[PreTrainedConfig, int], PreTrainedConfig] | None = None  # of a twin with GQA, if there is one
 
 
@@ -48,6 +52,10 @@ WAV2VEC2_CONFORMER = Family(
     layers=lambda model: list(model.wav2vec2_conformer.encoder.layers),
     attention=lambda layer: layer.self_attn,
     check_layout=wav2vec2_conformer.check_layout,
+    frames=wav2vec2_conformer.frames,
+    logits=wav2vec2_conformer.logits,
+    work_in_blocks=wav2vec2_conformer.work_in_blocks,
+    check_streaming=wav2vec2_conformer.check_streaming,
 )
 
 SPEECH_ENCODER = Family(
@@ -59,6 +67,10 @@ SPEECH_ENCODER = Family(
     layers=lambda model: list(model.layers),
     attention=lambda layer: layer.self_attn,
     check_layout=encoder.check_layout,
+    frames=encoder.SpeechEncoderForCTC.frames,
+    logits=lambda model, x_BTD: model.lm_head(x_BTD),
+    work_in_blocks=lambda model: model,
+    check_streaming=lambda config: None,
     to_grouped=encoder.to_grouped,
 )
 

@@ -68,6 +68,8 @@ def new_config(
     query_latent_dim: int | None = None,
     feedforward_size: int | None = None,
     depthwise_kernel: int = 31,
+    causal: bool = False,
+    largest_chunk: int = 0,
     subsampling_channels: int = 256,
     dropout: float = 0.1,
     time_masks: int = 0,
@@ -76,8 +78,9 @@ def new_config(
     """The config of a model that is trained from scratch. Raises ValueError where sizes contradict each other.
 
     `kv_heads` is what gqa, `latent_dim` (None: half of `hidden_size`) what mla and mla_simple, `query_latent_dim` what
-    mla alone looks at. `feedforward_size` (None: 4 · `hidden_size`; 3 · in a Branchformer), `subsampling_channels` and
-    the masks of SpecAugment are those of SpeechEncoderConfig.
+    mla alone looks at. `feedforward_size` (None: 4 · `hidden_size`; 3 · in a Branchformer), `causal` and
+    `largest_chunk` (for streaming), `subsampling_channels` and the masks of SpecAugment are those of
+    SpeechEncoderConfig.
     """
     _check(architecture)
     if num_heads < 1 or hidden_size % num_heads:
@@ -90,6 +93,8 @@ def new_config(
             )
         if time_masks or frequency_masks:
             raise ValueError(f"a new {RAW_AUDIO} masks spans of its own: time_masks and frequency_masks must be 0")
+        if causal or largest_chunk:
+            raise ValueError(f"a new {RAW_AUDIO} hears whole utterances: leave causal and largest_chunk out")
         return _raw_audio_config(processor, hidden_size, num_layers, num_heads, depthwise_kernel, dropout)
     if attention == "gqa" and (kv_heads < 1 or num_heads % kv_heads):
         raise ValueError(f"num_heads {num_heads} is not divisible by kv_heads {kv_heads}")
@@ -107,6 +112,8 @@ def new_config(
         query_latent_dim=query_latent_dim if issubclass(kind, LatentAttention) else None,
         intermediate_size=feedforward_size or (4 if architecture == "conformer" else 3) * hidden_size,
         conv_depthwise_kernel_size=depthwise_kernel,
+        causal=causal,
+        largest_chunk=largest_chunk,
         subsampling_channels=subsampling_channels,
         num_mel_bins=extractor.feature_size,
         hop_length=extractor.hop_length,

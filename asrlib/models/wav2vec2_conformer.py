@@ -13,6 +13,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModelForCTC, Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
 from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerSelfAttention
 
+from asrlib.attention.kinds import KeyValueMemory, LatentMemory, RelativeAttention
 from asrlib.attention.latent import LatentKV, check_latent_widths, split_ranks
 
 
@@ -75,13 +76,17 @@ def _settings(config: Wav2Vec2ConformerConfig) -> dict:
     return {key: value for key, value in config.to_dict().items() if key not in own}
 
 
-class LatentSelfAttention(Wav2Vec2ConformerSelfAttention):
-    """Self-attention whose keys and values come from a latent.
+class BlockedSelfAttention(KeyValueMemory, Wav2Vec2ConformerSelfAttention):
+    """The parent's parameters and results, by `attention.relative`: in blocks of queries, with projected positions kept
+    from call to call, and able to stream. Rotary positions, or none, are worked by the parent."""
 
-    The parent's forward calls `linear_k` and `linear_v`; here they are methods, so that forward (positions,
-    masks, eager, SDPA) stays the parent's. A joint latent is computed once for each of the two: R·D
-    multiplications per frame more than need be, in exchange for no copy of that forward.
-    """
+    def forward(self, hidden_states, attention_mask=None, relative_position_embeddings=None, **kwargs):
+        worked_by = RelativeAttention if self.position_embeddings_type == "relative" else Wav2Vec2ConformerSelfAttention
+        return worked_by.forward(self, hidden_states, attention_mask, relative_position_embeddings, **kwargs)
+
+
+class LatentSelfAttention(LatentMemory, BlockedSelfAttention):
+    """Self-attention whose keys and values come from a latent."""
 
     def __init__(self, config: Wav2Vec2ConformerMLAConfig, layer: int):
         super().__init__(config)
@@ -90,11 +95,38 @@ class LatentSelfAttention(Wav2Vec2ConformerSelfAttention):
             config.hidden_size, config.latent_dim[layer], config.latent_layout, config.key_dim(layer)
         )
 
-    def linear_k(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return self.latent_kv.keys(x_BTD)
 
-    def linear_v(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return self.latent_kv.values(x_BTD)
+def work_in_blocks(model: Wav2Vec2ConformerForCTC) -> Wav2Vec2ConformerForCTC:
+    """`model`, its attention modules replaced by BlockedSelfAttention with the same parameters."""
+    for layer in model.wav2vec2_conformer.encoder.layers:
+        if type(layer.self_attn) is Wav2Vec2ConformerSelfAttention:
+            blocked = BlockedSelfAttention.__new__(BlockedSelfAttention)
+            blocked.__dict__ = layer.self_attn.__dict__
+            layer.self_attn = blocked
+    return model
+
+
+def frames(model: Wav2Vec2ConformerForCTC, input_values: torch.Tensor) -> torch.Tensor:
+    """What the layers read: samples [B, S] → [B, T, D]."""
+    base = model.wav2vec2_conformer
+    return base.feature_projection(base.feature_extractor(input_values).transpose(1, 2))[0]
+
+
+def logits(model: Wav2Vec2ConformerForCTC, x_BTD: torch.Tensor) -> torch.Tensor:
+    """Of what the last layer gives: [B, T, D] → [B, T, V]."""
+    return model.lm_head(model.wav2vec2_conformer.encoder.layer_norm(x_BTD))
+
+
+def check_streaming(config: Wav2Vec2ConformerConfig) -> None:
+    """Raises ValueError where something in the model takes the whole recording."""
+    if config.position_embeddings_type != "relative":
+        raise ValueError(f"positions are {config.position_embeddings_type}: only relative ones can stream")
+    if config.feat_extract_norm == "group":
+        raise ValueError(
+            "the feature encoder normalises over whole recordings: only feat_extract_norm: layer can stream"
+        )
+    if config.add_adapter:
+        raise ValueError("the adapter behind the encoder can not stream: convert a model without one")
 
 
 class Wav2Vec2ConformerMLAForCTC(Wav2Vec2ConformerForCTC):

@@ -1,0 +1,114 @@
+"""What values a parameter may have, beyond its type: the schema's limits, by name."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import AfterValidator, Field
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`: did you mean 'latent_dim'?`, or nothing where no name is near."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f": did you mean {near[0]!r}?" if near else ""
+
+
+def one_of(*choices: str) -> AfterValidator:
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in choices:
+            raise ValueError(f"should be one of {', '.join(choices)}{nearest(str(value), choices)}")
+        return value
+
+    return AfterValidator(check)
+
+
+def numbers(more_than: float, null: bool = False) -> AfterValidator:
+    """Of a list: every item a number above that; or, with `null`, nothing."""
+
+    def check(values: list) -> list:
+        for value in values:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (null and value is None) and not (number and value > more_than):
+                raise ValueError(f"should hold numbers above {more_than:g}{' or null' if null else ''}, not {value!r}")
+        return values
+
+    return AfterValidator(check)
+
+
+def some_of(*choices: str) -> AfterValidator:
+    """Of a list."""
+    one = one_of(*choices)
+    return AfterValidator(lambda values: [one.func(value) for value in values])
+
+
+AT_LEAST_ONE, POSITIVE, NOT_NEGATIVE = Field(ge=1), Field(gt=0), Field(ge=0)
+PRECISION = one_of("fp32", "bf16", "fp16")
+SCHEDULER = one_of(
+    "linear", "cosine", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau"
+)
+
+LIMITS: dict[str, Any] = {
+    "eval_splits": Field(min_length=1),
+    "train_samples": AT_LEAST_ONE,
+    "validation_samples": AT_LEAST_ONE,
+    "eval_samples": AT_LEAST_ONE,
+    "analysis_samples": AT_LEAST_ONE,
+    "analysis_eval_samples": AT_LEAST_ONE,
+    "analysis_cuts": Field(min_length=1),
+    "analysis_methods": Field(min_length=1),
+    "benchmark_samples": AT_LEAST_ONE,
+    "benchmark_pass_seconds": POSITIVE,
+    "stream_chunks_ms": numbers(0, null=True),
+    "stream_left_seconds": numbers(0),
+    "stream_lookahead_ms": NOT_NEGATIVE,
+    "stream_caches": some_of("float32", "bfloat16", "float16", "int8", "int4"),
+    "benchmark_left_seconds": numbers(0),
+    "benchmark_stream_size": one_of("shipped", "published"),
+    "benchmark_stream_gib": POSITIVE,
+    "hidden_size": AT_LEAST_ONE,
+    "num_layers": AT_LEAST_ONE,
+    "num_heads": AT_LEAST_ONE,
+    "kv_heads": AT_LEAST_ONE,
+    "query_latent_dim": AT_LEAST_ONE,
+    "feedforward_size": AT_LEAST_ONE,
+    "depthwise_kernel": AT_LEAST_ONE,
+    "largest_chunk": NOT_NEGATIVE,
+    "subsampling_channels": AT_LEAST_ONE,
+    "mel_bins": Field(ge=8),  # two convolutions of stride 2 leave one of them
+    "frame_shift_ms": POSITIVE,
+    "dropout": Field(ge=0, lt=1),
+    "time_masks": NOT_NEGATIVE,
+    "frequency_masks": NOT_NEGATIVE,
+    "speeds": Field(min_length=1),
+    "baseline_samples": AT_LEAST_ONE,
+    "baseline_epochs": POSITIVE,
+    "baseline_learning_rate": POSITIVE,
+    "baseline_warmup_ratio": Field(ge=0, le=1),
+    "baseline_scheduler": SCHEDULER,
+    "baseline_patience": AT_LEAST_ONE,
+    "baseline_batch_seconds": POSITIVE,
+    "baseline_precision": PRECISION,
+    "latent_dim": AT_LEAST_ONE,
+    "cache_cut": Field(gt=0, lt=1),
+    "layout": one_of("joint", "split"),
+    "convert_to": one_of("mla", "gqa"),
+    "method": one_of("mean", "svd", "whitened", "two_sided", "attended"),
+    "ctc_weight": NOT_NEGATIVE,
+    "kl_weight": NOT_NEGATIVE,
+    "hidden_weight": NOT_NEGATIVE,
+    "ranks": one_of("uniform", "energy", "sensitivity"),
+    "rank_multiple": AT_LEAST_ONE,
+    "trainable": one_of("attention", "latent", "all"),
+    "epochs": POSITIVE,
+    "learning_rate": POSITIVE,
+    "warmup_ratio": Field(ge=0, le=1),
+    "scheduler": SCHEDULER,
+    "weight_decay": NOT_NEGATIVE,
+    "batch_seconds": POSITIVE,
+    "gradient_accumulation": AT_LEAST_ONE,
+    "evaluations_per_epoch": AT_LEAST_ONE,
+    "patience": AT_LEAST_ONE,
+    "precision": PRECISION,
+    "device": Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"),
+    "seed": NOT_NEGATIVE,
+}

@@ -1,0 +1,181 @@
+"""Streams for people: tables and figures of what `streaming_evaluation` and `streaming_benchmark` measured."""
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from asrlib.figures import SYSTEMS, _colours, _figure, _style, size
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ERRORS_INTRODUCTION = """\
+## In a stream
+
+The same utterances recognised chunk by chunk, all models under the same mask: a frame hears its chunk, some seconds
+before it and nothing else. Differences are to the first model in the same chunks, with its cache in float32."""
+
+STEPS_INTRODUCTION = """\
+## One chunk of a stream
+
+What a stream keeps, counted on its tensors, and how long one chunk takes, against what it looks back to. Encoders of
+this size with random weights that differ in their attention alone, the systems taking turns; frames are given, as what
+makes them of audio is the same for all. Two columns compare: with multi-head attention that has a cache and all that
+this library does for speed, which is what the kind of attention brings; and with multi-head attention without a cache,
+which works the seconds that it looks back to again with every chunk, which is what the cache brings to all alike."""
+
+
+def as_rows(table: pd.DataFrame) -> list[dict]:
+    """For metrics/*.json: what is not known is null."""
+    return table.astype(object).where(table.notna(), None).to_dict("records")
+
+
+# ---- word errors -------------------------------------------------------------------------------------------
+
+
+def errors_table(errors: pd.DataFrame) -> pd.DataFrame:
+    """Of `streaming_errors`: a row per chunk, left context, format and system."""
+    first = errors["system"].iloc[0]
+    rows = []
+    for row in errors.to_dict("records"):
+        full = pd.isna(row["chunk_ms"])
+        change = [100 * row[name] for name in ("difference", "difference_low", "difference_high")]
+        against = "" if pd.isna(row["p"]) else "{:+.2f} ({:+.2f} to {:+.2f}), p = {:.3f}".format(*change, row["p"])
+        rows.append(
+            {
+                "chunk": "full context" if full else f"{row['chunk_ms']:.0f} ms",
+                "left context": "–" if full else f"{row['left_seconds']:.1f} s",
+                "system": SYSTEMS.get(row["system"], row["system"]),
+                "cache in": "–" if full else row["cache"],
+                "cache": "–" if full else size(row["cache_bytes"]),
+                "WER %": "{:.2f} ({:.2f}–{:.2f})".format(*(100 * row[n] for n in ("wer", "wer_low", "wer_high"))),
+                f"against {SYSTEMS.get(first, first)}, points": against.replace("-", "−"),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def errors_figure(errors: pd.DataFrame) -> "Figure":
+    """WER against the chunk, a line a system, a panel a left context; full context is the last place of each."""
+    kept = errors[errors["cache"] == errors["cache"].iloc[0]]
+    lefts = sorted(kept["left_seconds"].dropna().unique())
+    with _style():
+        fig, axes = _figure(8, 3.4, 1, max(1, len(lefts)), sharey=True)
+        for ax, left in zip(axes[0], lefts, strict=False):
+            for place, (name, rows) in enumerate(kept.groupby("system", sort=False)):
+                chunked = rows[rows["left_seconds"] == left].sort_values("chunk_ms")
+                rows = pd.concat([chunked, rows[rows["chunk_ms"].isna()]])
+                wer = 100 * rows["wer"]
+                ax.errorbar(
+                    [i + 0.08 * place for i in range(len(rows))],
+                    wer,
+                    yerr=[wer - 100 * rows["wer_low"], 100 * rows["wer_high"] - wer],
+                    marker="os^D"[place % 4],
+                    color=_colours().get(name),
+                    capsize=2,
+                    label=SYSTEMS.get(name, name),
+                )
+                ticks = ["full" if pd.isna(chunk) else f"{chunk:.0f}" for chunk in rows["chunk_ms"]]
+                ax.set_xticks(range(len(rows)), ticks)
+            ax.set(xlabel="chunk, ms", title=f"left context {left:.0f} s", ylim=(0, None))
+        axes[0][0].set_ylabel("word error rate, %")
+        axes[0][-1].legend(fontsize="small")
+    fig.set_label("Word error rate against the length of a chunk. " + "; ".join(map(_error_in_words, as_rows(kept))))
+    return fig
+
+
+def _error_in_words(row: dict) -> str:
+    where = "full context"
+    if row["chunk_ms"] is not None:
+        where = f"{row['chunk_ms']:.0f} ms with {row['left_seconds']:.0f} s before"
+    return f"{row['system']}, {where}: {100 * row['wer']:.2f} %"
+
+
+def text_as_heard(model, processor, utterance, **chunks) -> pd.DataFrame:
+    """What a stream had written after every chunk, and what its attention kept; `chunks` are those of `chunks_of`."""
+    from asrlib.models.families import frames_per_second
+    from asrlib.streaming import Recognition, chunks_of
+
+    recognition = Recognition(model, processor, chunks_of(model.config, **chunks))
+    streams, rate, rows = recognition.streams, frames_per_second(model.config), []
+    for steps in (recognition.hear(utterance.audio()), recognition.finish()):
+        for text in steps:
+            heard = min(utterance.seconds, (streams.frames + streams.chunks.lookahead) / rate)
+            kept = size(sum(streams.attention_bytes))
+            rows.append({"heard": f"{heard:.2f} s", "text so far": text, "cache": kept})
+    return pd.DataFrame(rows)
+
+
+# ---- time and bytes ----------------------------------------------------------------------------------------
+
+
+def steps_table(steps: pd.DataFrame) -> pd.DataFrame:
+    """Of `benchmark_steps`: a row per left context, chunk and system."""
+    first, again = steps["system"].iloc[0], steps["system"].str.contains("recomputed")
+    setting = ["left_seconds", "chunk_ms"]
+    cached = steps[steps["system"] == first].set_index(setting)["ms"]
+    recomputed = steps[again].set_index(setting)["ms"]
+    rows = []
+    for row in steps.sort_values(setting, kind="stable").to_dict("records"):
+        key = (row["left_seconds"], row["chunk_ms"])
+        kept = row["cache_bytes"]
+        rows.append(
+            {
+                "left context": f"{row['left_seconds']:g} s",
+                "chunk": f"{row['chunk_ms']:.0f} ms",
+                "system": row["system"],
+                "cache": size(kept) if kept else "none",
+                "counted": "–" if not kept else "= formula" if kept == row["formula_bytes"] else "not the formula's",
+                "convolutions": size(row["convolution_bytes"]) if kept else "–",
+                "ms per chunk": f"{row['ms']:.1f} ({row['ms_low']:.1f}–{row['ms_high']:.1f})",
+                "RTFx": f"{row['rtfx']:.1f}",
+                f"speed against {first} with cache": f"×{cached[key] / row['ms']:.2f}",
+                f"against {first} without": f"×{recomputed[key] / row['ms']:.1f}" if key in recomputed.index else "–",
+                "peak memory": "–" if pd.isna(row["peak_memory_bytes"]) else size(row["peak_memory_bytes"]),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def steps_figure(steps: pd.DataFrame) -> "Figure":
+    """Bytes kept and time of a chunk (the shortest) against the left context, a line a system."""
+    import seaborn as sns
+
+    shortest = steps[steps["chunk_ms"] == steps["chunk_ms"].min()]
+    names = list(dict.fromkeys(shortest["system"]))
+    looks = dict(zip(names, zip(sns.color_palette("colorblind", len(names)), "os^Dv<>P", strict=False), strict=False))
+    with _style():
+        fig, axes = _figure(8, 3.6, 1, 2)
+        for ax, column, scale in ((axes[0][0], "cache_bytes", 2**20), (axes[0][1], "ms", 1)):
+            for name, rows in shortest.groupby("system", sort=False):
+                rows = rows[rows[column] > 0].sort_values("left_seconds")
+                colour, marker = looks[name]
+                ax.plot(rows["left_seconds"], rows[column] / scale, color=colour, marker=marker, label=name)
+            ax.set(xscale="log", yscale="log", xlabel="left context, s")
+        axes[0][0].set_ylabel("cache of one stream, MiB")
+        axes[0][1].set_ylabel(f"one chunk of {shortest['chunk_ms'].iloc[0]:.0f} ms takes, ms")
+        axes[0][1].axhline(shortest["chunk_ms"].iloc[0], color="0.6", linestyle=":", linewidth=1)
+        fig.legend(*axes[0][1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    points = [
+        f"{row['system']} at {row['left_seconds']:g} s {size(row['cache_bytes'])}, {row['ms']:.1f} ms"
+        for row in as_rows(shortest)
+    ]
+    fig.set_label("Cache of a stream and time of a chunk against the left context. " + "; ".join(points))
+    return fig
+
+
+def streams_table(streams: pd.DataFrame, memory_bytes: int) -> pd.DataFrame:
+    """Of `streams_in_real_time`."""
+    first = streams.iloc[0]
+    return pd.DataFrame(
+        {
+            "system": streams["system"],
+            f"fit into {size(memory_bytes)}": streams["in_memory"],
+            "in real time": streams["in_real_time"],
+            "a chunk of all takes, ms": streams["ms"].map("{:.0f}".format),
+            f"in real time, against {first['system']}": [
+                f"×{count / first['in_real_time']:.1f}" if first["in_real_time"] else "–"
+                for count in streams["in_real_time"]
+            ],
+        }
+    )
