@@ -22,7 +22,7 @@ def heading_of(name: str) -> str:
 def caption_of(name: str, found: Comparison) -> str:
     """How to read the figure of that name: what a point, a bar and a colour is."""
     if name == "wer_vs_cache":
-        state = "The state is what a stream would keep, by the formula."
+        state = "The state is what a stream keeps, by the formula."
         return " ".join(filter(None, ["Bars: 95 % intervals.", state, _side_by_side(found), _looks(found)]))
     if name == "wer_vs_time":
         return f"Bars: 95 % intervals. The time is the mean of a full pass over an utterance. {_looks(found)}"

@@ -277,7 +277,7 @@ def how_to_read(found: Comparison) -> str:
             f"Differences are those on {split}, paired over the same utterances, each p that of one alone; * is "
             f"significant ({_counted(found, split)})."
         )
-    words.append("The cache is computed: what a stream would keep. RTFx: seconds of audio per second of compute.")
+    words.append("The cache is what a stream keeps, by the formula. RTFx: seconds of audio per second of compute.")
     if timed := list(found.benchmark.get("systems", {})):
         words.append(f"Speed is against {timed[0]}.")
     return " ".join(words)
