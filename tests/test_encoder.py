@@ -5,6 +5,7 @@ import tiny
 import torch
 import written_out
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCTC, AutoProcessor, set_seed
 from written_out import feed_forward, gelu, layer_norm, part, swish
@@ -449,3 +450,25 @@ def test_chunks_that_cannot_be_trained_are_refused():
     for model, chunks in ((tiny.encoder(), Chunks(3)), (tiny.encoder(causal=True), Chunks(3, lookahead=1))):
         with pytest.raises(ValueError, match="takes causal convolutions and no lookahead"):
             model(features, chunks=chunks)
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_what_a_checkpoint_lacks_is_initialised_as_in_a_new_model(encoder, tmp_path):
+    model = tiny.encoder(encoder)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = [name for name in weights if name.startswith("layers.1.") or name.startswith("lm_head")]
+    kept = {name: value for name, value in weights.items() if name not in lost}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    torch.manual_seed(5)
+    loaded = type(model).from_pretrained(tmp_path).state_dict()
+    fresh = type(model)(model.config).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in kept.items())
+    for name in lost:
+        if name.endswith("weight") and fresh[name].numel() >= 16:
+            torch.testing.assert_close(loaded[name].std(), fresh[name].std(), rtol=0.5, atol=1e-6)
+    assert all(torch.isfinite(loaded[name]).all() for name in lost)
+    assert not torch.equal(loaded["lm_head.weight"], weights["lm_head.weight"])

@@ -121,8 +121,15 @@ class SelfAttention(RelativeAttention, nn.Module):
         self.linear_out = nn.Linear(width, width)
         if self.position_embeddings_type == "relative":
             self.linear_pos = nn.Linear(width, width, bias=False)
-            self.pos_bias_u = nn.Parameter(torch.zeros(self.num_heads, self.head_size))
-            self.pos_bias_v = nn.Parameter(torch.zeros(self.num_heads, self.head_size))
+            self.pos_bias_u = nn.Parameter(torch.empty(self.num_heads, self.head_size))
+            self.pos_bias_v = nn.Parameter(torch.empty(self.num_heads, self.head_size))
+            SelfAttention.reset_parameters(self)
+
+    def reset_parameters(self) -> None:
+        """Of the parameters that are no module's."""
+        if self.position_embeddings_type == "relative":
+            nn.init.zeros_(self.pos_bias_u)
+            nn.init.zeros_(self.pos_bias_v)
 
     @staticmethod
     @abstractmethod

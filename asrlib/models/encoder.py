@@ -214,6 +214,14 @@ class DepthwiseConvolution(nn.Conv1d):
         return super().forward(nn.functional.pad(x_BCT.masked_fill(~kept_BT[:, None], 0), around))
 
 
+class GateConvolution(DepthwiseConvolution):
+    """Gives one at first, whatever it reads: the gate is open, as in gMLP (arXiv 2105.08050, 2.1)."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=1e-6)
+        nn.init.ones_(self.bias)
+
+
 class FeedForward(nn.Sequential):
     def __init__(self, config: SpeechEncoderConfig):
         super().__init__(
@@ -255,11 +263,7 @@ class ConvolutionalGatingMLP(nn.Module):
         self.layer_norm = nn.LayerNorm(config.hidden_size)
         self.linear1 = nn.Linear(config.hidden_size, 2 * half)
         self.gate_norm = nn.LayerNorm(half)
-        self.depthwise = DepthwiseConvolution(half, config.conv_depthwise_kernel_size, config.causal)
-        nn.init.normal_(
-            self.depthwise.weight, std=1e-6
-        )  # the gate is open at first, as in gMLP (arXiv 2105.08050, 2.1)
-        nn.init.ones_(self.depthwise.bias)
+        self.depthwise = GateConvolution(half, config.conv_depthwise_kernel_size, config.causal)
         self.linear2 = nn.Linear(half, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
@@ -344,9 +348,12 @@ class SpeechEncoderForCTC(PreTrainedModel):
         self.layers = nn.ModuleList(block(config, layer) for layer in range(config.num_hidden_layers))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
+        self.made = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: modules have torch's own initialisation, and theirs, from the start."""
+        """Of what a checkpoint lacks. Modules initialise themselves when they are made, and are not to do so twice."""
+        if hasattr(self, "made") and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
 
     def normalise_by(self, mean_F: torch.Tensor, std_F: torch.Tensor) -> None:
         self.feature_mean.copy_(mean_F)
