@@ -14,6 +14,7 @@ import io
 import itertools
 import math
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -152,14 +153,16 @@ PUBLISHED = dict(
 SIZES = {"shipped": "synthetic-conformer", "published": PUBLISHED}
 
 
-def random_recognisers(size: str) -> dict[str, nn.Module]:
-    """{name: wav2vec2-conformer in evaluation mode}, which share all weights but those of keys and values."""
+def random_recognisers(size: str, shares: Sequence[int] = (2, 4, 8)) -> dict[str, nn.Module]:
+    """{name: wav2vec2-conformer in evaluation mode}, which share all weights but those of keys and values.
+
+    Multi-head attention twice, and latents of a half, a fourth, … of the width, as `shares` says."""
     torch.manual_seed(0)
     sizes = SIZES[size]
     config = Wav2Vec2ConformerConfig(**sizes) if isinstance(sizes, dict) else load(sizes)[0].config
     standard = Wav2Vec2ConformerForCTC(config).eval()
     made = {"MHA by transformers": standard, IN_BLOCKS: in_blocks(standard)}
-    for rank in (config.hidden_size // 2, config.hidden_size // 4, config.hidden_size // 8):
+    for rank in (config.hidden_size // share for share in shares):
         latent = _sharing(standard)
         latent_config = family_of(config).to_latent(config, latent_dim=[rank] * config.num_hidden_layers)
         for index, layer in enumerate(family_of(config).layers(latent)):
@@ -186,12 +189,13 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m asrlib.length_benchmark", description="Times full passes of recognisers with random weights."
     )
     parser.add_argument("--size", choices=SIZES, default="shipped")
+    parser.add_argument("--latents", type=int, nargs="*", default=[2, 4, 8], help="a half, a fourth, … of the width")
     parser.add_argument("--seconds", type=float, nargs="+", default=[10, 30, 60], help="lengths of audio")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="a .json")
     args = parser.parse_args(argv)
-    systems = random_recognisers(args.size)
+    systems = random_recognisers(args.size, args.latents)
     noise = np.random.default_rng(0).normal(scale=0.1, size=round(max(args.seconds) * SAMPLE_RATE)).astype(np.float32)
     utterance = Utterance("noise", "", "", len(noise) / SAMPLE_RATE, "memory", partial(_as_file, noise))
     corpus = Corpus("noise", "all", (utterance,))

@@ -9,12 +9,16 @@ import tiny
 import torch
 from torch import nn
 from transformers import Wav2Vec2Processor
+from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerSelfAttention
 
 from asrlib import benchmark as timing
 from asrlib import length_benchmark as room
 from asrlib.data.corpus import SAMPLE_RATE
 from asrlib.data.features import log_mel
-from asrlib.length_benchmark import benchmark_lengths, joined
+from asrlib.figures import IN_BLOCKS
+from asrlib.length_benchmark import SIZES, benchmark_lengths, joined, main, random_recognisers
+from asrlib.models.families import attention_modules
+from asrlib.runs import read_json
 
 SPEECH = tiny.corpus(3)
 
@@ -190,3 +194,31 @@ def test_real_models_are_measured_without_a_stand_in(processor):
     result = benchmark_lengths({"tiny": tiny.conformer()}, processor, SPEECH, [0.5, 1.0], repeats=1)
     ms, peaks = (result["systems"]["tiny"][what] for what in ("ms", "peak_memory_bytes"))
     assert min(ms) > 0 and 0 < peaks[0] < peaks[1]
+
+
+# ---- random weights ----------------------------------------------------------------------------------------
+
+
+def test_recognisers_share_all_but_keys_and_values(monkeypatch):
+    monkeypatch.setitem(SIZES, "published", tiny.conformer().config.to_dict())
+    systems = random_recognisers("published", [2, 4])
+    assert list(systems) == ["MHA by transformers", IN_BLOCKS, "MLA 8", "MLA 4"]
+    first, *others = systems.values()
+    theirs = dict(first.named_parameters())
+    for other in others:
+        ours = dict(other.named_parameters())
+        assert all(ours[name] is theirs[name] for name in ours.keys() & theirs.keys())
+        lost = theirs.keys() - ours.keys()
+        assert all("linear_k" in name or "linear_v" in name for name in lost) and (other is others[0]) == (not lost)
+    x_BS = torch.randn(1, 4000)
+    with torch.no_grad():
+        torch.testing.assert_close(others[0](x_BS).logits, first(x_BS).logits, rtol=1e-4, atol=1e-4)
+    assert type(attention_modules(first)[0]) is Wav2Vec2ConformerSelfAttention
+
+
+def test_the_command_prints_and_writes(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(SIZES, "published", tiny.conformer().config.to_dict())
+    out = tmp_path / "lengths.json"
+    assert main(["--size", "published", "--seconds", "0.5", "--latents", "4", "--repeats", "1", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "MLA 4" in printed and "MLA 8" not in printed and read_json(out)["seconds"] == [0.5]
