@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
             "seconds": seconds,
             "system": name,
             "ms": row["ms"][i],
-            "speed": measured["systems"]["MHA by transformers"]["ms"][i] / row["ms"][i],
+            "speed": (measured["systems"]["MHA by transformers"]["ms"][i] or math.nan) / (row["ms"][i] or math.nan),
             "peak MiB": (row["peak_memory_bytes"][i] or math.nan) / 2**20,
         }
         for i, seconds in enumerate(measured["seconds"])

@@ -1,6 +1,7 @@
 """Speech recognised as it comes in, chunk by chunk, with a cache of the past that is really there.
 
     python -m asrlib.streaming FILE.wav --model PATH --chunk 320
+    python -m asrlib.streaming FILE.wav --model synthetic-conformer --chunk 640 --lookahead 640
 
 A chunk of frames attends to itself, to some frames before it and, if wished, some behind it; convolutions hear the
 same. What the layers need of earlier chunks is kept as tensors (`attention.memory`), so that what comes out is what a
@@ -10,6 +11,7 @@ Shapes: B streams, S samples, n frames worked on at once, T frames, D width, V t
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -37,8 +39,10 @@ def chunks_of(
     config, chunk_ms: float = CHUNK_MS, left_seconds: float | None = LEFT_SECONDS, lookahead_ms: float = 0.0
 ) -> Chunks:
     """In encoder frames, of which a chunk has one at least; `left_seconds` None is everything heard so far."""
-    if not chunk_ms > 0:
-        raise ValueError(f"a chunk of {chunk_ms} ms holds nothing: give more than 0")
+    if not 0 < chunk_ms < math.inf:
+        raise ValueError(f"a chunk of {chunk_ms} ms can not be: give more than 0")
+    if left_seconds == math.inf:
+        left_seconds = None
     rate = frames_per_second(config)
     left = None if left_seconds is None else round(left_seconds * rate)
     return Chunks(max(1, round(chunk_ms / 1000 * rate)), left, round(lookahead_ms / 1000 * rate))
@@ -100,6 +104,8 @@ def _reach(convolution: nn.Conv1d) -> int:
 class Streams:
     """Streams that begin together, worked in steps: `step` takes frames and gives logits.
 
+    Attention modules of transformers' own are replaced in `model` by ours, with the same parameters. A model serves any
+    number of streams, but one thread at a time.
     `cache` is the format of what attention keeps (`attention.formats`). Raises ValueError where the model cannot
     stream, or is in training mode.
     """
@@ -310,7 +316,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("file", metavar="FILE.wav", type=Path)
     parser.add_argument("--model", required=True, help="a folder, a hub id or a shipped model's name")
     parser.add_argument("--chunk", type=float, default=CHUNK_MS, metavar="MS")
-    parser.add_argument("--left", type=float, default=LEFT_SECONDS, metavar="SECONDS", help="that a chunk looks back")
+    parser.add_argument(
+        "--left", type=float, default=LEFT_SECONDS, metavar="SECONDS", help="that a chunk looks back; inf: all"
+    )
     parser.add_argument("--lookahead", type=float, default=0.0, metavar="MS")
     parser.add_argument("--cache", default="float32", help="float32, bfloat16, float16, int8 or int4")
     args = parser.parse_args(argv)

@@ -125,28 +125,28 @@ def benchmark_steps(
     device: str | None = None,
     cache: str = "float32",
     streams: int = 1,
+    recompute: bool = True,
 ) -> pd.DataFrame:
     """One row per length of chunk, of left context, and system, the systems taking turns.
 
     chunk_ms and left_seconds (as they are in whole frames), system, streams, cache, ms (median time of one step of all
     streams), ms_low and ms_high (the quartiles), rtfx (seconds of audio per second of computation, all streams),
     cache_bytes and convolution_bytes (counted, of one stream), formula_bytes, cache_bytes_per_second (of audio kept),
-    peak_memory_bytes (of a step, on top of weights and what is kept). The first system is timed a second time as
-    RECOMPUTED, where `left_seconds` allows.
+    peak_memory_bytes (of a step, on top of weights and what is kept). With `recompute` the first system is timed a
+    second time as RECOMPUTED, where `left_seconds` allows. Chunks that are as many frames are one setting.
     """
     if not systems or repeats < 1:
         raise ValueError("a benchmark needs at least one system and one repeat")
     first = next(iter(systems.values()))
     device = choose_device(device, first)
     rows = []
-    settings = [(chunk, left) for left in left_seconds for chunk in chunk_ms]
+    settings = list(dict.fromkeys(chunks_of(first.config, chunk, left) for left in left_seconds for chunk in chunk_ms))
     with inference(*systems.values(), device=device), torch.no_grad():
-        for turn, (chunk, left) in enumerate(tqdm(settings, desc="chunks", unit="setting")):
-            chunks = chunks_of(first.config, chunk, left)
+        for turn, chunks in enumerate(tqdm(settings, desc="chunks", unit="setting")):
             running = {name: filled(model, chunks, cache, streams) for name, model in systems.items()}
             x_BnD = torch.randn(streams, chunks.size, first.config.hidden_size, device=device)
             steps = {name: partial(one.step, x_BnD) for name, one in running.items()}
-            if left <= LONGEST_RECOMPUTED:
+            if recompute and chunks.left <= LONGEST_RECOMPUTED * frames_per_second(first.config):
                 window_BTD = torch.randn(streams, chunks.left + chunks.size, x_BnD.shape[2], device=device)
                 steps[RECOMPUTED] = partial(recomputed, first, window_BTD)
             take_turns(steps, turn, device)  # to warm up
@@ -213,7 +213,7 @@ def streams_in_real_time(
         for count in sorted({*(2**k for k in range(11)), *(3 * 2**k for k in range(9))}):
             if count > min(most, in_memory):
                 break
-            row = benchmark_steps({name: model}, [chunk_ms], [left_seconds], 3, device, cache, count).iloc[0]
+            row = benchmark_steps({name: model}, [chunk_ms], [left_seconds], 3, device, cache, count, False).iloc[0]
             in_memory = memory_bytes // max(1, int(row["cache_bytes"] + row["convolution_bytes"]))
             if row["ms"] > row["chunk_ms"]:
                 break

@@ -36,6 +36,8 @@ def streaming_errors(
     Formats but the first are measured at the longest left context; integers for latents as they are and turned at
     random ("int4, rotated").
     """
+    if not left_seconds or caches[:1] not in (["float32"], ("float32",)):
+        raise ValueError("give a left context, and float32 as the first format: the others are compared with it")
     longest = max(left_seconds)
     settings = [(chunk, left) for chunk in chunk_ms if chunk is not None for left in left_seconds]
     settings += [(None, None)] if None in chunk_ms else []

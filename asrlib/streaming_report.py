@@ -13,16 +13,20 @@ ERRORS_INTRODUCTION = """\
 ## In a stream
 
 The same utterances recognised chunk by chunk, all models under the same mask: a frame hears its chunk, some seconds
-before it and nothing else. Differences are to the first model in the same chunks, with its cache in float32."""
+before it and, where a lookahead is given, as much behind it. All is computed in float32. The cache is that of a full left
+context, which an utterance shorter than that never fills. Differences are to the first model in the same chunks, with its
+cache in float32."""
 
 STEPS_INTRODUCTION = """\
 ## One chunk of a stream
 
 What a stream keeps, counted on its tensors, and how long one chunk takes, against what it looks back to. Encoders of
 this size with random weights that differ in their attention alone, the systems taking turns; frames are given, as what
-makes them of audio is the same for all. Two columns compare: with multi-head attention that has a cache and all that
-this library does for speed, which is what the kind of attention brings; and with multi-head attention without a cache,
-which works the seconds that it looks back to again with every chunk, which is what the cache brings to all alike."""
+makes them of audio is the same for all. All is computed in float32. Two columns compare: with multi-head attention that
+has a cache and all that this library does for speed, which is what the kind of attention brings, copying what is kept once
+a step included; and with multi-head attention without a cache, which works the seconds that it looks back to again with
+every chunk (they are all that it hears, while a cache reaches back so far in every layer). That is what a cache brings to
+all alike."""
 
 
 def as_rows(table: pd.DataFrame) -> list[dict]:
@@ -45,6 +49,7 @@ def errors_table(errors: pd.DataFrame) -> pd.DataFrame:
             {
                 "chunk": "full context" if full else f"{row['chunk_ms']:.0f} ms",
                 "left context": "–" if full else f"{row['left_seconds']:.1f} s",
+                "lookahead": "–" if full else f"{row['lookahead_ms']:.0f} ms",
                 "system": SYSTEMS.get(row["system"], row["system"]),
                 "cache in": "–" if full else row["cache"],
                 "cache": "–" if full else size(row["cache_bytes"]),

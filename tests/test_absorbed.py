@@ -223,7 +223,16 @@ def replace(attention):
     attention.linear_pos.weight = torch.nn.Parameter(attention.linear_pos.weight.detach() * 2)
 
 
+def train_fused(attention):
+    """As the Trainer does it; this optimiser does not count the weight's version up."""
+    attention.train()
+    attention.project_positions(inputs(5)[1])
+    torch.optim.AdamW([attention.linear_pos.weight], lr=0.5, fused=True).step()
+    attention.eval()
+
+
 CHANGES = {
+    "trained, fused": train_fused,
     "in place": lambda attention: attention.linear_pos.weight.mul_(2),
     "replaced": replace,
     "loaded": lambda attention: attention.load_state_dict({k: 2 * v for k, v in attention.state_dict().items()}),

@@ -88,14 +88,20 @@ class RelativeAttention(ABC):
         return relative_attention(query_BHnE, *self.keys_and_values(*held), **how)
 
     def project_positions(self, embeddings_1PD: torch.Tensor) -> torch.Tensor:
-        """[H, P, E], in evaluation once for as many distances, which are the same whenever they are as many."""
+        """[H, P, E], in evaluation once for as many distances, which are the same whenever they are as many.
+
+        Nothing is kept over training: fused optimisers change weights without a trace that could be seen here.
+        """
+        if self.training or torch.is_grad_enabled():
+            self.__dict__.pop("_projected", None)
+            return self.heads(self.linear_pos(embeddings_1PD))[0]
         weight, count = self.linear_pos.weight, embeddings_1PD.shape[1]
         key = (count, embeddings_1PD.dtype, weight.device, weight.data_ptr(), weight._version)
         kept_key, _, kept_HPE = getattr(self, "_projected", (None, None, None))
-        if key == kept_key and not torch.is_grad_enabled():
+        if key == kept_key:
             return kept_HPE
         positions_HPE = self.heads(self.linear_pos(embeddings_1PD))[0]
-        if not torch.is_grad_enabled() and count <= KEPT_POSITIONS:
+        if count <= KEPT_POSITIONS:
             self._projected = (key, weight.detach(), positions_HPE)  # held, or another could come to its address
         return positions_HPE
 

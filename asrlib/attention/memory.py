@@ -73,7 +73,8 @@ class StreamMemory(LayerMemory):
         kept_BT = self.kept_Bn
         if kept_BT is not None:
             kept_BT = nn.functional.pad(kept_BT, (past[0].shape[1], 0), value=True)
-        return tuple(torch.cat(pair, dim=1) for pair in zip(past, new, strict=True)), kept_BT
+        with torch.autocast(new[0].device.type, enabled=False):  # both have one type already
+            return tuple(torch.cat(pair, dim=1) for pair in zip(past, new, strict=True)), kept_BT
 
     def sums(self, central: Tensors) -> Tensors:
         before = self.total or tuple(torch.zeros_like(one) for one in central)
