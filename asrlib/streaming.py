@@ -316,9 +316,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("file", metavar="FILE.wav", type=Path)
     parser.add_argument("--model", required=True, help="a folder, a hub id or a shipped model's name")
     parser.add_argument("--chunk", type=float, default=CHUNK_MS, metavar="MS")
-    parser.add_argument(
-        "--left", type=float, default=LEFT_SECONDS, metavar="SECONDS", help="that a chunk looks back; inf: all"
-    )
+    parser.add_argument("--left", type=float, default=LEFT_SECONDS, metavar="SECONDS", help="looked back; inf: all")
     parser.add_argument("--lookahead", type=float, default=0.0, metavar="MS")
     parser.add_argument("--cache", default="float32", help="float32, bfloat16, float16, int8 or int4")
     args = parser.parse_args(argv)

@@ -13,9 +13,9 @@ ERRORS_INTRODUCTION = """\
 ## In a stream
 
 The same utterances recognised chunk by chunk, all models under the same mask: a frame hears its chunk, some seconds
-before it and, where a lookahead is given, as much behind it. All is computed in float32. The cache is that of a full left
-context, which an utterance shorter than that never fills. Differences are to the first model in the same chunks, with its
-cache in float32."""
+before it and, where a lookahead is given, as much behind it. All is computed in float32. The cache is that of a full
+left context, which an utterance shorter than that never fills. Differences are to the first model in the same chunks,
+with its cache in float32."""
 
 STEPS_INTRODUCTION = """\
 ## One chunk of a stream
@@ -23,10 +23,10 @@ STEPS_INTRODUCTION = """\
 What a stream keeps, counted on its tensors, and how long one chunk takes, against what it looks back to. Encoders of
 this size with random weights that differ in their attention alone, the systems taking turns; frames are given, as what
 makes them of audio is the same for all. All is computed in float32. Two columns compare: with multi-head attention that
-has a cache and all that this library does for speed, which is what the kind of attention brings, copying what is kept once
-a step included; and with multi-head attention without a cache, which works the seconds that it looks back to again with
-every chunk (they are all that it hears, while a cache reaches back so far in every layer). That is what a cache brings to
-all alike."""
+has a cache and all that this library does for speed, which is what the kind of attention brings, the copying of what is
+kept included; and with multi-head attention without a cache, which works the seconds that it looks back to again with
+every chunk (they are all that it hears, while a cache reaches back so far in every layer): what a cache brings to all
+alike."""
 
 
 def as_rows(table: pd.DataFrame) -> list[dict]:
