@@ -113,7 +113,6 @@ def recomputed(model: nn.Module, x_BTD: torch.Tensor) -> torch.Tensor:
     family = family_of(model.config)
     for layer in family.layers(model):
         x_BTD = layer(x_BTD, attention_mask=kept_BT, relative_position_embeddings=positions)
-        x_BTD = x_BTD[0] if isinstance(x_BTD, tuple) else x_BTD
     return family.logits(model, x_BTD)
 
 

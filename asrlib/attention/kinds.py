@@ -27,7 +27,7 @@ from asrlib.attention.latent import LatentKV
 from asrlib.attention.relative import relative_attention
 
 KEPT_POSITIONS = 4096  # distances whose projections are kept from call to call: some 40 s at 50 frames a second
-ABSORBED_SCORE_TIME = 1.0
+ABSORBED_SCORE_TIME = 1.0  # of a multiplication, against those expanded: `streaming_benchmark --forms` shows
 
 
 class RelativeAttention(ABC):
