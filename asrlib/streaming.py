@@ -141,6 +141,11 @@ class Streams:
         return [memory.attention_bytes for memory in self.memories]
 
     @property
+    def reserved_bytes(self) -> list[int]:
+        """The memory that attention's cache takes, with room for new frames."""
+        return [memory.reserved_bytes for memory in self.memories]
+
+    @property
     def convolution_bytes(self) -> list[int]:
         return [memory.convolution_bytes for memory in self.memories]
 

@@ -8,7 +8,9 @@ from torch import nn
 from asrlib import kv_cache_bytes
 from asrlib.attention.chunks import Chunks
 from asrlib.attention.formats import FORMATS, cache_format
-from asrlib.attention.memory import SideBySide, StreamMemory
+from asrlib.attention.memory import SideBySide, StreamMemory, Window
+from asrlib.attention.relative import sinusoids
+from asrlib.models.families import attention_modules, family_of
 from asrlib.streaming import Streams
 
 VARIANTS = tiny.variants()
@@ -43,7 +45,7 @@ def held_tensors(streams: Streams) -> list[torch.Tensor]:
             waiting += one.values()
         elif isinstance(one, list | tuple):
             waiting += one
-        elif isinstance(one, StreamMemory):
+        elif isinstance(one, StreamMemory | Window):
             waiting += vars(one).values()
     return found
 
@@ -73,20 +75,20 @@ def test_bytes_are_those_of_the_formula(name, cache):
 @pytest.mark.parametrize("cache", FORMATS)
 @pytest.mark.parametrize("name", ["mha", "mla split", "linear", "wav2vec2 joint"])
 def test_nothing_else_is_held_of_a_stream(name, cache):
-    """But one table of positions, which all streams of a memory share, and what is speech in the chunk at hand."""
-    model, chunks = MODELS[name](), Chunks(3, 7, 2)
+    """But the room for new frames."""
+    model, chunks = MODELS[name](), Chunks(3, 70, 2)
     streams = Streams(model, chunks, cache)
-    for step in range(6):
+    for step in range(60):
         streams.step(frames(model, chunks.block, batch=2, seed=step))
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held_tensors(streams)
     }
-    tables = [memory._positions for memory in streams.memories if memory._positions is not None]
-    assert len(tables) == (0 if name == "linear" else 2)
-    table_bytes = sum(table.untyped_storage().nbytes() for table in tables)
-    assert sum(storages.values()) == sum(streams.attention_bytes) + sum(streams.convolution_bytes) + table_bytes
-    for tensor in held_tensors(streams):  # and no tensor is a view of more
-        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    reserved, held = sum(streams.reserved_bytes), sum(streams.attention_bytes)
+    assert sum(storages.values()) == reserved + sum(streams.convolution_bytes)
+    if name == "linear":
+        assert reserved == held
+    else:
+        assert held < reserved <= held * (70 + 5) * 9 / 8 / 70
 
 
 @pytest.mark.parametrize(
@@ -108,10 +110,50 @@ def test_convolutions_hold_the_frames_that_they_reach(make, numbers):
         assert streams.convolution_bytes == [3 * 4 * numbers] * 2  # float32, whatever the format of the cache
 
 
-def test_bytes_would_show_memory_behind_a_view():
-    memory = StreamMemory(Chunks(2, 2), cache_format("float32"))
-    memory.held = [(torch.zeros(1, 100, 4)[:, :2],)]
-    assert memory.attention_bytes == 100 * 4 * 4
+@pytest.mark.parametrize("most", [None, 0, 1, 5, 40])
+@pytest.mark.parametrize(("new", "kept"), [(1, 1), (4, 4), (7, 3), (30, 20)])
+def test_a_window_holds_the_last_frames_and_moves_them_seldom(most, new, kept):
+    x_BTN = torch.randn(2, 600, 3, generator=torch.Generator().manual_seed(0))
+    window, copied, moves = Window(most, x_BTN), 0, 0
+    for first in range(0, 570, kept):
+        before = 0 if most is None else max(0, first - most)
+        assert torch.equal(window.kept_BtX, x_BTN[:, before:first])
+        room_BrX = window.room_BrX
+        both_BTN = window.add(x_BTN[:, first : first + new], kept)
+        assert torch.equal(both_BTN, x_BTN[:, before : first + new])
+        assert window.room_BrX.shape[1] <= both_BTN.shape[1] * 9 // 8 or window.room_BrX is room_BrX
+        if window.room_BrX is not room_BrX:
+            copied, moves = copied + first - before, moves + 1
+    assert moves and copied <= 8 * 570 * new / kept
+
+
+def test_streams_of_a_model_share_one_table_of_positions():
+    model, chunks = tiny.conformer(), Chunks(3, 7, 2)
+    streams = [Streams(model, chunks), Streams(model, Chunks(2, 4)), Streams(model, chunks, "int8")]
+    tables = []
+    for _ in range(3):
+        for one in streams:
+            one.step(frames(model, one.chunks.block))
+            tables += [attention._distances[-1].data_ptr() for attention in attention_modules(model)]
+    assert len(set(tables)) == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mha", "mla", "wav2vec2", "wav2vec2 split"])
+def test_the_table_of_positions_is_what_projection_gives(name):
+    model = MODELS[name]()
+    attention = attention_modules(family_of(model.config).work_in_blocks(model))[0]
+    width = attention.linear_pos.in_features
+    for frames_, ahead, most in ((4, 0, 0), (9, 2, 12), (12, 2, 12), (13, 1, 12), (5, 6, 0), (40, 3, 0)):
+        exact_1PD = sinusoids(frames_, width, dtype=torch.float32, ahead=ahead)
+        expected_HPE = attention.heads(attention.linear_pos(exact_1PD))[0]
+        got_HPE = attention.distances(frames_, ahead, most)[:, : expected_HPE.shape[1]]
+        torch.testing.assert_close(got_HPE, expected_HPE, rtol=0, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention.distances(4, 0).dtype == torch.bfloat16
+    assert attention.distances(4, 0).dtype == torch.float32
+    attention.linear_pos.weight.mul_(2)
+    torch.testing.assert_close(attention.distances(40, 3)[:, : got_HPE.shape[1]], 2 * got_HPE)
 
 
 def test_half_precision_is_the_models_own_where_it_is_asked_for():
@@ -193,10 +235,11 @@ def test_an_hour_takes_no_more_than_a_minute(name, minutes, ms_a_frame, size, le
     taken = [torch.arange(step * size, (step + 1) * size) % recording_1TD.shape[1] for step in range(count)]
     for here in taken:
         logits_1cV = streams.step(recording_1TD[:, here])
-        everything = sum(tensor.untyped_storage().nbytes() for tensor in held_tensors(streams))
+        everything = sum(tensor.nbytes for tensor in streams.memories[0].tensors) + sum(streams.convolution_bytes)
         if streams.frames >= left:
             filled = filled or everything
             assert everything == filled
+            assert sum(streams.reserved_bytes) <= sum(streams.attention_bytes) * (left + size) * 9 / 8 / left
     assert streams.frames == minutes * 60_000 // ms_a_frame and streams.held_frames == left
     assert sum(streams.attention_bytes) == streams.formula_bytes == kv_cache_bytes(model.config, left)
     first = 0  # of the frames that matter, counted from the last chunk

@@ -5,12 +5,16 @@ import math
 import pytest
 import torch
 from transformers import Wav2Vec2ConformerConfig
-from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerRelPositionalEmbedding
+from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import (
+    Wav2Vec2ConformerFeatureEncoder,
+    Wav2Vec2ConformerRelPositionalEmbedding,
+)
 from written_out import relative_scores
 
 from asrlib.attention import relative
 from asrlib.attention.relative import position_scores, queries_per_block, relative_attention, sinusoids
 from asrlib.benchmark import peak_memory_bytes
+from asrlib.models.wav2vec2_conformer import BlockedFeatureEncoder
 
 HEADS, SIZE = 2, 4
 LENGTHS = [1, 2, 3, 7, 8, 9, 13, 16]
@@ -168,3 +172,18 @@ def test_memory_grows_with_the_length_and_not_with_its_square(blocks_of):
     assert peak(8000) < 3 * peak(4000)  # and from here on a block is as long as the shortest may be
     blocks_of(4000)
     assert peak(1000) > 10 * peak(250)  # what it would be in one block
+
+
+@pytest.mark.parametrize("samples", [400, 719, 720, 16_000, 81_920 + 80, 82_240, 200_000])
+def test_a_feature_encoder_in_blocks_gives_what_transformers_does(samples):
+    """Blocks of 256 frames of 320 samples, that end on a sample, or one before or after it."""
+    config = Wav2Vec2ConformerConfig(feat_extract_norm="layer", conv_dim=[8] * 7, conv_bias=True)
+    torch.manual_seed(0)
+    whole = Wav2Vec2ConformerFeatureEncoder(config).eval()
+    blocked = BlockedFeatureEncoder(config).eval()
+    blocked.load_state_dict(whole.state_dict())
+    x_BS = torch.randn(2, samples)
+    with torch.no_grad():
+        torch.testing.assert_close(blocked(x_BS), whole(x_BS), rtol=0, atol=2e-6)
+    blocked.train()(x_BS[:, :400]).sum().backward()  # in training it is transformers' own
+    assert all(parameter.grad is not None for parameter in blocked.parameters())

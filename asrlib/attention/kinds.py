@@ -24,7 +24,7 @@ from torch import nn
 
 from asrlib.attention.chunks import Chunks
 from asrlib.attention.latent import LatentKV
-from asrlib.attention.relative import relative_attention
+from asrlib.attention.relative import relative_attention, sinusoids
 
 KEPT_POSITIONS = 4096  # distances whose projections are kept from call to call: some 40 s at 50 frames a second
 ABSORBED_SCORE_TIME = 1.0  # of a multiplication, against those expanded: `streaming_benchmark --forms` shows
@@ -94,16 +94,41 @@ class RelativeAttention(ABC):
         """
         if self.training or torch.is_grad_enabled():
             self.__dict__.pop("_projected", None)
+            self.__dict__.pop("_distances", None)
             return self.heads(self.linear_pos(embeddings_1PD))[0]
-        weight, count = self.linear_pos.weight, embeddings_1PD.shape[1]
-        key = (count, embeddings_1PD.dtype, weight.device, weight.data_ptr(), weight._version)
+        key = embeddings_1PD.shape[1], embeddings_1PD.dtype, *self._weight_of_positions()
         kept_key, _, kept_HPE = getattr(self, "_projected", (None, None, None))
         if key == kept_key:
             return kept_HPE
         positions_HPE = self.heads(self.linear_pos(embeddings_1PD))[0]
-        if count <= KEPT_POSITIONS:
-            self._projected = (key, weight.detach(), positions_HPE)  # held, or another could come to its address
+        if embeddings_1PD.shape[1] <= KEPT_POSITIONS:
+            weight = self.linear_pos.weight.detach()  # held, or another could come to its address
+            self._projected = (key, weight, positions_HPE)
         return positions_HPE
+
+    @torch.no_grad()
+    def distances(self, frames: int, ahead: int, most: int = 0) -> torch.Tensor:
+        """[H, P, E]: projected encodings of the distances `frames` − 1 … −`ahead`, and maybe beyond.
+
+        One table serves all streams of a model, and is made again only for more distances or other weights. It reaches
+        to `most` frames, or half as far again as needed where these are no bound.
+        """
+        weight, key = self.linear_pos.weight, self._weight_of_positions()
+        kept_key, _, kept_most, kept_ahead, table_HPE = getattr(self, "_distances", (None, None, 0, 0, None))
+        if key != kept_key:
+            kept_most, kept_ahead = 0, 0
+        if frames > kept_most or ahead > kept_ahead:
+            kept_most = max(kept_most, most if frames <= most else frames + frames // 2)
+            kept_ahead = max(kept_ahead, ahead)
+            table_1PD = sinusoids(kept_most, weight.shape[1], weight.device, weight.dtype, kept_ahead)
+            table_HPE = self.heads(self.linear_pos(table_1PD))[0]
+            self._distances = (key, weight.detach(), kept_most, kept_ahead, table_HPE)
+        return table_HPE[:, kept_most - frames :]
+
+    def _weight_of_positions(self) -> tuple:
+        weight = self.linear_pos.weight
+        autocast = torch.is_autocast_enabled(weight.device.type) and torch.get_autocast_dtype(weight.device.type)
+        return weight.device, weight.dtype, weight.data_ptr(), weight._version, autocast
 
 
 def speech(mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -14,7 +14,6 @@ from torch import nn
 
 from asrlib.attention.chunks import Chunks
 from asrlib.attention.formats import Format
-from asrlib.attention.relative import sinusoids
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -25,7 +24,6 @@ class LayerMemory(ABC):
     def __init__(self, chunks: Chunks, held_as: Format):
         self.chunks, self.held_as = chunks, held_as
         self.central, self.kept_Bn = chunks.size, None
-        self._positions: torch.Tensor | None = None
 
     @abstractmethod
     def frames(self, new: Tensors) -> tuple[Tensors, torch.Tensor | None]:
@@ -41,14 +39,40 @@ class LayerMemory(ABC):
 
     def positions(self, attention, frames: int) -> torch.Tensor:
         """[H, P, E]: projected encodings of the distances from T−1 on, for queries that are the last of T frames."""
-        ahead = self.chunks.block - 1
-        if self._positions is None or self._positions.shape[1] < frames + ahead:
-            left = self.chunks.left
-            most = frames + frames // 2 if left is None else left + self.chunks.block  # grows seldom, or never
-            like = attention.linear_pos.weight
-            table_1PD = sinusoids(most, like.shape[1], like.device, like.dtype, ahead)
-            self._positions = attention.heads(attention.linear_pos(table_1PD))[0]
-        return self._positions[:, self._positions.shape[1] - frames - ahead :]
+        most = 0 if self.chunks.left is None else self.chunks.left + self.chunks.block
+        return attention.distances(frames, self.chunks.block - 1, most)
+
+
+class Window:
+    """The last `most` frames of a tensor [B, t, …], in memory with room behind them.
+
+    New frames are written there, and where they do not fit, all are moved to memory with room for an eighth more: for
+    each new frame eight old ones are copied, however many are kept.
+    """
+
+    def __init__(self, most: int | None, like_BnX: torch.Tensor):
+        self.most, self.begin, self.end = most, 0, 0
+        self.room_BrX = torch.empty_like(like_BnX[:, :0])
+
+    @property
+    def kept_BtX(self) -> torch.Tensor:
+        return self.room_BrX[:, self.begin : self.end]
+
+    def add(self, new_BnX: torch.Tensor, count: int) -> torch.Tensor:
+        """What was kept, then what is new: a view, until the next call. Keeps the first `count` of the new."""
+        kept_BtX, new = self.kept_BtX, new_BnX.shape[1]
+        if self.end + new > self.room_BrX.shape[1]:
+            both = kept_BtX.shape[1] + new
+            self.room_BrX = new_BnX.new_empty(len(new_BnX), both + both // 8, *new_BnX.shape[2:])
+            self.begin, self.end = 0, kept_BtX.shape[1]
+            self.kept_BtX.copy_(kept_BtX)
+        behind = self.end + new
+        self.room_BrX[:, self.end : behind] = new_BnX
+        both_BTX = self.room_BrX[:, self.begin : behind]
+        self.end += count
+        if self.most is not None:
+            self.begin = max(self.begin, self.end - self.most)
+        return both_BTX
 
 
 class StreamMemory(LayerMemory):
@@ -56,25 +80,31 @@ class StreamMemory(LayerMemory):
 
     def __init__(self, chunks: Chunks, held_as: Format):
         super().__init__(chunks, held_as)
-        self.held: list[Tensors] = []  # of each tensor that attention remembers, as the format stores it
+        self.held: list[tuple[Window, ...]] = []  # of each tensor that attention remembers, as the format stores it
         self.total: Tensors = ()
         self.convolved: dict[nn.Module, torch.Tensor] = {}
 
     def frames(self, new: Tensors) -> tuple[Tensors, torch.Tensor | None]:
-        held = self.held or [self.held_as.store(x_BnN[:, :0]) for x_BnN in new]
-        past = [
-            self.held_as.restore(stored, x_BnN.shape[2], x_BnN.dtype) for stored, x_BnN in zip(held, new, strict=True)
-        ]
-        stored = [self.held_as.store(x_BnN[:, : self.central]) for x_BnN in new]
-        self.held = [
-            tuple(_last(old, one, self.chunks.left) for old, one in zip(before, after, strict=True))
-            for before, after in zip(held, stored, strict=True)
-        ]
+        stored = [self.held_as.store(x_BnN) for x_BnN in new]
+        if not self.held:
+            self.held = [tuple(Window(self.chunks.left, one) for one in parts) for parts in stored]
+        before = self.held[0][0].kept_BtX.shape[1]
+        both = tuple(self._add(*one) for one in zip(self.held, stored, new, strict=True))
         kept_BT = self.kept_Bn
         if kept_BT is not None:
-            kept_BT = nn.functional.pad(kept_BT, (past[0].shape[1], 0), value=True)
-        with torch.autocast(new[0].device.type, enabled=False):  # both have one type already
-            return tuple(torch.cat(pair, dim=1) for pair in zip(past, new, strict=True)), kept_BT
+            kept_BT = nn.functional.pad(kept_BT, (before, 0), value=True)
+        return both, kept_BT
+
+    def _add(self, windows: tuple[Window, ...], stored: Tensors, new_BnN: torch.Tensor) -> torch.Tensor:
+        if stored[0].dtype == new_BnN.dtype:  # held as it is
+            return windows[0].add(stored[0], self.central)
+        past = tuple(window.kept_BtX for window in windows)
+        past_BtN = self.held_as.restore(past, new_BnN.shape[2], new_BnN.dtype)
+        with torch.autocast(new_BnN.device.type, enabled=False):  # both have one type already
+            both_BTN = torch.cat([past_BtN, new_BnN], dim=1)
+        for window, part in zip(windows, stored, strict=True):
+            window.add(part[:, : self.central], self.central)
+        return both_BTN
 
     def sums(self, central: Tensors) -> Tensors:
         before = self.total or tuple(torch.zeros_like(one) for one in central)
@@ -92,23 +122,20 @@ class StreamMemory(LayerMemory):
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All that attention keeps."""
-        return [tensor for stored in self.held for tensor in stored] + list(self.total)
+        return [window.kept_BtX for windows in self.held for window in windows] + list(self.total)
 
     @property
     def attention_bytes(self) -> int:
-        """Of the memory that is really taken, whatever a tensor shows of it."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Of the memory that attention's cache takes: with the room for new frames, an eighth and some."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
 
     @property
     def convolution_bytes(self) -> int:
         return sum(tensor.untyped_storage().nbytes() for tensor in self.convolved.values())
-
-
-def _last(old_BtN: torch.Tensor, new_BnN: torch.Tensor, most: int | None) -> torch.Tensor:
-    """The last `most` frames of both, in memory of their own."""
-    count = old_BtN.shape[1] + new_BnN.shape[1]
-    surplus = 0 if most is None else max(0, count - most)
-    return torch.cat([old_BtN[:, surplus:], new_BnN[:, max(0, surplus - old_BtN.shape[1]) :]], dim=1)
 
 
 class SideBySide(LayerMemory):

@@ -10,11 +10,17 @@ only k_j and v_j come from x_j, so no decoupled rotary key is needed (unlike Dee
 
 import torch
 from huggingface_hub.dataclasses import strict
+from torch import nn
 from transformers import AutoConfig, AutoModelForCTC, Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
-from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerSelfAttention
+from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import (
+    Wav2Vec2ConformerFeatureEncoder,
+    Wav2Vec2ConformerSelfAttention,
+)
 
 from asrlib.attention.kinds import KeyValueMemory, LatentMemory, RelativeAttention
 from asrlib.attention.latent import LatentKV, check_latent_widths, split_ranks
+
+BLOCK_FRAMES = 256  # of the feature encoder at once: some 5 s, for which its widest layer takes 32 MB
 
 
 @strict
@@ -96,14 +102,44 @@ class LatentSelfAttention(LatentMemory, BlockedSelfAttention):
         )
 
 
+class BlockedFeatureEncoder(Wav2Vec2ConformerFeatureEncoder):
+    """The parent's parameters and results, in evaluation worked in blocks of frames, so that memory grows with the
+    frames and not with the samples, of which the first convolutions make so many more."""
+
+    def forward(self, input_values: torch.Tensor) -> torch.Tensor:
+        if self.training or torch.is_grad_enabled():
+            return super().forward(input_values)
+        hop = reach = 1
+        for layer in self.conv_layers:
+            reach += (layer.conv.kernel_size[0] - 1) * hop
+            hop *= layer.conv.stride[0]
+        count = max(1, (input_values.shape[1] - reach) // hop + 1)
+        first, *others = (
+            super(BlockedFeatureEncoder, self).forward(
+                input_values[:, frame * hop : (min(frame + BLOCK_FRAMES, count) - 1) * hop + reach]
+            )
+            for frame in range(0, count, BLOCK_FRAMES)
+        )
+        return torch.cat([first, *others], dim=2) if others else first
+
+
 def work_in_blocks(model: Wav2Vec2ConformerForCTC) -> Wav2Vec2ConformerForCTC:
-    """`model`, its attention modules replaced by BlockedSelfAttention with the same parameters."""
-    for layer in model.wav2vec2_conformer.encoder.layers:
+    """`model`, with the same parameters and results in blocks: of queries, and of frames where all of its feature
+    encoder is local."""
+    base = model.wav2vec2_conformer
+    if type(base.feature_extractor) is Wav2Vec2ConformerFeatureEncoder and model.config.feat_extract_norm == "layer":
+        base.feature_extractor = _recast(base.feature_extractor, BlockedFeatureEncoder)
+    for layer in base.encoder.layers:
         if type(layer.self_attn) is Wav2Vec2ConformerSelfAttention:
-            blocked = BlockedSelfAttention.__new__(BlockedSelfAttention)
-            blocked.__dict__ = layer.self_attn.__dict__
-            layer.self_attn = blocked
+            layer.self_attn = _recast(layer.self_attn, BlockedSelfAttention)
     return model
+
+
+def _recast(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """The same module, of a class that adds methods alone."""
+    recast = kind.__new__(kind)
+    recast.__dict__ = module.__dict__
+    return recast
 
 
 def frames(model: Wav2Vec2ConformerForCTC, input_values: torch.Tensor) -> torch.Tensor:
@@ -139,6 +175,7 @@ class Wav2Vec2ConformerMLAForCTC(Wav2Vec2ConformerForCTC):
         super().__init__(config, target_lang)
         for index, layer in enumerate(self.wav2vec2_conformer.encoder.layers):
             layer.self_attn = LatentSelfAttention(config, index)
+        work_in_blocks(self)
         self.post_init()
 
 
