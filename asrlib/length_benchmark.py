@@ -142,6 +142,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 # ---- random weights ----------------------------------------------------------------------------------------
 
 PUBLISHED = dict(
+    vocab_size=32,
     hidden_size=1024,
     num_hidden_layers=24,
     num_attention_heads=16,
@@ -149,7 +150,7 @@ PUBLISHED = dict(
     conv_bias=True,
     feat_extract_norm="layer",
     position_embeddings_type="relative",
-)  # fmt: skip; facebook/wav2vec2-conformer-rel-pos-large-960h-ft, 618.6 M parameters
+)  # facebook/wav2vec2-conformer-rel-pos-large-960h-ft, 618.6 M parameters
 SIZES = {"shipped": "synthetic-conformer", "published": PUBLISHED}
 
 

@@ -8,10 +8,11 @@ from tqdm import tqdm
 
 from asrlib.attention.cache import kv_cache_bytes
 from asrlib.attention.chunks import Chunks
-from asrlib.conversion.rotate import rotate_latents
+from asrlib.attention.kinds import LinearAttention
+from asrlib.conversion.rotate import rotated
 from asrlib.data.corpus import Corpus
 from asrlib.evaluation import EvaluationResult, paired_bootstrap, score, transcribe
-from asrlib.models.families import frames_per_second, is_latent
+from asrlib.models.families import attention_modules, frames_per_second
 from asrlib.streaming import chunks_of
 
 ROTATED = ", rotated"
@@ -27,39 +28,48 @@ def streaming_errors(
     lookahead_ms: float = 0.0,
     batch_seconds: float = 24.0,
     device: str | None = None,
+    precision: str = "fp32",
 ) -> pd.DataFrame:
     """One row per chunk, left context, cache format and system; the first system is what others are compared with.
 
     chunk_ms (NaN: the full context of the utterance), left_seconds and lookahead_ms (NaN with it), cache, system,
     cache_bytes (of a full left context, by the formula), wer with its 95 % interval wer_low and wer_high, words,
     utterances; difference to the first system in float32 in the same chunks, its interval and p (None for itself).
-    Formats but the first are measured at the longest left context; integers for latents as they are and turned at
-    random ("int4, rotated").
+    Formats but the first are measured at the longest left context; integers as they are and with what is kept
+    turned at random ("int4, rotated"), which sums can not be. `precision` is fp32, bf16 or fp16, by autocast.
     """
     if not left_seconds or caches[:1] not in (["float32"], ("float32",)):
         raise ValueError("give a left context, and float32 as the first format: the others are compared with it")
     longest = max(left_seconds)
     settings = [(chunk, left) for chunk in chunk_ms if chunk is not None for left in left_seconds]
     settings += [(None, None)] if None in chunk_ms else []
+    integers = any(cache.startswith("int") for cache in caches)
+    turned = {name: rotated(model) for name, model in systems.items() if integers and _can_turn(model)}
+    how = {"batch_seconds": batch_seconds, "device": device, "precision": precision}
     rows = []
     for chunk, left in tqdm(settings, desc="chunks", unit="setting"):
         reference = None
         for cache in caches if left == longest else caches[:1]:
-            for name, held_as, model in _variants(systems, cache):
+            for name, held_as, model in _variants(systems, turned, cache):
                 chunks = None if chunk is None else chunks_of(model.config, chunk, left, lookahead_ms)
-                how = {"batch_seconds": batch_seconds, "device": device, "chunks": chunks, "cache": cache}
-                result = score(transcribe(model, processor, corpus, **how))
+                result = score(transcribe(model, processor, corpus, chunks=chunks, cache=cache, **how))
                 reference = reference or result
                 rows.append(_row(name, model, chunks, held_as, result) | _change(reference, result))
     return pd.DataFrame(rows)
 
 
-def _variants(systems: dict[str, nn.Module], cache: str) -> Iterator[tuple[str, str, nn.Module]]:
-    """(name, format as it is called, model): latents in integers also with their coordinates turned."""
+def _can_turn(model: nn.Module) -> bool:
+    return not any(isinstance(attention, LinearAttention) for attention in attention_modules(model))
+
+
+def _variants(
+    systems: dict[str, nn.Module], turned: dict[str, nn.Module], cache: str
+) -> Iterator[tuple[str, str, nn.Module]]:
+    """(name, format as it is called, model): with integers also with turned coordinates."""
     for name, model in systems.items():
         yield name, cache, model
-        if cache.startswith("int") and is_latent(model.config):
-            yield name, cache + ROTATED, rotate_latents(model)
+        if cache.startswith("int") and name in turned:
+            yield name, cache + ROTATED, turned[name]
 
 
 def _row(name: str, model: nn.Module, chunks: Chunks | None, held_as: str, result: EvaluationResult) -> dict:

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from transformers import Wav2Vec2Processor
+from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC, Wav2Vec2Processor
 from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerSelfAttention
 
 from asrlib import benchmark as timing
@@ -16,7 +16,7 @@ from asrlib import length_benchmark as room
 from asrlib.data.corpus import SAMPLE_RATE
 from asrlib.data.features import log_mel
 from asrlib.figures import IN_BLOCKS
-from asrlib.length_benchmark import SIZES, benchmark_lengths, joined, main, random_recognisers
+from asrlib.length_benchmark import PUBLISHED, SIZES, benchmark_lengths, joined, main, random_recognisers
 from asrlib.models.families import attention_modules
 from asrlib.runs import read_json
 
@@ -222,3 +222,9 @@ def test_the_command_prints_and_writes(monkeypatch, tmp_path, capsys):
     assert main(["--size", "published", "--seconds", "0.5", "--latents", "4", "--repeats", "1", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "MLA 4" in printed and "MLA 8" not in printed and read_json(out)["seconds"] == [0.5]
+
+
+def test_the_published_size_has_as_many_parameters_as_the_published_model():
+    with torch.device("meta"):
+        model = Wav2Vec2ConformerForCTC(Wav2Vec2ConformerConfig(**PUBLISHED))
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1) == 618.6

@@ -1,8 +1,10 @@
-"""Latents in other coordinates, which cost nothing: what is folded into the factors is not there at run time.
+"""What is cached in other coordinates, which cost nothing: what is folded into weights is not there at run time.
 
-A latent c = A x may be turned by any orthogonal Q: keys (U_k Qᵀ)(Q c) are what they were. Turned at random, a latent's
-numbers are of like size, which is what a format with one scale a frame wants (Ashkboos et al. 2024, "QuaRot",
-arXiv 2404.00456).
+A latent c = A x may be turned by any orthogonal Q: keys (U_k Qᵀ)(Q c) are what they were. So may the keys of a head
+with its queries and positions, and its values with the output's weights. Turned at random, numbers are of like size,
+which is what a format with one scale a frame wants (Ashkboos et al. 2024, "QuaRot", arXiv 2404.00456).
+
+Shapes: D width, H heads, G key/value heads, E numbers of a head, R latent width.
 """
 
 import copy
@@ -10,7 +12,47 @@ import copy
 import torch
 from torch import nn
 
-from asrlib.models.families import attention_modules, is_latent
+from asrlib.attention.kinds import LinearAttention
+from asrlib.models.families import attention_modules, family_of, is_latent
+
+
+def rotated(model: nn.Module, seed: int = 0) -> nn.Module:
+    """A copy of `model` that gives the same logits, and keeps what it keeps turned by random orthogonal matrices.
+
+    Raises ValueError where attention is linear: it keeps sums of what turning would change.
+    """
+    return rotate_latents(model, seed) if is_latent(model.config) else rotate_heads(model, seed)
+
+
+def rotate_heads(model: nn.Module, seed: int = 0) -> nn.Module:
+    """A copy of a `model` that keeps keys and values, those of each head turned by a matrix [E, E] of their own."""
+    turned = family_of(model.config).work_in_blocks(copy.deepcopy(model))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for attention in attention_modules(turned):
+            if isinstance(attention, LinearAttention):
+                raise ValueError("linear attention keeps sums over φ(k), which is not what it was where k is turned")
+            size, heads = attention.head_size, attention.num_heads
+            groups = attention.linear_k.out_features // size
+            turn_k_GEE, turn_v_GEE = (
+                torch.stack([random_rotation(size, generator) for _ in range(groups)]) for _ in range(2)
+            )
+            turn_k_HEE, turn_v_HEE = (turn.repeat_interleave(heads // groups, 0) for turn in (turn_k_GEE, turn_v_GEE))
+            _turn_outputs(attention.linear_k, turn_k_GEE)
+            _turn_outputs(attention.linear_v, turn_v_GEE)
+            _turn_outputs(attention.linear_q, turn_k_HEE)
+            _turn_outputs(attention.linear_pos, turn_k_HEE)
+            for bias_HE in (attention.pos_bias_u, attention.pos_bias_v):
+                bias_HE.copy_((turn_k_HEE @ bias_HE.cpu().double()[..., None])[..., 0])
+            out_DHE = attention.linear_out.weight.cpu().double().unflatten(1, (heads, size))
+            attention.linear_out.weight.copy_(torch.einsum("dhe,hfe->dhf", out_DHE, turn_v_HEE).flatten(1))
+    return turned
+
+
+def _turn_outputs(linear: nn.Linear, turn_HEE: torch.Tensor) -> None:
+    for parameter in filter(lambda one: one is not None, (linear.weight, linear.bias)):
+        by_head = parameter.cpu().double().reshape(len(turn_HEE), turn_HEE.shape[1], -1)
+        parameter.copy_((turn_HEE @ by_head).reshape(parameter.shape))
 
 
 def rotate_latents(model: nn.Module, seed: int = 0) -> nn.Module:
