@@ -146,6 +146,11 @@ class Streams:
         return [memory.reserved_bytes for memory in self.memories]
 
     @property
+    def position_bytes(self) -> int:
+        """Of the projected positions, which all streams of a model share."""
+        return sum(getattr(attention, "position_bytes", 0) for attention in attention_modules(self.model))
+
+    @property
     def convolution_bytes(self) -> list[int]:
         return [memory.convolution_bytes for memory in self.memories]
 

@@ -11,13 +11,15 @@ Shapes: B streams, n frames of a chunk, t frames kept, D width, N numbers of a f
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from asrlib.attention.chunks import Chunks
@@ -37,7 +39,6 @@ SIZES = {
     "published": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, conv_depthwise_kernel_size=31),
 }
 RECOMPUTED = "MHA, recomputed"  # by whom has no cache: the past is worked again with every chunk
-LONGEST_RECOMPUTED = 60.0  # seconds; beyond, that takes minutes
 
 
 def size_of(config) -> dict[str, int]:
@@ -124,69 +125,77 @@ def benchmark_steps(
     device: str | None = None,
     cache: str = "float32",
     streams: int = 1,
-    recompute: bool = True,
+    recompute_seconds: float = 60.0,
+    lookahead_ms: float = 0.0,
+    precision: str = "fp32",
 ) -> pd.DataFrame:
     """One row per length of chunk, of left context, and system, the systems taking turns.
 
     chunk_ms and left_seconds (as they are in whole frames), system, streams, cache, ms (median time of one step of all
     streams), ms_low and ms_high (the quartiles), rtfx (seconds of audio per second of computation, all streams),
-    cache_bytes and convolution_bytes (counted, of one stream), formula_bytes, cache_bytes_per_second (of audio kept),
-    peak_memory_bytes (of a step, on top of weights and what is kept). With `recompute` the first system is timed a
-    second time as RECOMPUTED, where `left_seconds` allows. Chunks that are as many frames are one setting.
+    multiplications (of a step, as torch counts them), cache_bytes and convolution_bytes (counted, of one stream),
+    formula_bytes, reserved_bytes (with room for new frames), cache_bytes_per_second (of audio kept), position_bytes (of
+    a model, for all its streams), peak_memory_bytes (of a step, on top of weights and what is kept).
+
+    The first system is timed a second time as RECOMPUTED, up to `recompute_seconds` of left context. Chunks that are as
+    many frames are one setting; each is heard with `lookahead_ms` behind it, which is worked anew with the next.
+    `precision` is fp32, bf16 or fp16, by autocast.
     """
     if not systems or repeats < 1:
         raise ValueError("a benchmark needs at least one system and one repeat")
     first = next(iter(systems.values()))
     device = choose_device(device, first)
     rows = []
-    settings = list(dict.fromkeys(chunks_of(first.config, chunk, left) for left in left_seconds for chunk in chunk_ms))
-    with inference(*systems.values(), device=device), torch.no_grad():
+    pairs = [(chunk, left) for left in left_seconds for chunk in chunk_ms]
+    settings = list(dict.fromkeys(chunks_of(first.config, *pair, lookahead_ms) for pair in pairs))
+    with inference(*systems.values(), device=device, precision=precision):
         for turn, chunks in enumerate(tqdm(settings, desc="chunks", unit="setting")):
             running = {name: filled(model, chunks, cache, streams) for name, model in systems.items()}
-            x_BnD = torch.randn(streams, chunks.size, first.config.hidden_size, device=device)
+            x_BnD = torch.randn(streams, chunks.block, first.config.hidden_size, device=device)
             steps = {name: partial(one.step, x_BnD) for name, one in running.items()}
-            if recompute and chunks.left <= LONGEST_RECOMPUTED * frames_per_second(first.config):
-                window_BTD = torch.randn(streams, chunks.left + chunks.size, x_BnD.shape[2], device=device)
+            if chunks.left <= recompute_seconds * frames_per_second(first.config):
+                window_BTD = torch.randn(streams, chunks.left + chunks.block, x_BnD.shape[2], device=device)
                 steps[RECOMPUTED] = partial(recomputed, first, window_BTD)
             take_turns(steps, turn, device)  # to warm up
             rounds = pd.DataFrame([take_turns(steps, turn + repeat, device) for repeat in range(repeats)])
-            peaks = {name: peak_memory_bytes(step, device) for name, step in steps.items()}
-            for name in steps:
-                rows.append(_row(name, running.get(name), chunks, first, streams, rounds[name], peaks[name], cache))
+            for name, step in steps.items():
+                row = _row(running.get(name), chunks, first, streams, rounds[name])
+                peak = peak_memory_bytes(step, device)
+                rows.append(
+                    {**row, "system": name, "streams": streams, "cache": cache, "peak_memory_bytes": peak}
+                    | {"multiplications": _multiplications(step)}
+                )
             del running, steps
     table = pd.DataFrame(rows)
-    table.attrs.update(measured_on(device, "fp32"))
+    table.attrs.update(measured_on(device, precision))
     return table
 
 
-def _row(
-    name: str,
-    running: Streams | None,
-    chunks: Chunks,
-    model: nn.Module,
-    streams: int,
-    ms: pd.Series,
-    peak: int | None,
-    cache: str,
-) -> dict:
+def _row(running: Streams | None, chunks: Chunks, model: nn.Module, streams: int, ms: pd.Series) -> dict:
     rate = frames_per_second(model.config)
     kept = sum(running.attention_bytes) // streams if running else 0
     return {
         "chunk_ms": 1000 * chunks.size / rate,
         "left_seconds": chunks.left / rate,
-        "system": name,
-        "streams": streams,
-        "cache": cache,
+        "lookahead_ms": 1000 * chunks.lookahead / rate,
         "ms": float(ms.median()),
         "ms_low": float(ms.quantile(0.25)),
         "ms_high": float(ms.quantile(0.75)),
         "rtfx": streams * 1000 * chunks.size / rate / float(ms.median()),
         "cache_bytes": kept,
         "formula_bytes": running.formula_bytes if running else 0,
+        "reserved_bytes": sum(running.reserved_bytes) // streams if running else 0,
         "convolution_bytes": sum(running.convolution_bytes) // streams if running else 0,
         "cache_bytes_per_second": kept / (chunks.left / rate) if chunks.left else float("nan"),
-        "peak_memory_bytes": peak,
+        "position_bytes": running.position_bytes if running else 0,
     }
+
+
+def _multiplications(step: Callable[[], object]) -> int:
+    """Of matrices, each with its addition. Fused attention is counted as the two products that it is."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() // 2
 
 
 # ---- many streams ------------------------------------------------------------------------------------------
@@ -200,20 +209,23 @@ def streams_in_real_time(
     most: int = 1024,
     device: str | None = None,
     cache: str = "float32",
+    precision: str = "fp32",
 ) -> pd.DataFrame:
     """How many streams a machine follows at once: one row per system.
 
-    in_memory: whole streams, as counted, that `memory_bytes` hold; in_real_time: the largest tried number whose step
-    takes no longer than the chunk, with its ms; tried are 1, 2, 3, 4, 6, 8, 12, … up to `most` and what memory holds.
+    in_memory: streams whose caches, with the room they reserve, `memory_bytes` hold; in_real_time: the largest tried
+    number whose step takes no longer than the chunk, with its ms; tried are 1, 2, 3, 4, 6, 8, 12, … up to `most` and
+    what memory holds.
     """
     rows = []
     for name, model in systems.items():
-        best, count, in_memory = (0, float("nan")), 1, most
+        best, in_memory = (0, float("nan")), most
         for count in sorted({*(2**k for k in range(11)), *(3 * 2**k for k in range(9))}):
             if count > min(most, in_memory):
                 break
-            row = benchmark_steps({name: model}, [chunk_ms], [left_seconds], 3, device, cache, count, False).iloc[0]
-            in_memory = memory_bytes // max(1, int(row["cache_bytes"] + row["convolution_bytes"]))
+            how = {"cache": cache, "streams": count, "recompute_seconds": -1.0, "precision": precision}
+            row = benchmark_steps({name: model}, [chunk_ms], [left_seconds], 3, device, **how).iloc[0]
+            in_memory = memory_bytes // max(1, int(row["reserved_bytes"] + row["convolution_bytes"]))
             if row["ms"] > row["chunk_ms"]:
                 break
             best = (count, row["ms"])
@@ -291,7 +303,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=SIZES, default="shipped")
     parser.add_argument("--chunk", type=float, nargs="+", default=[160, 640], metavar="MS")
     parser.add_argument("--left", type=float, nargs="+", default=[10, 60], metavar="SECONDS")
+    parser.add_argument("--lookahead", type=float, default=0.0, metavar="MS")
     parser.add_argument("--cache", default="float32", help="float32, bfloat16, float16, int8 or int4")
+    parser.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16, by autocast")
+    parser.add_argument(
+        "--recompute", type=float, default=60.0, metavar="SECONDS", help="left context, without a cache"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--forms", action="store_true", help="time absorbed and expanded latents instead")
@@ -304,10 +321,13 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(f"{table.to_string(index=False, float_format='{:.3f}'.format)}\n")
         return 0
     systems = random_encoders(**SIZES[args.size])
-    table = benchmark_steps(systems, args.chunk, args.left, args.repeats, args.device, args.cache)
+    how = {"recompute_seconds": args.recompute, "lookahead_ms": args.lookahead, "precision": args.precision}
+    table = benchmark_steps(systems, args.chunk, args.left, args.repeats, args.device, args.cache, **how)
     if args.out:
         table.to_csv(args.out, index=False)
-    shown = table[["chunk_ms", "left_seconds", "system", "ms", "ms_low", "ms_high", "rtfx", "cache_bytes"]]
+    table["millions"] = table["multiplications"] / 1e6
+    columns = ["chunk_ms", "left_seconds", "system", "ms", "ms_low", "ms_high", "rtfx", "millions", "cache_bytes"]
+    shown = table[[*columns, "position_bytes", "peak_memory_bytes"]]
     sys.stdout.write(f"{args.size}, {table.attrs}\n{shown.to_string(index=False, float_format='{:.1f}'.format)}\n")
     return 0
 

@@ -4,7 +4,10 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from asrlib.attention.cache import cached_numbers, kv_cache_bytes
+from asrlib.attention.formats import FORMATS
 from asrlib.figures import SYSTEMS, _colours, _figure, _style, size
+from asrlib.models.families import frames_per_second
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -13,20 +16,20 @@ ERRORS_INTRODUCTION = """\
 ## In a stream
 
 The same utterances recognised chunk by chunk, all models under the same mask: a frame hears its chunk, some seconds
-before it and, where a lookahead is given, as much behind it. All is computed in float32. The cache is that of a full
-left context, which an utterance shorter than that never fills. Differences are to the first model in the same chunks,
-with its cache in float32."""
+before it and, where a lookahead is given, as much behind it. The cache is that of a full left context, which an
+utterance shorter than that never fills. Differences are to the first model in the same chunks, with its cache in
+float32."""
 
 STEPS_INTRODUCTION = """\
 ## One chunk of a stream
 
 What a stream keeps, counted on its tensors, and how long one chunk takes, against what it looks back to. Encoders of
 this size with random weights that differ in their attention alone, the systems taking turns; frames are given, as what
-makes them of audio is the same for all. All is computed in float32. Two columns compare: with multi-head attention that
-has a cache and all that this library does for speed, which is what the kind of attention brings, the copying of what is
-kept included; and with multi-head attention without a cache, which works the seconds that it looks back to again with
-every chunk (they are all that it hears, while a cache reaches back so far in every layer): what a cache brings to all
-alike."""
+makes them of audio is the same for all. Two columns compare: with multi-head attention that has a cache and all that
+this library does for speed, which is what the kind of attention brings; and with multi-head attention without a cache,
+which works the seconds that it looks back to again with every chunk (they are all that it hears, while a cache reaches
+back so far in every layer): what a cache brings to all alike. Multiplications are those of matrices. With room is the
+memory that the cache takes, so that new frames need not move the old."""
 
 
 def as_rows(table: pd.DataFrame) -> list[dict]:
@@ -98,7 +101,6 @@ def _error_in_words(row: dict) -> str:
 
 def text_as_heard(model, processor, utterance, **chunks) -> pd.DataFrame:
     """What a stream had written after every chunk, and what its attention kept; `chunks` are those of `chunks_of`."""
-    from asrlib.models.families import frames_per_second
     from asrlib.streaming import Recognition, chunks_of
 
     recognition = Recognition(model, processor, chunks_of(model.config, **chunks))
@@ -130,16 +132,27 @@ def steps_table(steps: pd.DataFrame) -> pd.DataFrame:
                 "chunk": f"{row['chunk_ms']:.0f} ms",
                 "system": row["system"],
                 "cache": size(kept) if kept else "none",
+                "with room": size(row["reserved_bytes"]) if kept else "–",
                 "counted": "–" if not kept else "= formula" if kept == row["formula_bytes"] else "not the formula's",
                 "convolutions": size(row["convolution_bytes"]) if kept else "–",
                 "ms per chunk": f"{row['ms']:.1f} ({row['ms_low']:.1f}–{row['ms_high']:.1f})",
                 "RTFx": f"{row['rtfx']:.1f}",
+                "multiplications, M": f"{row['multiplications'] / 1e6:,.0f}",
                 f"speed against {first} with cache": f"×{cached[key] / row['ms']:.2f}",
                 f"against {first} without": f"×{recomputed[key] / row['ms']:.1f}" if key in recomputed.index else "–",
                 "peak memory": "–" if pd.isna(row["peak_memory_bytes"]) else size(row["peak_memory_bytes"]),
             }
         )
     return pd.DataFrame(rows)
+
+
+def positions_sentence(steps: pd.DataFrame) -> str:
+    """What the projected positions take beside the cache."""
+    longest = steps[steps["left_seconds"] == steps["left_seconds"].max()]
+    return (
+        f"Projected positions take {size(longest['position_bytes'].max())} more at {longest['left_seconds'].iloc[0]:g} "
+        "s of left context: once for all streams of a model, whatever its attention, and not at all where it is linear."
+    )
 
 
 def steps_figure(steps: pd.DataFrame) -> "Figure":
@@ -167,6 +180,29 @@ def steps_figure(steps: pd.DataFrame) -> "Figure":
     ]
     fig.set_label("Cache of a stream and time of a chunk against the left context. " + "; ".join(points))
     return fig
+
+
+def formats_table(systems: dict) -> pd.DataFrame:
+    """Of {name: model}, the first of which all others are compared with in float32: a row per system and format."""
+    rows, reference = [], None
+    for name, model in systems.items():
+        for held_as in FORMATS:
+            rate = frames_per_second(model.config)
+            kept = [kv_cache_bytes(model.config, frames, held_as) for frames in (0, 1000)]
+            numbers = sum(cached_numbers(model.config, 1000)) - sum(cached_numbers(model.config, 0))
+            growth = (kept[1] - kept[0]) * rate / 1000
+            reference = reference or growth
+            rows.append(
+                {
+                    "system": name,
+                    "numbers per frame": f"{numbers / 1000:.0f}",
+                    "held in": held_as,
+                    "bits per number": f"{8 * (kept[1] - kept[0]) / numbers:.2f}" if numbers else "–",
+                    "bytes per second": size(growth) if growth else f"{size(kept[0])} in all",
+                    "times less": f"{reference / growth:.1f}" if growth else "–",
+                }
+            )
+    return pd.DataFrame(rows)
 
 
 def streams_table(streams: pd.DataFrame, memory_bytes: int) -> pd.DataFrame:

@@ -28,7 +28,16 @@ from asrlib.streaming_benchmark import (
     streams_in_real_time,
 )
 from asrlib.streaming_evaluation import ROTATED, streaming_errors
-from asrlib.streaming_report import as_rows, errors_figure, errors_table, steps_figure, steps_table, streams_table
+from asrlib.streaming_report import (
+    as_rows,
+    errors_figure,
+    errors_table,
+    formats_table,
+    positions_sentence,
+    steps_figure,
+    steps_table,
+    streams_table,
+)
 
 SIZE = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, conv_depthwise_kernel_size=5)
 
@@ -179,6 +188,45 @@ def test_a_filled_stream_is_one_that_heard_as_much():
     assert not torch.allclose(logits_BcV, filled(model, Chunks(2, 0), streams=3).step(x_BnD))
 
 
+def test_reserved_memory_is_an_eighth_more_at_most_than_frames_worked_on(steps):
+    _, table = steps
+    for row in table[~table["system"].isin([RECOMPUTED, "linear"])].to_dict("records"):
+        kept, new = round(row["left_seconds"] * 50), round(row["chunk_ms"] / 20)
+        assert row["cache_bytes"] < row["reserved_bytes"] <= row["cache_bytes"] * (kept + new) / kept * 9 / 8
+
+
+def test_multiplications_are_those_of_the_formula(steps):
+    """Of a layer that remembers 8 numbers and of one that remembers 32, all else the same."""
+    _, table = steps
+    row = {name: rows.iloc[0] for name, rows in table.groupby("system")}
+    queries, frames, width, heads = 2, 12, 16, 4
+    kept = round(row["MHA"]["left_seconds"] * 50)
+    assert (queries, frames) == (round(row["MHA"]["chunk_ms"] / 20), kept + queries)
+    mha = queries * width * 2 * width + 2 * queries * frames * width
+    absorbed = queries * 8 * width + 2 * queries * 8 * width + 2 * queries * frames * heads * 8
+    expanded = queries * 8 * width + 2 * frames * 8 * width + 2 * queries * frames * width
+    mla = absorbed if absorbing_pays(queries, frames, heads, 4, (8, 8)) else expanded
+    assert row["MHA"]["multiplications"] - row["MLA 8"]["multiplications"] == 2 * (mha - mla)
+
+
+def test_lookahead_and_precision_reach_the_streams():
+    systems = {"MLA 8": random_encoders(**SIZE)["MLA 8"]}
+    how = {"repeats": 1, "recompute_seconds": 0.0, "cache": "bfloat16"}
+    short = benchmark_steps(systems, [40], [0.2], **how).iloc[0]
+    ahead = benchmark_steps(systems, [40], [0.2], lookahead_ms=100, precision="bf16", **how)
+    assert ahead.attrs["dtype"] == "bfloat16" and ahead["lookahead_ms"].tolist() == [100]
+    assert ahead.iloc[0]["multiplications"] > 2 * short["multiplications"]
+    assert ahead.iloc[0]["cache_bytes"] == short["cache_bytes"] == short["formula_bytes"]
+
+
+def test_formats_for_people():
+    shown = formats_table(random_encoders(**SIZE)).set_index(["system", "held in"])
+    assert shown.loc[("MHA", "float32"), "times less"] == "1.0"
+    assert shown.loc[("MLA 2", "int8"), "bits per number"] == "16.00"  # a scale of 16 bits for 2 numbers of 8
+    assert shown.loc[("MLA 2", "int8"), "times less"] == f"{32 * 4 / 4:.1f}"
+    assert "in all" in shown.loc[("linear", "float32"), "bytes per second"]
+
+
 def test_recomputing_is_the_full_pass():
     model = random_encoders(**SIZE)["MHA"]
     features = torch.randn(1, 60, 80)
@@ -195,6 +243,8 @@ def test_steps_for_people(steps):
     first = shown[shown["system"] == "MHA"]
     assert set(first["speed against MHA with cache"]) == {"×1.00"}
     assert set(shown[shown["system"] == RECOMPUTED]["against MHA without"]) == {"×1.0"}
+    sentence = positions_sentence(table)
+    assert sentence.startswith(f"Projected positions take {2 * 16 * 4 * (20 + 5 + 4) / 1024:.4g} KiB more at 0.4 s")
     figure = steps_figure(table)
     assert len(figure.axes) == 2 and "MLA 8 at 0.2 s" in figure.get_label()
 

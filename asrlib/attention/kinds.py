@@ -125,6 +125,11 @@ class RelativeAttention(ABC):
             self._distances = (key, weight.detach(), kept_most, kept_ahead, table_HPE)
         return table_HPE[:, kept_most - frames :]
 
+    @property
+    def position_bytes(self) -> int:
+        """Of the table that `distances` keeps."""
+        return self._distances[-1].nbytes if hasattr(self, "_distances") else 0
+
     def _weight_of_positions(self) -> tuple:
         weight = self.linear_pos.weight
         autocast = torch.is_autocast_enabled(weight.device.type) and torch.get_autocast_dtype(weight.device.type)
