@@ -164,7 +164,7 @@ def random_recognisers(size: str, shares: Sequence[int] = (2, 4, 8)) -> dict[str
     standard = Wav2Vec2ConformerForCTC(config).eval()
     made = {"MHA by transformers": standard, IN_BLOCKS: in_blocks(standard)}
     for rank in (config.hidden_size // share for share in shares):
-        latent = _sharing(standard)
+        latent = in_blocks(standard)
         latent_config = family_of(config).to_latent(config, latent_dim=[rank] * config.num_hidden_layers)
         for index, layer in enumerate(family_of(config).layers(latent)):
             attention = LatentSelfAttention(latent_config, index)

@@ -251,8 +251,9 @@ def test_steps_for_people(steps):
 
 def test_streams_at_once():
     systems = {name: model for name, model in random_encoders(**SIZE).items() if name in ("MHA", "MLA 8")}
-    memory = 3 * (kv_cache_bytes(systems["MHA"].config, 10) + 2 * 4 * 4 * 16)  # of three streams, convolutions too
-    table = streams_in_real_time(systems, 10_000, 0.2, memory, most=4)
+    room = (1000 + 500) * 9 // 8  # frames: of 20 s kept, of 10 s new, and an eighth
+    memory = 3 * (kv_cache_bytes(systems["MHA"].config, room) + 2 * 4 * 4 * 16)  # of three streams, convolutions too
+    table = streams_in_real_time(systems, 10_000, 20, memory, most=4)
     assert table["system"].tolist() == ["MHA", "MLA 8"] and table["in_memory"].tolist()[0] == 3
     assert table["in_memory"][1] > 3 and table["in_real_time"].tolist() == [3, 4]
     assert streams_table(table, memory).iloc[1].iloc[-1] == "×1.3"
