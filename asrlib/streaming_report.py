@@ -1,5 +1,6 @@
 """Streams for people: tables and figures of what `streaming_evaluation` and `streaming_benchmark` measured."""
 
+import math
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -28,8 +29,9 @@ this size with random weights that differ in their attention alone, the systems 
 makes them of audio is the same for all. Two columns compare: with multi-head attention that has a cache and all that
 this library does for speed, which is what the kind of attention brings; and with multi-head attention without a cache,
 which works the seconds that it looks back to again with every chunk (they are all that it hears, while a cache reaches
-back so far in every layer): what a cache brings to all alike. Multiplications are those of matrices. With room is the
-memory that the cache takes, so that new frames need not move the old."""
+back so far in every layer): what a cache brings to all alike. Linear attention sums over all that it ever heard,
+whatever the left context. Multiplications are those of matrices. With room is the memory that the cache takes, so that
+new frames need not move the old."""
 
 
 def as_rows(table: pd.DataFrame) -> list[dict]:
@@ -66,10 +68,10 @@ def errors_table(errors: pd.DataFrame) -> pd.DataFrame:
 def errors_figure(errors: pd.DataFrame) -> "Figure":
     """WER against the chunk, a line a system, a panel a left context; full context is the last place of each."""
     kept = errors[errors["cache"] == errors["cache"].iloc[0]]
-    lefts = sorted(kept["left_seconds"].dropna().unique())
+    lefts = sorted(kept["left_seconds"].dropna().unique()) or [math.inf]  # full context alone
     with _style():
-        fig, axes = _figure(8, 3.4, 1, max(1, len(lefts)), sharey=True)
-        for ax, left in zip(axes[0], lefts, strict=False):
+        fig, axes = _figure(8, 3.4, 1, len(lefts), sharey=True)
+        for ax, left in zip(axes[0], lefts, strict=True):
             for place, (name, rows) in enumerate(kept.groupby("system", sort=False)):
                 chunked = rows[rows["left_seconds"] == left].sort_values("chunk_ms")
                 rows = pd.concat([chunked, rows[rows["chunk_ms"].isna()]])
@@ -85,7 +87,7 @@ def errors_figure(errors: pd.DataFrame) -> "Figure":
                 )
                 ticks = ["full" if pd.isna(chunk) else f"{chunk:.0f}" for chunk in rows["chunk_ms"]]
                 ax.set_xticks(range(len(rows)), ticks)
-            ax.set(xlabel="chunk, ms", title=f"left context {left:.0f} s", ylim=(0, None))
+            ax.set(xlabel="chunk, ms", title=f"left context {left:g} s", ylim=(0, None))
         axes[0][0].set_ylabel("word error rate, %")
         axes[0][-1].legend(fontsize="small")
     fig.set_label("Word error rate against the length of a chunk. " + "; ".join(map(_error_in_words, as_rows(kept))))
@@ -95,7 +97,7 @@ def errors_figure(errors: pd.DataFrame) -> "Figure":
 def _error_in_words(row: dict) -> str:
     where = "full context"
     if row["chunk_ms"] is not None:
-        where = f"{row['chunk_ms']:.0f} ms with {row['left_seconds']:.0f} s before"
+        where = f"{row['chunk_ms']:.0f} ms with {row['left_seconds']:.3g} s before"
     return f"{row['system']}, {where}: {100 * row['wer']:.2f} %"
 
 

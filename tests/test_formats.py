@@ -67,7 +67,7 @@ def test_zeros_stay_zero_and_no_size_is_no_number(name, dtype):
         x_11N = size * torch.tensor([[[1.0, -0.5, 0.0, 0.25]]], dtype=dtype)
         rounded_11N = held_as.rounded(x_11N)
         assert torch.isfinite(rounded_11N).all() and rounded_11N[0, 0, 2] == 0
-        half_a_step = 0.5 * max(size / STEPS.get(name, 127), 2.0**-14)
+        half_a_step = 0.5 * max(size / STEPS.get(name, 127), 2.0**-24)
         assert ((rounded_11N - x_11N).abs() <= half_a_step + 2.0**-8 * x_11N.abs()).all(), size
 
 

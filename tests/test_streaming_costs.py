@@ -138,6 +138,8 @@ def test_errors_for_people(errors):
     assert "int4" + ROTATED in set(shown["cache in"])
     figure = errors_figure(table)
     assert len(figure.axes) == 2 and "full context" in figure.get_label() and figure.axes[0].get_ylabel()
+    alone = errors_figure(table[table["chunk_ms"].isna()])
+    assert [tick.get_text() for tick in alone.axes[0].get_xticklabels()] == ["full"]
     assert all(row["p"] is None for row in as_rows(table) if row["system"] == "baseline" and row["cache"] == "float32")
 
 

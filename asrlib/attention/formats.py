@@ -56,9 +56,8 @@ class Integers(Format):
         return 2 ** (self.bits - 1) - 1
 
     def store(self, x_BtN: torch.Tensor) -> Stored:
-        finite = torch.finfo(torch.float16)
         largest_Bt1 = x_BtN.abs().amax(-1, keepdim=True).float()
-        scale_Bt1 = (largest_Bt1 / self.largest).clamp(finite.smallest_normal, finite.max).half()
+        scale_Bt1 = (largest_Bt1 / self.largest).clamp(2**-24, torch.finfo(torch.float16).max).half()  # 2⁻²⁴: its least
         steps_BtN = (x_BtN / scale_Bt1.to(x_BtN.dtype)).round().clamp(-self.largest, self.largest).to(torch.int8)
         return (steps_BtN if self.bits == 8 else _packed(steps_BtN)), scale_Bt1
 
