@@ -213,23 +213,23 @@ def streams_in_real_time(
 ) -> pd.DataFrame:
     """How many streams a machine follows at once: one row per system.
 
-    in_memory: streams whose caches, with the room they reserve, `memory_bytes` hold; in_real_time: the largest tried
-    number whose step takes no longer than the chunk, with its ms; tried are 1, 2, 3, 4, 6, 8, 12, … up to `most` and
-    what memory holds.
+    in_memory: streams whose caches, with the room they reserve, `memory_bytes` hold; in_real_time: the largest number,
+    to a tenth, whose step takes no longer than the chunk, with its ms, of `most` and what memory holds at most.
     """
+    how = {"cache": cache, "recompute_seconds": -1.0, "precision": precision}
     rows = []
     for name, model in systems.items():
-        best, in_memory = (0, float("nan")), most
-        for count in sorted({*(2**k for k in range(11)), *(3 * 2**k for k in range(9))}):
-            if count > min(most, in_memory):
-                break
-            how = {"cache": cache, "streams": count, "recompute_seconds": -1.0, "precision": precision}
-            row = benchmark_steps({name: model}, [chunk_ms], [left_seconds], 3, device, **how).iloc[0]
+        follows, lags, in_memory, ms = 0, most + 1, most, float("nan")
+        while lags - follows > max(1, follows // 10):
+            count = min(2 * follows or 1, (follows + lags) // 2)
+            row = benchmark_steps({name: model}, [chunk_ms], [left_seconds], 3, device, streams=count, **how).iloc[0]
             in_memory = memory_bytes // max(1, int(row["reserved_bytes"] + row["convolution_bytes"]))
-            if row["ms"] > row["chunk_ms"]:
-                break
-            best = (count, row["ms"])
-        rows.append({"system": name, "in_memory": in_memory, "in_real_time": best[0], "ms": best[1]})
+            if row["ms"] <= row["chunk_ms"] and count <= in_memory:
+                follows, ms = count, row["ms"]
+                lags = min(lags, in_memory + 1)
+            else:
+                lags = count
+        rows.append({"system": name, "in_memory": in_memory, "in_real_time": follows, "ms": ms})
     return pd.DataFrame(rows)
 
 
