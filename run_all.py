@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         print(listing(root))
         return 0
-    from asrlib.pipeline import RunLocked, StepFailed
+    from asrlib.pipeline import RunLocked, StepFailed, with_advice
 
     try:
         return run_all(args, root)
@@ -65,6 +65,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except StepFailed as failure:
         print(f"{failure}\nThe same command, given again, resumes there.", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"{with_advice(str(error))}\nThe same command, given again, resumes there.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nInterrupted. The same command, given again, resumes here.", file=sys.stderr)

@@ -35,6 +35,16 @@ ENGINE = "asrlib"  # name of our papermill engine
 log = logging.getLogger("asrlib.pipeline")
 
 
+ADVICE = {  # by how the operating system, or Rust's library, puts it
+    ("No space left on device", "os error 28", "Disk quota exceeded", "File too large", "os error 27"): (
+        "The disk is full, or a limit on files reached: make room first."
+    ),
+    ("Permission denied", "Read-only file system", "Operation not permitted"): (
+        "Nothing can be written there: make the folder writable, or work in a copy of the project."
+    ),
+}
+
+
 class RunLocked(RuntimeError):
     """Another process works in the run folder."""
 
@@ -335,7 +345,15 @@ def _explain(error: Exception) -> str:
         return f"{type(error).__name__}: {error}"
     text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
     where = [line for line in text.splitlines() if re.match(r"(File |Cell In|-+> ?\d)", line)]
-    return "\n".join([f"{error.ename}: {error.evalue}", f"in cell {error.exec_count}:", *where[-8:]])
+    return "\n".join([with_advice(f"{error.ename}: {error.evalue}"), f"in cell {error.exec_count}:", *where[-8:]])
+
+
+def with_advice(said: str) -> str:
+    """What an operating system said, with what to do about it, if that is known."""
+    for signs, advice in ADVICE.items():
+        if any(sign in said for sign in signs):
+            return f"{said}\n{advice}"
+    return said
 
 
 # ---- all steps ---------------------------------------------------------------------------------------------

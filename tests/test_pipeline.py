@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,7 @@ from asrlib.pipeline import find_notebooks
 from asrlib.runs import read_json
 
 ROOT = Path(__file__).parent.parent
+TIMES = re.compile("seconds$|runtime|per_second|^time")  # names of what a clock says
 STEPS = [path.stem for path in sorted((ROOT / "notebooks").glob("0*.ipynb"))]
 
 
@@ -114,6 +117,55 @@ def test_killed_in_the_middle_of_training_it_reaches_the_same_metrics(project, s
         for history in (read_json(run / "metrics" / "finetune.json")["history"] for run in (smoke, killed))
     ]
     assert histories[0] == histories[1]
+
+
+def killed_in(project: Path, name: str, step: str, *more: str) -> None:
+    """Starts the run called `name`, and kills it and its kernel when it is at `step`."""
+    process = subprocess.Popen(
+        [sys.executable, "run_all.py", "smoke", "--name", name, *more],
+        cwd=project,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    running = project / "reports" / name / "notebooks" / f"{step}.running.ipynb"
+    deadline = time.monotonic() + 300
+    while not running.exists():
+        assert time.monotonic() < deadline and process.poll() is None, f"{step} never ran"
+        time.sleep(0.02)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (project / "reports" / name / ".completed" / f"{step}.json").exists()
+
+
+def test_a_full_disk_and_kills_in_conversion_evaluation_and_comparison_leave_no_trace(project, smoke):
+    run = project / "reports" / "unlucky"
+    shutil.copytree(smoke, run)
+
+    def little_room():  # for any one file, as it is with a quota or a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+    full = run_all(project, "smoke", "--name", "unlucky", "--from", "01_convert", preexec_fn=little_room)
+    assert full.returncode == 1 and "make room first" in full.stderr and "Traceback" not in full.stderr
+    assert "The same command, given again, resumes there." in full.stderr
+    assert (run / ".completed" / "00_baseline.json").exists()
+    assert not (run / ".completed" / "01_convert.json").exists()
+    for model in (run / "models").iterdir():
+        assert (model / "model.safetensors").stat().st_size > 2**20, "half a model"
+    for step in ("01_convert", "04_evaluate", "06_compare"):
+        killed_in(project, "unlucky", step)
+    done = run_all(project, "smoke", "--name", "unlucky")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not [path for path in run.rglob("*") if ".tmp-" in path.name or ".running." in path.name]
+    for metrics in ("convert", "evaluate", "finetune"):
+        undisturbed, resumed = (read_json(each / "metrics" / f"{metrics}.json") for each in (smoke, run))
+        assert without_times(undisturbed) == without_times(resumed)
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {key: without_times(one) for key, one in value.items() if not TIMES.search(key)}
+    return [without_times(one) for one in value] if isinstance(value, list) else value
 
 
 @pytest.mark.parametrize("step", STEPS)

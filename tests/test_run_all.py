@@ -473,6 +473,19 @@ def test_ctrl_c_ends_a_run_long_before_its_end_and_takes_the_kernel_along(projec
     assert kernels and gone(kernels)
 
 
+def test_a_folder_that_cannot_be_written_is_named_in_one_sentence(project, capsys):
+    reports = project / "reports"
+    if os.geteuid():
+        reports.mkdir(exist_ok=True)
+        reports.chmod(0o555)
+    else:  # whom no mode stops
+        reports.symlink_to("/sys/kernel")
+    assert call(project, "first") == 1
+    error = capsys.readouterr().err
+    assert str(reports / "first") in error and "make the folder writable" in error
+    assert "Traceback" not in error
+
+
 def test_the_list_shows_params_files_and_how_far_runs_are(project, capsys):
     run = Run(project / "reports" / "trial")
     run.mark_started("00_first", "a")
