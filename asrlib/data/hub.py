@@ -92,7 +92,7 @@ def find_shards(folder: Path) -> dict[tuple[str, str], list[Path]]:
     clean/train.100/0000.parquet, test.clean-00000-of-00001.parquet or train.parquet."""
     shards: dict[tuple[str, str], list[Path]] = {}
     for path in sorted(path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}*.parquet")):
-        split, place = re.sub(r"-\d{5}-of-\d{5}(-\w{16})?$", "", path.stem), path.resolve().parent
+        split, place = re.sub(r"-\d{5}-of-\d{5}(-\w{16})?$", "", path.stem), path.parent.resolve()
         if split.isdigit():
             split, place = place.name, place.parent
         shards.setdefault((place.name, split), []).append(path)
