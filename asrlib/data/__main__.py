@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     root = args.root.expanduser().absolute()
     try:
         prepare_librispeech(root, args.splits, args.url, args.keep)
-        corpora = [open_corpus(root, split) for split in args.splits]
+        corpora = [open_corpus(root, split) for split in dict.fromkeys(args.splits)]
     except (OSError, ValueError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
