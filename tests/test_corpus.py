@@ -352,7 +352,7 @@ def test_a_table_without_a_needed_column_is_refused(tmp_path, column, wanted):
 
 def test_a_damaged_table_is_an_error_that_names_it(tmp_path):
     (tmp_path / "train.parquet").write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(ValueError, match=f"{tmp_path} cannot be read"):
+    with pytest.raises(ValueError, match=f"{tmp_path / 'train.parquet'} cannot be read"):
         open_corpus(tmp_path)
 
 

@@ -15,6 +15,7 @@ from typing import BinaryIO, TypeVar
 
 import datasets
 import pyarrow
+from pyarrow import parquet
 
 from asrlib.data.corpus import UNKNOWN_SPEAKER, Corpus, Row, gather, named
 
@@ -80,6 +81,8 @@ def open_folder(folder: Path, split: str | None = None) -> Corpus:
             split, table = _choose({("", name): table for name, table in saved.items()}, split, folder)
         else:
             split, files = _choose(find_shards(folder), split, folder)
+            for path in files:
+                _check_footer(path)
             files = [glob.escape(str(path)) for path in files]
             table = datasets.load_dataset("parquet", data_files={"train": files}, split="train")
     except (datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
@@ -92,11 +95,19 @@ def find_shards(folder: Path) -> dict[tuple[str, str], list[Path]]:
     clean/train.100/0000.parquet, test.clean-00000-of-00001.parquet or train.parquet."""
     shards: dict[tuple[str, str], list[Path]] = {}
     for path in sorted(path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}*.parquet")):
-        split, place = re.sub(r"-\d{5}-of-\d{5}(-\w{16})?$", "", path.stem), path.resolve().parent
+        split, place = re.sub(r"-\d{5}-of-\d{5}(-\w{16})?$", "", path.stem), path.parent.resolve()
         if split.isdigit():
             split, place = place.name, place.parent
         shards.setdefault((place.name, split), []).append(path)
     return shards
+
+
+def _check_footer(shard: Path) -> None:
+    """ValueError for a shard that was not copied to its end, by name: `datasets` only says that there is one."""
+    try:
+        parquet.read_metadata(shard)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{shard} cannot be read: {_one_line(error)} Copy or download it again") from error
 
 
 def _saved_to_disk(folder: Path) -> bool:

@@ -1,0 +1,68 @@
+"""Brings a published corpus to this machine, once, for those who have a network.
+
+    python -m asrlib.data prepare librispeech --root DIR
+    python -m asrlib.data prepare librispeech --root DIR --splits train-clean-100 train-clean-360 dev-clean
+
+Interrupted or killed, the same command goes on where it was. Splits that are there already are left alone.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import yaml
+
+from asrlib.data.corpus import open_corpus
+from asrlib.data.download import LIBRISPEECH_MD5, LIBRISPEECH_URL, prepare_librispeech
+
+SPLITS = ["train-clean-100", "dev-clean", "test-clean", "test-other"]  # those of params/quick.yaml and params/full.yaml
+SIZES = (
+    "dev and test 0.3 GB each, train-clean-100 6.4, train-clean-360 23, train-other-500 31; twice that while unpacking"
+)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m asrlib.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    prepare = parser.add_subparsers(required=True, metavar="prepare").add_parser(
+        "prepare", help="download, verify and unpack a corpus"
+    )
+    add = prepare.add_argument
+    add("corpus", choices=["librispeech"])
+    add("--root", required=True, type=Path, metavar="DIR", help="holds the folder LibriSpeech, or will hold it")
+    add(
+        "--splits",
+        nargs="+",
+        default=SPLITS,
+        metavar="SPLIT",
+        help=f"of {', '.join(LIBRISPEECH_MD5)} (default: {' '.join(SPLITS)}). Archives: {SIZES}",
+    )
+    add("--url", default=LIBRISPEECH_URL, help="of the folder with the archives (default: %(default)s)")
+    add("--keep", action="store_true", help="keep the archives, as DIR/SPLIT.tar.gz; one there already is kept anyway")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 the splits are there · 1 they are not, and why was said · 130 interrupted."""
+    args = parse(argv)
+    root = args.root.expanduser().absolute()
+    try:
+        prepare_librispeech(root, args.splits, args.url, args.keep)
+        corpora = [open_corpus(root, split) for split in dict.fromkeys(args.splits)]
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("\nInterrupted. The same command, given again, resumes here.\n")
+        return 130
+    for corpus in corpora:
+        rejected = f", {len(corpus.rejected):,} rejected" if corpus.rejected else ""
+        sys.stdout.write(f"{corpus.split}: {len(corpus):,} utterances, {corpus.hours:.2f} hours{rejected}\n")
+    line = yaml.safe_dump({"corpus": str(root)}, allow_unicode=True, width=sys.maxsize)
+    sys.stdout.write(f"\nFor params/NAME.yaml:\n{line}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
