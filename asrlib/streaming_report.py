@@ -1,5 +1,6 @@
 """Streams for people: tables and figures of what `streaming_evaluation` and `streaming_benchmark` measured."""
 
+import math
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -25,11 +26,11 @@ STEPS_INTRODUCTION = """\
 
 What a stream keeps, counted on its tensors, and how long one chunk takes, against what it looks back to. Encoders of
 this size with random weights that differ in their attention alone, the systems taking turns; frames are given, as what
-makes them of audio is the same for all. Two columns compare: with multi-head attention that has a cache and all that
-this library does for speed, which is what the kind of attention brings; and with multi-head attention without a cache,
-which works the seconds that it looks back to again with every chunk (they are all that it hears, while a cache reaches
-back so far in every layer): what a cache brings to all alike. Multiplications are those of matrices. With room is the
-memory that the cache takes, so that new frames need not move the old."""
+makes them of audio is the same for all. Speeds are against multi-head attention that has a cache and all that this
+library does for speed, which is what the kind of attention brings. Beside it stands multi-head attention without a
+cache, which works the seconds that it looks back to again with every chunk (they are all that it hears, while a cache
+reaches back so far in every layer): what a cache brings to all alike. Linear attention sums over all that it ever
+heard, whatever the left context. Multiplications are those of matrices."""
 
 
 def as_rows(table: pd.DataFrame) -> list[dict]:
@@ -41,35 +42,39 @@ def as_rows(table: pd.DataFrame) -> list[dict]:
 
 
 def errors_table(errors: pd.DataFrame) -> pd.DataFrame:
-    """Of `streaming_errors`: a row per chunk, left context, format and system."""
-    first = errors["system"].iloc[0]
-    rows = []
-    for row in errors.to_dict("records"):
-        full = pd.isna(row["chunk_ms"])
-        change = [100 * row[name] for name in ("difference", "difference_low", "difference_high")]
-        against = "" if pd.isna(row["p"]) else "{:+.2f} ({:+.2f} to {:+.2f}), p = {:.3f}".format(*change, row["p"])
-        rows.append(
-            {
-                "chunk": "full context" if full else f"{row['chunk_ms']:.0f} ms",
-                "left context": "–" if full else f"{row['left_seconds']:.1f} s",
-                "lookahead": "–" if full else f"{row['lookahead_ms']:.0f} ms",
-                "system": SYSTEMS.get(row["system"], row["system"]),
-                "cache in": "–" if full else row["cache"],
-                "cache": "–" if full else size(row["cache_bytes"]),
-                "WER %": "{:.2f} ({:.2f}–{:.2f})".format(*(100 * row[n] for n in ("wer", "wer_low", "wer_high"))),
-                f"against {SYSTEMS.get(first, first)}, points": against.replace("-", "−"),
-            }
-        )
-    return pd.DataFrame(rows)
+    """Of `streaming_errors`: a row per chunk, left context and format, the systems side by side.
+
+    Each is compared with the first in the same chunks, whose cache is in float32.
+    """
+    first, *others = dict.fromkeys(errors["system"])
+    rows, setting = [], ["chunk_ms", "left_seconds", "cache"]
+    for (chunk, left, held_as), group in errors.groupby(setting, sort=False, dropna=False):
+        full, by_system = pd.isna(chunk), group.set_index("system").to_dict("index")
+        row = {
+            "chunk": "full context" if full else f"{chunk:.0f} ms",
+            "left context": "–" if full else f"{left:.2g} s",
+            "cache in": "–" if full else held_as,
+        }
+        for name, one in by_system.items():
+            known = SYSTEMS.get(name, name)
+            wer = "{:.2f} ({:.2f}–{:.2f})".format(*(100 * one[n] for n in ("wer", "wer_low", "wer_high")))
+            row |= {f"{known}: WER %": wer, f"{known}: cache": "–" if full else size(one["cache_bytes"])}
+        for name in [name for name in others if name in by_system]:
+            one = by_system[name]
+            change = [100 * one[n] for n in ("difference", "difference_low", "difference_high")]
+            text = "{:+.2f} ({:+.2f} to {:+.2f}), p = {:.3f}".format(*change, one["p"]).replace("-", "−")
+            row[f"{SYSTEMS.get(name, name)} − {SYSTEMS.get(first, first)}, points"] = text
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("–")
 
 
 def errors_figure(errors: pd.DataFrame) -> "Figure":
     """WER against the chunk, a line a system, a panel a left context; full context is the last place of each."""
     kept = errors[errors["cache"] == errors["cache"].iloc[0]]
-    lefts = sorted(kept["left_seconds"].dropna().unique())
+    lefts = sorted(kept["left_seconds"].dropna().unique()) or [math.inf]  # full context alone
     with _style():
-        fig, axes = _figure(8, 3.4, 1, max(1, len(lefts)), sharey=True)
-        for ax, left in zip(axes[0], lefts, strict=False):
+        fig, axes = _figure(8, 3.4, 1, len(lefts), sharey=True)
+        for ax, left in zip(axes[0], lefts, strict=True):
             for place, (name, rows) in enumerate(kept.groupby("system", sort=False)):
                 chunked = rows[rows["left_seconds"] == left].sort_values("chunk_ms")
                 rows = pd.concat([chunked, rows[rows["chunk_ms"].isna()]])
@@ -85,7 +90,7 @@ def errors_figure(errors: pd.DataFrame) -> "Figure":
                 )
                 ticks = ["full" if pd.isna(chunk) else f"{chunk:.0f}" for chunk in rows["chunk_ms"]]
                 ax.set_xticks(range(len(rows)), ticks)
-            ax.set(xlabel="chunk, ms", title=f"left context {left:.0f} s", ylim=(0, None))
+            ax.set(xlabel="chunk, ms", title=f"left context {left:.2g} s", ylim=(0, None))
         axes[0][0].set_ylabel("word error rate, %")
         axes[0][-1].legend(fontsize="small")
     fig.set_label("Word error rate against the length of a chunk. " + "; ".join(map(_error_in_words, as_rows(kept))))
@@ -95,7 +100,7 @@ def errors_figure(errors: pd.DataFrame) -> "Figure":
 def _error_in_words(row: dict) -> str:
     where = "full context"
     if row["chunk_ms"] is not None:
-        where = f"{row['chunk_ms']:.0f} ms with {row['left_seconds']:.0f} s before"
+        where = f"{row['chunk_ms']:.0f} ms with {row['left_seconds']:.2g} s before"
     return f"{row['system']}, {where}: {100 * row['wer']:.2f} %"
 
 
@@ -117,33 +122,54 @@ def text_as_heard(model, processor, utterance, **chunks) -> pd.DataFrame:
 
 
 def steps_table(steps: pd.DataFrame) -> pd.DataFrame:
-    """Of `benchmark_steps`: a row per left context, chunk and system."""
-    first, again = steps["system"].iloc[0], steps["system"].str.contains("recomputed")
-    setting = ["left_seconds", "chunk_ms"]
-    cached = steps[steps["system"] == first].set_index(setting)["ms"]
-    recomputed = steps[again].set_index(setting)["ms"]
+    """Of `benchmark_steps`: milliseconds, a row per left context and chunk, a column per system.
+
+    In brackets the quartiles; with the speed against the first system, which has the same cache and tricks.
+    """
+    first = steps["system"].iloc[0]
     rows = []
-    for row in steps.sort_values(setting, kind="stable").to_dict("records"):
-        key = (row["left_seconds"], row["chunk_ms"])
-        kept = row["cache_bytes"]
-        rows.append(
-            {
-                "left context": f"{row['left_seconds']:g} s",
-                "chunk": f"{row['chunk_ms']:.0f} ms",
-                "system": row["system"],
-                "cache": size(kept) if kept else "none",
-                "with room": size(row["reserved_bytes"]) if kept else "–",
-                "counted": "–" if not kept else "= formula" if kept == row["formula_bytes"] else "not the formula's",
-                "convolutions": size(row["convolution_bytes"]) if kept else "–",
-                "ms per chunk": f"{row['ms']:.1f} ({row['ms_low']:.1f}–{row['ms_high']:.1f})",
-                "RTFx": f"{row['rtfx']:.1f}",
-                "multiplications, M": f"{row['multiplications'] / 1e6:,.0f}",
-                f"speed against {first} with cache": f"×{cached[key] / row['ms']:.2f}",
-                f"against {first} without": f"×{recomputed[key] / row['ms']:.1f}" if key in recomputed.index else "–",
-                "peak memory": "–" if pd.isna(row["peak_memory_bytes"]) else size(row["peak_memory_bytes"]),
-            }
-        )
-    return pd.DataFrame(rows)
+    for (left, chunk), group in _settings(steps):
+        ms = group["ms"]
+        row = {"left context": f"{left:g} s", "chunk": f"{chunk:.0f} ms"}
+        for name, one in group.iterrows():
+            text = f"{one['ms']:.1f} ({one['ms_low']:.1f}–{one['ms_high']:.1f})"
+            row[name] = text if name == first else f"{text} ×{ms[first] / one['ms']:.2f}"
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("–")
+
+
+def multiplications_table(steps: pd.DataFrame) -> pd.DataFrame:
+    """Of `benchmark_steps`: millions, a row per left context and chunk, a column per system."""
+    rows = []
+    for (left, chunk), group in _settings(steps):
+        counts = {name: f"{count / 1e6:,.1f}" for name, count in group["multiplications"].items()}
+        rows.append({"left context": f"{left:g} s", "chunk": f"{chunk:.0f} ms", **counts})
+    return pd.DataFrame(rows).fillna("–")
+
+
+def _settings(steps: pd.DataFrame):
+    """((left context, chunk), the rows of all systems by name) of every setting, the shortest first."""
+    for setting, group in steps.groupby(["left_seconds", "chunk_ms"]):
+        yield setting, group.set_index("system")
+
+
+def bytes_table(steps: pd.DataFrame) -> pd.DataFrame:
+    """Of `benchmark_steps`: what one stream keeps, a row per left context and system, at the shortest chunk."""
+    shortest = steps[(steps["chunk_ms"] == steps["chunk_ms"].min()) & (steps["cache_bytes"] > 0)]
+    first = shortest["system"].iloc[0]
+    reference = shortest[shortest["system"] == first].set_index("left_seconds")["cache_bytes"]
+    return pd.DataFrame(
+        {
+            "left context": f"{row['left_seconds']:g} s",
+            "system": row["system"],
+            "cache, counted": size(row["cache_bytes"]),
+            "by the formula": "the same" if row["cache_bytes"] == row["formula_bytes"] else size(row["formula_bytes"]),
+            f"times less than {first}": f"{reference[row['left_seconds']] / row['cache_bytes']:.1f}",
+            "with room for new frames": size(row["reserved_bytes"]),
+            "convolutions": size(row["convolution_bytes"]),
+        }
+        for row in shortest.sort_values("left_seconds", kind="stable").to_dict("records")
+    )
 
 
 def positions_sentence(steps: pd.DataFrame) -> str:
