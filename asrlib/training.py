@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from asrlib.attention.latent import LatentKV
 from asrlib.data.batches import BucketBatchSampler, CTCCollator, CTCDataset
 from asrlib.data.corpus import Corpus
 from asrlib.models.families import attention_modules, frame_counts
-from asrlib.models.inference import padding_silenced
+from asrlib.models.inference import inference, padding_silenced
 from asrlib.runs import read_json, resolve, write_json
+from asrlib.training_modes import every_layer, updated_once
 
 # Of the scheduler reduce_lr_on_plateau: the learning rate is halved by the second evaluation running whose WER is no
 # lower than the lowest before. EarlyStoppingCallback counts on, so that `patience` should be larger.
@@ -86,6 +87,8 @@ def select_trainable(model, which: str) -> int:
     if not modules:
         raise ValueError(f"trainable={which!r}, but {type(model).__name__} has no such parameters: convert it first")
     model.requires_grad_(False)
+    if hasattr(model, "freeze_feature_encoder"):
+        model.freeze_feature_encoder()  # else transformers asks for the gradient of the audio, through all convolutions
     for module in modules:
         module.requires_grad_(True)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -123,8 +126,8 @@ class CTCTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with torch.no_grad():
-            heard = {name: inputs[name] for name in (self.teacher.main_input_name, "attention_mask")}
+        heard = {name: inputs[name] for name in (self.teacher.main_input_name, "attention_mask")}
+        with inference(self.teacher, device=self.args.device, precision=self.settings.precision):
             theirs = self.teacher(**heard, output_hidden_states=True)
         ours = model(**inputs, output_hidden_states=True)
         frames_B = frame_counts(self.teacher, inputs["attention_mask"].sum(-1))
@@ -314,7 +317,13 @@ def train(
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         load_model(model, checkpoint_folder(folder, state.best_global_step) / "model.safetensors")
     else:
-        with frozen_batch_norm(model), own_precision(model, trainer):
+        with ExitStack() as around:
+            around.enter_context(frozen_batch_norm(model))
+            around.enter_context(own_precision(model, trainer))
+            if settings.hidden_weight or trainer.args.world_size > 1:
+                around.enter_context(every_layer(model))
+            if settings.gradient_checkpointing:
+                around.enter_context(updated_once(model))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.state
     model.eval()
@@ -338,7 +347,7 @@ def _arguments(folder: Path, settings: TrainingSettings, steps_per_epoch: int, a
         raise ValueError("precision is fp16, but training runs on the CPU: use bf16 or fp32")
     total_steps = max(1, round(steps_per_epoch * settings.epochs))
     every = min(total_steps, -(-steps_per_epoch // settings.evaluations_per_epoch))
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=total_steps,
         learning_rate=settings.learning_rate,
@@ -370,6 +379,10 @@ def _arguments(folder: Path, settings: TrainingSettings, steps_per_epoch: int, a
         label_names=["labels"],
         seed=settings.seed,
     )
+    # On several GPUs Trainer would cut each batch in pieces (DataParallel), but `batch_seconds` and the hooks that
+    # silence padding are about whole ones. `n_gpu` finds the devices, which must come first.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def _word_error_rate(prediction, processor) -> float:

@@ -3,12 +3,14 @@
 A new family is one file beside this one and one line in `FAMILIES`.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCTC,
@@ -139,22 +141,22 @@ def resolve_model(source: str | Path) -> str:
 def load(source: str | Path, revision: str | None = None) -> tuple[PreTrainedModel, Wav2Vec2Processor]:
     """Loads (model, processor) from a folder, a hub id or a shipped name; the model is in evaluation mode.
 
-    Weights are safetensors, or a .bin read by torch's restricted loader; remote code never runs. Raises
-    ValueError where the checkpoint lacks weights, OSError where it is truncated.
+    Weights are safetensors, or a .bin read by torch's restricted loader; remote code never runs. `revision` is a hub
+    id's branch, tag, commit or pull request (refs/pr/3). Raises ValueError where the checkpoint lacks weights, OSError
+    where it is truncated.
     """
     name = resolve_model(source)
+    if Path(name).is_dir() and not (Path(name) / "vocab.json").is_file():
+        raise FileNotFoundError(f"{name} holds no vocab.json, the model's characters: get the tokenizer's files too")
+    # Else transformers, behind its caller's back, has a server convert a hub's .bin, and fetches the weights once more.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     try:
         processor = AutoProcessor.from_pretrained(name, revision=revision or "main")
         model, report = AutoModelForCTC.from_pretrained(
             name, revision=revision or "main", output_loading_info=True, dtype=torch.float32
         )
-    except UnpicklingError as error:  # torch's own words advise to read it unrestricted
-        raise OSError(
-            f"cannot load {source}: its .bin is damaged, or holds objects besides tensors, which could run code: get "
-            "the model as safetensors"
-        ) from error
     except Exception as error:
-        raise OSError(f"cannot load {source}: {error}") from error
+        raise OSError(f"cannot load {source}: {_reason(error)}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ValueError(
@@ -163,3 +165,14 @@ def load(source: str | Path, revision: str | None = None) -> tuple[PreTrainedMod
         )
     family_of(model.config)
     return model.eval(), processor
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a model's files, where the words of those who read them do not say it."""
+    if isinstance(error, UnpicklingError):  # torch's own words advise to read it unrestricted
+        return (
+            "its .bin is damaged, or holds objects besides tensors, which could run code: get the model as safetensors"
+        )
+    if isinstance(error, SafetensorError | EOFError) or "PytorchStreamReader" in str(error):
+        return "its weights are cut short or damaged: get the file again (git without LFS leaves a pointer there)"
+    return str(error)
