@@ -20,6 +20,7 @@ from asrlib.data.corpus import SAMPLE_RATE, Corpus
 from asrlib.evaluation import interval, resample_sums
 from asrlib.models.families import frames_per_second
 from asrlib.models.inference import choose_device, inference
+from asrlib.out_of_memory import out_of_memory_explained
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -73,7 +74,9 @@ def benchmark(
     inputs = [inputs_of_each(systems, processor, samples_S, device) for samples_S in audio]
 
     def transcribe(name: str, i: int) -> torch.Tensor:
-        return best_symbols(systems[name], inputs[i][name])
+        utterance = (corpus[i].id, corpus[i].seconds)
+        with out_of_memory_explained(f"the benchmark of {name}", [utterance], {"precision": precision}):
+            return best_symbols(systems[name], inputs[i][name])
 
     with inference(*systems.values(), device=device, precision=precision):
         for name in list(systems) * warmup:

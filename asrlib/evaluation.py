@@ -31,6 +31,7 @@ from asrlib.data.corpus import Corpus
 from asrlib.data.normalising import HeardSoFar
 from asrlib.models.families import frame_counts
 from asrlib.models.inference import choose_device, inference, padding_silenced
+from asrlib.out_of_memory import out_of_memory_explained
 from asrlib.runs import atomic_write, resolve
 from asrlib.streaming import chunked_pass
 
@@ -59,9 +60,10 @@ def transcribe(
     and changes the speed, not the transcripts: each is that of the utterance alone. `record` is called once for every
     utterance, in no particular order, with its place in the corpus and its logits [T, V], unpadded frames alone, on the
     device. With `chunks` they are what a stream would give, whose cache is held in that format. Raises UnusableAudio
-    where an utterance cannot be decoded.
+    where an utterance cannot be decoded, torch.OutOfMemoryError where a batch is too large, with what to lower.
     """
     device = choose_device(device, model)
+    limits = {"batch_seconds": batch_seconds, "precision": precision}
     if getattr(model.config, "feat_extract_norm", "layer") == "group":
         batches = [[i] for i in range(len(corpus))]  # this norm averages over the padding too
     else:
@@ -79,7 +81,9 @@ def transcribe(
         tqdm(total=len(corpus), desc=f"transcribing {corpus.split}", unit="utt", leave=None) as progress,
     ):
         for indices, batch in zip(batches, loader, strict=True):
-            logits = _logits(model, batch, device, chunks, cache)
+            named = [(corpus[i].id, corpus[i].seconds) for i in indices]
+            with out_of_memory_explained(f"transcribing {corpus.split}", named, limits):
+                logits = _logits(model, batch, device, chunks, cache)
             texts = processor.batch_decode([logits_TV.argmax(-1).tolist() for logits_TV in logits])
             for i, text, logits_TV in zip(indices, texts, logits, strict=True):
                 hypotheses[i] = text

@@ -32,6 +32,7 @@ from asrlib.figures import IN_BLOCKS
 from asrlib.models.families import family_of, load
 from asrlib.models.inference import choose_device, inference
 from asrlib.models.wav2vec2_conformer import LatentSelfAttention
+from asrlib.out_of_memory import is_out_of_memory
 from asrlib.runs import write_json
 
 LONG_PASS = 5.0  # seconds: one such pass is enough, whatever disturbs it weighs little
@@ -114,7 +115,7 @@ def _measure(
         try:
             best_symbols(systems[name], inputs[name])
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             exhausted.add(name)
 
@@ -133,10 +134,6 @@ def _measure(
         told = device.type != "cpu" or length <= PROFILED_AUDIO or name in short
         peaks[name] = peak_memory_bytes(partial(attempt, name), device) if told and name not in exhausted else None
     return {name: (ms, peaks[name]) for name, ms in times.items() if name not in exhausted}
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # the latter on the CPU
 
 
 # ---- random weights ----------------------------------------------------------------------------------------

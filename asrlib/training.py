@@ -20,6 +20,7 @@ from asrlib.data.batches import BucketBatchSampler, CTCCollator, CTCDataset
 from asrlib.data.corpus import Corpus
 from asrlib.models.families import attention_modules, frame_counts
 from asrlib.models.inference import inference, padding_silenced
+from asrlib.out_of_memory import in_words, out_of_memory_explained
 from asrlib.runs import read_json, resolve, write_json
 from asrlib.training_modes import every_layer, updated_once
 
@@ -143,18 +144,23 @@ class CTCTrainer(Trainer):
         return (loss, ours) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        utterances = inputs.pop("utterances", [])
+        with out_of_memory_explained("training", utterances, vars(self.settings)):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step}: lower learning_rate, or use "
-                "precision: fp32. The checkpoints before it are kept."
+                f"the loss is {loss.item()} at step {self.state.global_step}: lower learning_rate, or use precision: "
+                f"fp32. The checkpoints before it, the best among them, are kept. It came of {in_words(utterances)}."
             )
         return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        utterances = inputs.pop("utterances", [])
+        limits = {name: getattr(self.settings, name) for name in ("batch_seconds", "precision")}
         inputs = self._prepare_inputs(inputs)
         frames_B = frame_counts(self.model, inputs["attention_mask"].sum(-1))
-        with torch.no_grad(), self.compute_loss_context_manager(), padding_silenced(model, frames_B):
+        explained = out_of_memory_explained("validation", utterances, limits)
+        with explained, torch.no_grad(), self.compute_loss_context_manager(), padding_silenced(model, frames_B):
             output = model(**inputs)
         ids_BT = output.logits.argmax(-1)
         beyond_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) >= frames_B[:, None]
@@ -302,7 +308,7 @@ def train(
     trainer = CTCTrainer(
         model=model,
         args=_arguments(folder, settings, steps_per_epoch, afresh=checkpoint is None),
-        data_collator=CTCCollator(processor),
+        data_collator=CTCCollator(processor, named=True),
         train_dataset=train_dataset,
         eval_dataset=CTCDataset(validation, processor),
         compute_metrics=lambda prediction: {"wer": _word_error_rate(prediction, processor)},

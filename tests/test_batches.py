@@ -65,7 +65,10 @@ def test_shuffled_batches_of_a_large_corpus_pad_little():
 
 
 def test_an_utterance_longer_than_a_batch_is_its_own_batch():
-    sampler = BucketBatchSampler([1.0, 50.0, 1.0, 30.0], 20.0)
+    with pytest.warns(
+        UserWarning, match="2 of 4 utterances are longer than batch_seconds 20: .* the longest of 50.0 s"
+    ):
+        sampler = BucketBatchSampler([1.0, 50.0, 1.0, 30.0], 20.0)
     assert sampler.oversized == 2
     assert sorted(sorted(batch) for batch in sampler) == [[0, 2], [1], [3]]
 
@@ -96,7 +99,7 @@ def test_an_epoch_resumed_half_way_goes_on_with_the_same_batches():
 
 def test_the_collator_pads_without_touching_what_is_there(tmp_path):
     processor = make_processor(tmp_path)
-    long, short = {"audio": tone(0.5), "text": "a bee"}, {"audio": tone(0.2), "text": "it"}
+    long, short = {"audio": tone(0.5), "text": "a bee", "id": "l"}, {"audio": tone(0.2), "text": "it", "id": "s"}
     batch = CTCCollator(processor)([long, short])
     assert batch["input_values"].shape == batch["attention_mask"].shape == (2, 8000)
     assert batch["attention_mask"].sum(1).tolist() == [8000, 3200]
@@ -107,6 +110,10 @@ def test_the_collator_pads_without_touching_what_is_there(tmp_path):
     alone = CTCCollator(processor)([short])
     torch.testing.assert_close(batch["input_values"][1, :3200], alone["input_values"][0])
     assert batch["input_values"][1, 3200:].abs().max() == 0
+
+    named = CTCCollator(processor, named=True)([long, short])
+    assert named.pop("utterances") == [("l", 0.5), ("s", 0.2)]
+    assert named.keys() == batch.keys() and all(torch.equal(named[name], batch[name]) for name in batch)
 
 
 def test_inputs_are_named_by_the_feature_extractor(tmp_path):

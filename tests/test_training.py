@@ -335,9 +335,31 @@ def test_a_loss_that_is_no_number_ends_the_training(tmp_path, monkeypatch):
         model.lm_head.bias.data.fill_(float("nan"))
 
     monkeypatch.setattr(CTCTrainer, "training_step", at_step(STEPS_PER_EPOCH + 1, poison))
-    with pytest.raises(FloatingPointError, match=f"the loss is nan at step {STEPS_PER_EPOCH + 1}: lower learning_rate"):
+    with pytest.raises(FloatingPointError) as error:
         run(tmp_path, model, evaluations_per_epoch=1)
+    assert f"the loss is nan at step {STEPS_PER_EPOCH + 1}: lower learning_rate" in str(error.value)
     assert last_checkpoint(tmp_path).name == f"checkpoint-{STEPS_PER_EPOCH}"
+
+
+def test_a_loss_that_is_no_number_names_its_batch_and_leaves_the_best_checkpoint(tmp_path, monkeypatch):
+    scripted(monkeypatch, 0.9, 0.2, 0.6, 0.5)  # the best is not the last
+    model, batches = tiny.conformer(), []
+    original = CTCTrainer.training_step
+
+    def training_step(self, model, inputs, *args):
+        batches.append([id for id, _ in inputs["utterances"]])
+        if self.state.global_step == 7:
+            model.lm_head.bias.data.fill_(float("nan"))
+        return original(self, model, inputs, *args)
+
+    monkeypatch.setattr(CTCTrainer, "training_step", training_step)
+    with pytest.raises(FloatingPointError) as error:
+        run(tmp_path, model)
+    assert f"It came of a batch of {len(batches[-1])} utterances" in str(error.value)
+    assert f"({', '.join(batches[-1])})" in str(error.value) and len(batches[-1]) > 1
+    assert {path.parent.name for path in tmp_path.glob(f"*/{CHECKPOINT_MARKER}")} == {"checkpoint-2", "checkpoint-6"}
+    facts = read_json(tmp_path / "checkpoint-6" / "trainer_state.json")
+    assert facts["best_global_step"] == 2 and facts["best_metric"] == 0.2
 
 
 # ---- interruptions -----------------------------------------------------------------------------------------

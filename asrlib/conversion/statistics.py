@@ -20,6 +20,7 @@ from asrlib.data.batches import BucketBatchSampler, CTCCollator, CTCDataset
 from asrlib.data.corpus import SAMPLE_RATE, Corpus
 from asrlib.models.families import attention_modules, frame_counts
 from asrlib.models.inference import attention_weights, choose_device, inference, padding_silenced
+from asrlib.out_of_memory import out_of_memory_explained
 
 FRAMES_PER_DIMENSION = 10  # fewer frames than so many times the width, and the covariance is noise to a good part
 SHRINKAGE = 1e-6  # of the covariance towards its mean variance, with speech in plenty
@@ -288,17 +289,20 @@ def collect_statistics(
     sampler = BucketBatchSampler([u.seconds for u in corpus], batch_seconds, shuffle=False)
     loader = DataLoader(CTCDataset(corpus, processor), batch_sampler=sampler, collate_fn=CTCCollator(processor))
     speech = CalibrationSpeech(loader, device)
+    limits = {"batch_seconds": batch_seconds, "method": "attended" if attention else None}
     modules = attention_modules(model)
     layers = [LayerStatistics.of(module, attention) for module in modules]
     inputs: dict[str, torch.Tensor] = {}
     try:
         with inference(model, device=device), attention_weights(*[model] * attention):
-            for batch in speech:
+            for indices, batch in zip(sampler, speech, strict=True):
+                named = [(corpus[i].id, corpus[i].seconds) for i in indices]
                 frames_B = frame_counts(model, batch["attention_mask"].sum(-1))
                 with unpadded(model, frames_B) as kept_BT, ExitStack() as watching:
                     for module, layer in zip(modules, layers, strict=True):
                         watching.enter_context(observed(module, partial(layer.add, kept_BT=kept_BT)))
-                    model(**batch)
+                    with out_of_memory_explained("calibration", named, limits):
+                        model(**batch)
                 inputs = inputs or {name: value[: _sample_rows(kept_BT)].cpu() for name, value in batch.items()}
     finally:
         model.to(home)

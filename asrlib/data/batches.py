@@ -2,6 +2,7 @@
 
 import math
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -23,7 +24,7 @@ class BucketBatchSampler(Sampler[list[int]]):
     for the bucket's longest, so batches are composed anew in every epoch while their number stays the same.
     Deterministic in (seed, epoch). Without shuffling: longest first, the same every epoch, least padding.
 
-    An utterance longer than `batch_seconds` is a batch of its own; `.oversized` counts them.
+    An utterance longer than `batch_seconds` is a batch of its own; `.oversized` counts them, and a warning tells.
     Raises ValueError for a duration or a `batch_seconds` that is not positive.
     """
 
@@ -34,6 +35,12 @@ class BucketBatchSampler(Sampler[list[int]]):
             raise ValueError("every utterance must have a positive duration")
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
         self.oversized = sum(s > batch_seconds for s in seconds)
+        if self.oversized:
+            warnings.warn(
+                f"{self.oversized:,} of {len(seconds):,} utterances are longer than batch_seconds {batch_seconds:g}: "
+                f"each is a batch of its own, the longest of {max(seconds):.1f} s",
+                stacklevel=2,
+            )
         self.buckets: list[tuple[list[int], int]] = []  # indices, how many of them make a batch
         longest_first = sorted(range(len(seconds)), key=lambda i: -seconds[i])
         while longest_first:
@@ -68,7 +75,7 @@ def _count_that_fits(longest: float, batch_seconds: float) -> int:
 
 
 class CTCDataset(Dataset):
-    """{"audio": float32 [samples] at 16 kHz, "text": normalised transcript} per utterance and speed.
+    """{"audio": float32 [samples] at 16 kHz, "text": normalised transcript, "id"} per utterance and speed.
 
     The speeds of an utterance follow each other: item i is utterance i // len(speeds) at speed i % len(speeds), and
     lasts `.seconds[i]`. Faster speech may be too short for its text: under `ctc_zero_infinity`, which `train` sets, it
@@ -91,7 +98,7 @@ class CTCDataset(Dataset):
         place, speed = divmod(index, len(self.speeds))
         utterance = self.corpus[place]
         audio = change_speed(utterance.audio(), self.speeds[speed])
-        return {"audio": audio, "text": normalise_text(utterance.text, self.processor)}
+        return {"audio": audio, "text": normalise_text(utterance.text, self.processor), "id": utterance.id}
 
 
 class CTCCollator:
@@ -99,14 +106,16 @@ class CTCCollator:
 
     NAME is what the processor's feature extractor calls that which a model reads: input_values [B, S] for samples of
     audio, input_features [B, T, F] for frames of features. attention_mask [B, S] or [B, T] is 0, or False, where they
-    are padded; labels [B, L] are padded with −100.
+    are padded; labels [B, L] are padded with −100. `named`: also utterances, a list of (id, seconds of audio), to say
+    which they are where something goes wrong; no model takes it.
     """
 
-    def __init__(self, processor):
+    def __init__(self, processor, named: bool = False):
         self.processor = processor
+        self.named = named
         self.name = processor.feature_extractor.model_input_names[0]
 
-    def __call__(self, items: list[dict[str, np.ndarray | str]]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: list[dict[str, np.ndarray | str]]) -> dict[str, torch.Tensor | list]:
         inputs = self.processor.feature_extractor(
             [item["audio"] for item in items],
             sampling_rate=SAMPLE_RATE,
@@ -117,8 +126,11 @@ class CTCCollator:
         labels = self.processor.tokenizer(
             [item["text"] for item in items], padding=True, add_special_tokens=False, return_tensors="pt"
         )
-        return {
+        batch = {
             self.name: inputs[self.name],
             "attention_mask": inputs["attention_mask"],
             "labels": labels.input_ids.masked_fill(labels.attention_mask == 0, -100),
         }
+        if self.named:
+            batch["utterances"] = [(item["id"], len(item["audio"]) / SAMPLE_RATE) for item in items]
+        return batch
