@@ -41,3 +41,12 @@ def test_a_kind_of_attention_of_ones_own_computes_caches_saves_and_loads(own_kin
     recognition = Recognition(model, names["processor"], Chunks(5, 10))
     assert len([*recognition.hear(np.zeros(16_000, np.float32)), *recognition.finish()]) == 5
     assert sum(recognition.streams.attention_bytes) == recognition.streams.formula_bytes > 0
+
+
+def test_every_fault_in_the_table_names_a_test_that_there_is():
+    section = README.split("## What goes wrong, and what is lost")[1].split("\n## ")[0]
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", section)
+    rows = [line for line in section.splitlines() if line.startswith("|")][2:]
+    assert len(named) == len(rows) > 10
+    for file, name in named:
+        assert f"def {name}(" in (Path(__file__).parent / file).read_text(encoding="utf-8"), name
