@@ -38,13 +38,18 @@ LEFT_SECONDS = 10.0
 def chunks_of(
     config, chunk_ms: float = CHUNK_MS, left_seconds: float | None = LEFT_SECONDS, lookahead_ms: float = 0.0
 ) -> Chunks:
-    """In encoder frames, of which a chunk has one at least; `left_seconds` None is everything heard so far."""
+    """In encoder frames, of which a chunk has one at least; `left_seconds` None is everything heard so far.
+
+    Raises ValueError for a time that can not be.
+    """
     if not 0 < chunk_ms < math.inf:
         raise ValueError(f"a chunk of {chunk_ms} ms can not be: give more than 0")
-    if left_seconds == math.inf:
-        left_seconds = None
+    if left_seconds is not None and not left_seconds >= 0:
+        raise ValueError(f"a left context of {left_seconds} s can not be: give 0 or more, or inf for everything")
+    if not 0 <= lookahead_ms < math.inf:
+        raise ValueError(f"a lookahead of {lookahead_ms} ms can not be: give 0 or more")
     rate = frames_per_second(config)
-    left = None if left_seconds is None else round(left_seconds * rate)
+    left = None if left_seconds in (None, math.inf) else round(left_seconds * rate)
     return Chunks(max(1, round(chunk_ms / 1000 * rate)), left, round(lookahead_ms / 1000 * rate))
 
 
@@ -332,9 +337,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if not args.file.is_file():
-            raise FileNotFoundError(f"no file at {args.file}: give a recording")
+            raise FileNotFoundError(f"{args.file} is no file: give a recording")
         model, processor = load(args.model)
         chunks = chunks_of(model.config, args.chunk, args.left, args.lookahead)
+        if not (chunks.lookahead or getattr(model.config, "causal", False)):
+            sys.stderr.write("this model was not made for streams: with --lookahead 640 it makes fewer errors\n")
         recognition = Recognition(model, processor, chunks, args.cache)
         heard, took, shown, started = 0, [0.0], 0, perf_counter()
         for piece in read_pieces(partial(open, args.file, "rb"), args.chunk / 1000):
@@ -370,7 +377,8 @@ def _account(streams: Streams, heard: float, seconds: float, slowest: float) -> 
         f"chunks of {1000 * chunks.size / rate:.0f} ms, {1000 * chunks.lookahead / rate:.0f} ms ahead\n"
         f"cache of attention: {held} bytes ({agrees}) for {streams.held_frames} frames, "
         f"{streams.held_frames / rate:.1f} s, in {streams.cache}: 1/{times:.1f} of multi-head attention's in float32\n"
-        f"cache of convolutions: {sum(streams.convolution_bytes)} bytes"
+        f"cache of convolutions: {sum(streams.convolution_bytes)} bytes\n"
+        f"projected positions, once for all streams: {streams.position_bytes} bytes"
     )
 
 

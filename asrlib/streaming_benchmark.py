@@ -10,6 +10,7 @@ Shapes: B streams, n frames of a chunk, t frames kept, D width, N numbers of a f
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -42,8 +43,10 @@ RECOMPUTED = "MHA, recomputed"  # by whom has no cache: the past is worked again
 
 
 def size_of(config) -> dict[str, int]:
-    """Of a model's encoder, by the names of SpeechEncoderConfig."""
-    return {name: getattr(config, name) for name in SIZES["shipped"]}
+    """Of a model's encoder, by the names of SpeechEncoderConfig, with as many frames a second."""
+    return {name: getattr(config, name) for name in SIZES["shipped"]} | {
+        "hop_length": config.inputs_to_logits_ratio // 4  # the subsampling of SpeechEncoder's
+    }
 
 
 def kinds_of(width: int, heads: int) -> dict[str, dict]:
@@ -58,7 +61,12 @@ def kinds_of(width: int, heads: int) -> dict[str, dict]:
 
 
 def random_encoders(
-    hidden_size: int, num_hidden_layers: int, num_attention_heads: int, conv_depthwise_kernel_size: int, **others
+    hidden_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    conv_depthwise_kernel_size: int,
+    hop_length: int = HOP,
+    **others,
 ) -> dict[str, SpeechEncoderForCTC]:
     """{name: Conformer in evaluation mode}, which share all weights but those of attention."""
     torch.manual_seed(0)
@@ -73,7 +81,7 @@ def random_encoders(
             conv_depthwise_kernel_size=conv_depthwise_kernel_size,
             causal=True,
             subsampling_channels=8,  # not measured
-            hop_length=HOP,
+            hop_length=hop_length,
             **kind | latent | others,
         )
         with torch.device("meta"):
@@ -135,7 +143,8 @@ def benchmark_steps(
     streams), ms_low and ms_high (the quartiles), rtfx (seconds of audio per second of computation, all streams),
     multiplications (of a step, as torch counts them), cache_bytes and convolution_bytes (counted, of one stream),
     formula_bytes, reserved_bytes (with room for new frames), cache_bytes_per_second (of audio kept), position_bytes (of
-    a model, for all its streams), peak_memory_bytes (of a step, on top of weights and what is kept).
+    a model, for all its streams), peak_memory_bytes (of one step, on top of weights and what is kept; a step that moves
+    what is kept, one in `left` / 8 frames, takes up to a layer's cache more, and that time is not in the median).
 
     The first system is timed a second time as RECOMPUTED, up to `recompute_seconds` of left context. Chunks that are as
     many frames are one setting; each is heard with `lookahead_ms` behind it, which is worked anew with the next.
@@ -147,6 +156,8 @@ def benchmark_steps(
     device = choose_device(device, first)
     rows = []
     pairs = [(chunk, left) for left in left_seconds for chunk in chunk_ms]
+    if math.inf in left_seconds:
+        raise ValueError("a benchmark needs left contexts that have an end")
     settings = list(dict.fromkeys(chunks_of(first.config, *pair, lookahead_ms) for pair in pairs))
     with inference(*systems.values(), device=device, precision=precision):
         for turn, chunks in enumerate(tqdm(settings, desc="chunks", unit="setting")):

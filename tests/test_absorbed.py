@@ -127,8 +127,7 @@ def multiplications(attention: LatentMemory, form: str, queries: int, frames: in
 
 
 @pytest.mark.parametrize("latent", LATENTS)
-def test_absorbing_pays_where_it_multiplies_less(latent, monkeypatch):
-    monkeypatch.setattr(kinds, "ABSORBED_SCORE_TIME", 1.0)
+def test_absorbing_pays_where_it_multiplies_less(latent):
     attention = layer(latent)
     outcomes = set()
     for queries in (1, 2, 4, 13, 40):
@@ -141,16 +140,6 @@ def test_absorbing_pays_where_it_multiplies_less(latent, monkeypatch):
                 assert pays == (absorbed < expanded), (queries, frames, absorbed, expanded)
                 outcomes.add(pays)
     assert outcomes == {False, True}
-
-
-def test_a_slower_score_makes_absorbing_pay_less(monkeypatch):
-    def longest() -> int:
-        return sum(absorbing_pays(queries, 500, 8, 64, (64, 64)) for queries in range(1, 500))
-
-    monkeypatch.setattr(kinds, "ABSORBED_SCORE_TIME", 1.0)
-    fast = longest()
-    monkeypatch.setattr(kinds, "ABSORBED_SCORE_TIME", 3.0)
-    assert 0 < longest() < fast
 
 
 @pytest.mark.parametrize("pays", [False, True])

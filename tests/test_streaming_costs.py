@@ -77,6 +77,11 @@ def test_turned_keys_and_values_give_the_same_logits(make):
                 torch.testing.assert_close(*by_head)
 
 
+def test_positions_that_are_not_relative_can_not_be_turned():
+    with pytest.raises(ValueError, match="positions are rotary"):
+        rotated(tiny.conformer("rotary"))
+
+
 def test_sums_of_linear_attention_can_not_be_turned():
     with pytest.raises(ValueError, match="linear attention keeps sums"):
         rotated(tiny.encoder(attention="linear"))
@@ -167,7 +172,7 @@ def test_encoders_share_all_but_their_attention():
         assert other.layers[1].ffn1[1].weight is not None
         assert other.layers[1].ffn1[1].weight.data_ptr() == first.layers[1].ffn1[1].weight.data_ptr()
         assert not other.training and all(not p.is_meta for p in other.parameters())
-    assert size_of(first.config) == SIZE
+    assert size_of(first.config) == SIZE | {"hop_length": 80} and size_of(tiny.conformer().config)["hop_length"] == 80
 
 
 def test_a_row_for_every_setting_and_system(steps):
@@ -294,6 +299,8 @@ def test_the_command_prints_and_writes(tmp_path, capsys, monkeypatch):
 def test_a_benchmark_needs_something_to_measure():
     with pytest.raises(ValueError, match="at least one system"):
         benchmark_steps({}, [100], [1])
+    with pytest.raises(ValueError, match="have an end"):
+        benchmark_steps(random_encoders(**SIZE), [100], [math.inf])
 
 
 def test_a_chunk_is_a_frame_at_least():

@@ -27,7 +27,6 @@ from asrlib.attention.latent import LatentKV
 from asrlib.attention.relative import relative_attention, sinusoids
 
 KEPT_POSITIONS = 4096  # distances whose projections are kept from call to call: some 40 s at 50 frames a second
-ABSORBED_SCORE_TIME = 1.0  # of a multiplication, against those expanded: `streaming_benchmark --forms` shows
 
 
 class RelativeAttention(ABC):
@@ -110,15 +109,16 @@ class RelativeAttention(ABC):
     def distances(self, frames: int, ahead: int, most: int = 0) -> torch.Tensor:
         """[H, P, E]: projected encodings of the distances `frames` − 1 … −`ahead`, and maybe beyond.
 
-        One table serves all streams of a model, and is made again only for more distances or other weights. It reaches
-        to `most` frames, or half as far again as needed where these are no bound.
+        One table serves all streams of a model, and is made again only for more distances or other weights (which are
+        not noticed where `.data` was written to). It reaches half as far again as needed, but not beyond `most` frames.
         """
         weight, key = self.linear_pos.weight, self._weight_of_positions()
         kept_key, _, kept_most, kept_ahead, table_HPE = getattr(self, "_distances", (None, None, 0, 0, None))
         if key != kept_key:
             kept_most, kept_ahead = 0, 0
         if frames > kept_most or ahead > kept_ahead:
-            kept_most = max(kept_most, most if frames <= most else frames + frames // 2)
+            further = frames + frames // 2
+            kept_most = max(kept_most, min(further, most) if frames <= most else further)
             kept_ahead = max(kept_ahead, ahead)
             table_1PD = sinusoids(kept_most, weight.shape[1], weight.device, weight.dtype, kept_ahead)
             table_HPE = self.heads(self.linear_pos(table_1PD))[0]
@@ -246,10 +246,10 @@ def absorbing_pays(queries: int, frames: int, heads: int, head_size: int, ranks:
     """Whether bringing queries to the latents takes less time than making keys and values of all frames.
 
     By multiplications: expanded D·(R_k + R_v) a frame and 2·D a score, absorbed D·(R_k + R_v) a query and
-    H·(R_k + R_v) a score, these ABSORBED_SCORE_TIME times as long each, as measured.
+    H·(R_k + R_v) a score. `python -m asrlib.streaming_benchmark --forms` measures whether that tells.
     """
     width, both = heads * head_size, sum(ranks)
-    absorbed = queries * both * (width + ABSORBED_SCORE_TIME * frames * heads)
+    absorbed = queries * both * (width + frames * heads)
     return absorbed < frames * width * (both + 2 * queries)
 
 

@@ -2,7 +2,8 @@
 
 A latent c = A x may be turned by any orthogonal Q: keys (U_k Qᵀ)(Q c) are what they were. So may the keys of a head
 with its queries and positions, and its values with the output's weights. Turned at random, numbers are of like size,
-which is what a format with one scale a frame wants (Ashkboos et al. 2024, "QuaRot", arXiv 2404.00456).
+which is what a format with one scale a frame wants (Ashkboos et al. 2024, "QuaRot", arXiv 2404.00456); those of keys
+and values within each head alone, while the scale is that of all heads.
 
 Shapes: D width, H heads, G key/value heads, E numbers of a head, R latent width.
 """
@@ -19,14 +20,16 @@ from asrlib.models.families import attention_modules, family_of, is_latent
 def rotated(model: nn.Module, seed: int = 0) -> nn.Module:
     """A copy of `model` that gives the same logits, and keeps what it keeps turned by random orthogonal matrices.
 
-    Raises ValueError where attention is linear: it keeps sums of what turning would change.
+    Raises ValueError where attention is linear, which keeps sums of what turning would change, or cannot stream.
     """
     return rotate_latents(model, seed) if is_latent(model.config) else rotate_heads(model, seed)
 
 
 def rotate_heads(model: nn.Module, seed: int = 0) -> nn.Module:
     """A copy of a `model` that keeps keys and values, those of each head turned by a matrix [E, E] of their own."""
-    turned = family_of(model.config).work_in_blocks(copy.deepcopy(model))
+    family = family_of(model.config)
+    family.check_streaming(model.config)
+    turned = family.work_in_blocks(copy.deepcopy(model))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for attention in attention_modules(turned):
