@@ -1,12 +1,16 @@
 import random
+from functools import partial
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from speech import make_processor, tone
 from transformers import LasrFeatureExtractor
 
-from asrlib.data.batches import BucketBatchSampler, CTCCollator
+from asrlib.data.audio import UnusableAudio
+from asrlib.data.batches import BucketBatchSampler, CTCCollator, CTCDataset
+from asrlib.data.corpus import Corpus, Utterance
 
 
 def durations(count: int, seed: int = 0) -> list[float]:
@@ -128,3 +132,14 @@ def test_inputs_are_named_by_the_feature_extractor(tmp_path):
     assert seen["input_features"].shape == (2, 48, 80) and seen["input_features"].dtype == torch.float32
     assert seen["attention_mask"].sum(1).tolist() == [48, 18]  # windows of 25 ms that fit, one every 10 ms
     assert torch.equal(seen["labels"], heard["labels"])
+
+
+def test_audio_that_is_gone_since_it_was_checked_is_named(tmp_path, processor):
+    path = tmp_path / "7-8-9.wav"
+    soundfile.write(path, np.zeros(8000, np.float32), 16_000)
+    utterance = Utterance("7-8-9", "A", "7", 0.5, str(path), partial(open, path, "rb"))
+    dataset = CTCDataset(Corpus("one", "train", (utterance,)), processor)
+    assert len(dataset[0]["audio"]) == 8000
+    path.write_bytes(b"")
+    with pytest.raises(UnusableAudio, match=f"7-8-9 in {path}: audio cannot be decoded"):
+        dataset[0]

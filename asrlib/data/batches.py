@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from asrlib.data.audio import change_speed
+from asrlib.data.audio import UnusableAudio, change_speed
 from asrlib.data.corpus import SAMPLE_RATE, Corpus
 from asrlib.data.text import normalise_text
 
@@ -97,7 +97,10 @@ class CTCDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, np.ndarray | str]:
         place, speed = divmod(index, len(self.speeds))
         utterance = self.corpus[place]
-        audio = change_speed(utterance.audio(), self.speeds[speed])
+        try:
+            audio = change_speed(utterance.audio(), self.speeds[speed])
+        except UnusableAudio as error:  # it could be read when the corpus was checked
+            raise UnusableAudio(f"{utterance.id} in {utterance.where}: {error}") from error
         return {"audio": audio, "text": normalise_text(utterance.text, self.processor), "id": utterance.id}
 
 
