@@ -6,7 +6,9 @@ from the same data, which `save_figure` and `show_figure` hand on as alternative
 
 import base64
 import io
+import math
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 SYSTEMS = {"baseline": "baseline (MHA)", "converted": "converted (MLA)", "finetuned": "fine-tuned (MLA)"}
 IN_BLOCKS = "MHA in blocks"  # the baseline, worked by attention.relative
 DPI = 160
+LIVE_SECONDS = 5.0  # between two drawings of a figure that grows
 INK, GREY = "#1c2126", "#5b656e"
 
 
@@ -94,20 +97,50 @@ def save_figure(fig: "Figure", path: Path, alt: str | None = None) -> None:
         file.write(_png(fig, alt))
 
 
-def show_figure(fig: "Figure", alt: str | None = None) -> None:
-    """Show `fig` in a notebook, with a description for those who cannot see it."""
+def show_figure(fig: "Figure", alt: str | None = None, **place) -> None:
+    """Show `fig` in a notebook, with a description for those who cannot see it. `place`: display_id, update."""
     from IPython.display import display
 
     alt = alt or fig.get_label()
     image = {"image/png": base64.b64encode(_png(fig, alt)).decode(), "text/plain": alt}
     width = round(fig.get_figwidth() * 100)  # CSS pixels: drawn at 160 dpi, shown at 100
-    display(image, metadata={"image/png": {"alt": alt, "width": width}}, raw=True)
+    display(image, metadata={"image/png": {"alt": alt, "width": width}}, raw=True, **place)
 
 
 def keep_figure(fig: "Figure", path: Path) -> None:
     """Save and show it."""
     save_figure(fig, path)
     show_figure(fig)
+
+
+class LiveFigure:
+    """A figure that is drawn anew in its place for whoever watches, and is gone at the end.
+
+    Nobody watches outside of notebooks, nor where their client, as papermill, could not answer a question either.
+    """
+
+    def __init__(self):
+        from IPython import get_ipython
+
+        self.watched = getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", False)
+        self.place: dict = {"display_id": f"live-{id(self)}"}
+        self.drawn = -math.inf
+
+    def show(self, draw: Callable[[], "Figure"]) -> None:
+        """Calls `draw` and shows what it gives, unless it has just been done."""
+        if self.watched and time.monotonic() > self.drawn + LIVE_SECONDS:
+            show_figure(draw(), **self.place)
+            self.place["update"] = True
+            self.drawn = time.monotonic()
+
+    def __enter__(self) -> "LiveFigure":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if "update" in self.place:
+            from IPython.display import display
+
+            display({"text/plain": ""}, raw=True, **self.place)
 
 
 # ---- drawings ----------------------------------------------------------------------------------------------

@@ -109,6 +109,8 @@ LIMITS: dict[str, Any] = {
     "evaluations_per_epoch": AT_LEAST_ONE,
     "patience": AT_LEAST_ONE,
     "precision": PRECISION,
+    "training_processes": AT_LEAST_ONE,
+    "training_strategy": one_of("ddp", "fsdp"),
     "device": Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"),
     "seed": NOT_NEGATIVE,
 }

@@ -293,6 +293,7 @@ def check_surroundings(values: dict[str, Any]) -> None:
     for name in ("precision", "baseline_precision"):
         if values.get(name) == "fp16" and (device == "cpu" or not cuda):
             raise BadParameter(f"{name!r} is fp16, which needs a CUDA device: use bf16 or fp32")
+    _check_processes(values, torch.cuda.device_count() if cuda and device != "cpu" else 0)
     if values.get("architecture") and not values.get("baseline_epochs", True):
         raise BadParameter("'architecture' asks for a new model, whose weights are random: say 'baseline_epochs' too")
     if values.get("architecture"):
@@ -312,6 +313,23 @@ def check_surroundings(values: dict[str, Any]) -> None:
     weights = [values.get(name) for name in ("ctc_weight", "kl_weight", "hidden_weight")]
     if None not in weights and not any(weights):
         raise BadParameter("'ctc_weight', 'kl_weight' and 'hidden_weight' are all 0: there is nothing to learn from")
+
+
+def _check_processes(values: dict[str, Any], gpus: int) -> None:
+    """`gpus` is how many of them training may use; 0: it runs on the CPU."""
+    count, config = values.get("training_processes", 1), values.get("accelerate_config")
+    if config is not None and not resolve(config).is_file():
+        raise BadParameter(f"'accelerate_config' is {config}, which is no file: `accelerate config` writes one")
+    if config is not None and count > 1:
+        raise BadParameter(f"'training_processes' is {count}, but 'accelerate_config' says how many: give one of them")
+    if 0 < gpus < count:
+        raise BadParameter(f"'training_processes' is {count}, but each needs a GPU and here are {gpus}")
+    if values.get("training_strategy") != "fsdp":
+        return
+    if not gpus or (count == 1 and config is None):
+        raise BadParameter("'training_strategy' is fsdp, which needs GPUs and 'training_processes' above 1: use ddp")
+    if "fp16" in (values.get("precision"), values.get("baseline_precision")):
+        raise BadParameter("'training_strategy' is fsdp, which is not provided for fp16: use bf16 or fp32")
 
 
 def _check_new_model(values: dict[str, Any]) -> None:

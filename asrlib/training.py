@@ -2,27 +2,29 @@
 
 import shutil
 import time
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jiwer
 import numpy as np
 import torch
+from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_model
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, ProgressCallback
 
 from asrlib.attention.latent import LatentKV
 from asrlib.data.batches import BucketBatchSampler, CTCCollator, CTCDataset
 from asrlib.data.corpus import Corpus
+from asrlib.distributed import average_batch_norm, process_count, rows_of_all, strategy_arguments, wait_for_all
 from asrlib.models.families import attention_modules, frame_counts
 from asrlib.models.inference import inference, padding_silenced
 from asrlib.out_of_memory import in_words, out_of_memory_explained
 from asrlib.runs import read_json, resolve, write_json
-from asrlib.training_modes import every_layer, updated_once
+from asrlib.training_modes import every_layer, frozen_batch_norm, own_precision, updated_once
 
 # Of the scheduler reduce_lr_on_plateau: the learning rate is halved by the second evaluation running whose WER is no
 # lower than the lowest before. EarlyStoppingCallback counts on, so that `patience` should be larger.
@@ -51,6 +53,7 @@ class TrainingSettings:
     hidden_weight: float = 0.0  # of the squared error of each layer's output, relative to the teacher's
     precision: str = "fp32"  # fp32 | bf16 | fp16
     device: str = "auto"  # auto | cpu | cuda
+    training_strategy: str = "ddp"  # of several processes: ddp | fsdp
     seed: int = 0
 
 
@@ -108,7 +111,8 @@ class CTCTrainer(Trainer):
         self.teacher = teacher and teacher.to(self.args.device).eval().requires_grad_(False)
 
     def _loader(self, dataset: CTCDataset, shuffle: bool) -> DataLoader:
-        sampler = BucketBatchSampler(dataset.seconds, self.settings.batch_seconds, self.settings.seed, shuffle)
+        share = self.args.process_index, self.args.world_size
+        sampler = BucketBatchSampler(dataset.seconds, self.settings.batch_seconds, self.settings.seed, shuffle, *share)
         loader = DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -116,7 +120,9 @@ class CTCTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        return self.accelerator.prepare(loader)
+        # As if for one process: the sampler deals out batches. Accelerate's wrapper of it would repeat some of them,
+        # and forget the epoch where training resumes in the middle of one.
+        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
 
     def get_train_dataloader(self) -> DataLoader:
         return self._loader(self.train_dataset, shuffle=True)
@@ -143,6 +149,11 @@ class CTCTrainer(Trainer):
         loss = loss + settings.hidden_weight * sum(layers) / len(layers)
         return (loss, ours) if return_outputs else loss
 
+    def autocast_smart_context_manager(self, cache_enabled=True):
+        if self.is_fsdp_enabled and self.settings.precision == "bf16":
+            return torch.autocast(self.args.device.type, torch.bfloat16)
+        return super().autocast_smart_context_manager(cache_enabled)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         utterances = inputs.pop("utterances", [])
         with out_of_memory_explained("training", utterances, vars(self.settings)):
@@ -153,6 +164,17 @@ class CTCTrainer(Trainer):
                 f"fp32. The checkpoints before it, the best among them, are kept. It came of {in_words(utterances)}."
             )
         return loss
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        if self.args.world_size > 1:
+            average_batch_norm(self.model)
+
+            def gather(rows: torch.Tensor) -> torch.Tensor:
+                at_the_end = self.accelerator.gradient_state.end_of_dataloader
+                return rows_of_all(rows, dataloader.batch_sampler.repeated if at_the_end else 0)
+
+            self.gather_function = gather  # for this loop, which puts Trainer's own back
+        return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         utterances = inputs.pop("utterances", [])
@@ -186,42 +208,6 @@ class Progress(ProgressCallback):
         pass
 
 
-@contextmanager
-def frozen_batch_norm(model) -> Iterator[None]:
-    """Keeps BatchNorm layers whose weights are frozen in evaluation mode.
-
-    Otherwise their running statistics drift towards the fine-tuning batches although nothing of them is
-    being trained.
-    """
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
-    frozen = [norm for norm in norms if not norm.weight.requires_grad]
-    for norm in frozen:
-        norm.eval()
-        norm.train = lambda mode=True, norm=norm: norm  # Trainer calls model.train() each step
-    try:
-        yield
-    finally:
-        for norm in frozen:
-            del norm.train
-
-
-@contextmanager
-def own_precision(model, trainer: Trainer) -> Iterator[None]:
-    """Afterwards `model` computes in its own precision again, whichever it was trained in.
-
-    Trainer leaves autocast wrapped around the forward, and transformers' Conformer keeps its table of positions
-    as it was rounded for the last call.
-    """
-    tables = [(module, name) for module in model.modules() for name in module._non_persistent_buffers_set]
-    unrounded = [getattr(*table) for table in tables]
-    try:
-        yield
-    finally:
-        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        for table, values in zip(tables, unrounded, strict=True):
-            setattr(*table, values)
-
-
 class CheckpointMarker(TrainerCallback):
     """Marks a checkpoint whole once every file of it is written, with the seconds spent so far.
 
@@ -241,9 +227,11 @@ class CheckpointMarker(TrainerCallback):
         return control
 
     def on_save(self, args, state, control, **kwargs):
+        wait_for_all()  # each process writes the state of its own random numbers
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             facts = {"step": state.global_step, "seconds": self.seconds, "finished": control.should_training_stop}
+            facts["processes"] = args.world_size
             write_json(checkpoint_folder(folder, state.global_step) / CHECKPOINT_MARKER, facts)
             kept = {checkpoint_folder(folder, step) for step in (state.global_step, state.best_global_step)}
             remove_checkpoints(folder, kept)
@@ -279,15 +267,20 @@ def train(
     folder: str | Path,
     settings: TrainingSettings = TrainingSettings(),
     teacher=None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
     """Trains `model` in place on CTC and leaves it with the weights of the lowest validation WER.
 
     Checkpoints and TensorBoard logs go to `folder`; called again with the same folder, training resumes
     after the last whole checkpoint and, on the CPU, ends with the same weights as an undisturbed run. A relative
     `folder` starts at the project root. A `teacher` is a model with the same layers and vocabulary, usually the one
-    that `model` was converted from; `settings` weigh what is learnt from it.
-    Raises ValueError where settings contradict each other or the device, FloatingPointError when the loss
-    is not finite.
+    that `model` was converted from; `settings` weigh what is learnt from it. `callbacks` are told of each step.
+
+    Where a launcher has started several processes (`asrlib.training_job`), each calls this with the same arguments. A
+    step then has `batch_seconds` of audio from each, as if their number were a factor of `gradient_accumulation`. fsdp
+    leaves `model` in parts: the weights are those of the checkpoint of `best_step`.
+    Raises ValueError where settings contradict each other, the device or the checkpoints, FloatingPointError when the
+    loss is not finite.
     """
     folder = resolve(folder)
     if not (settings.ctc_weight or settings.kl_weight or settings.hidden_weight):
@@ -301,24 +294,33 @@ def train(
     trainable_parameters = select_trainable(model, settings.trainable)
     checkpoint = last_checkpoint(folder)
     facts = read_json(checkpoint / CHECKPOINT_MARKER) if checkpoint else {"seconds": 0.0, "finished": False}
+    if checkpoint and facts.get("processes", 1) != process_count():
+        raise ValueError(
+            f"{checkpoint} was left by a training in {facts.get('processes', 1)} processes, and these are "
+            f"{process_count()}: start as many, or remove it to begin afresh"
+        )
     marker = CheckpointMarker(facts["seconds"])
     train_dataset = CTCDataset(training, processor, settings.speeds)
-    batches = len(BucketBatchSampler(train_dataset.seconds, settings.batch_seconds))
+    batches = len(BucketBatchSampler(train_dataset.seconds, settings.batch_seconds, processes=process_count()))
     steps_per_epoch = -(-batches // settings.gradient_accumulation)
     trainer = CTCTrainer(
         model=model,
-        args=_arguments(folder, settings, steps_per_epoch, afresh=checkpoint is None),
+        args=_arguments(folder, model, settings, steps_per_epoch, afresh=checkpoint is None),
         data_collator=CTCCollator(processor, named=True),
         train_dataset=train_dataset,
         eval_dataset=CTCDataset(validation, processor),
         compute_metrics=lambda prediction: {"wer": _word_error_rate(prediction, processor)},
-        callbacks=[marker, EarlyStoppingCallback(early_stopping_patience=settings.patience)],
+        callbacks=[marker, EarlyStoppingCallback(early_stopping_patience=settings.patience), *callbacks],
         settings=settings,
         processor=processor,
         teacher=teacher,
     )
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
     trainer.add_callback(Progress)
+    if settings.training_strategy == "fsdp":
+        model.get_input_embeddings = lambda: None  # accelerate wants to shard them by themselves; speech has none
+    if trainer.args.process_index:  # else all would draw the same masks
+        set_seed(settings.seed + trainer.args.process_index)
     if facts["finished"]:  # killed after its last step: Trainer would go on for another one
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         load_model(model, checkpoint_folder(folder, state.best_global_step) / "model.safetensors")
@@ -345,12 +347,15 @@ def train(
     )
 
 
-def _arguments(folder: Path, settings: TrainingSettings, steps_per_epoch: int, afresh: bool) -> TrainingArguments:
+def _arguments(
+    folder: Path, model, settings: TrainingSettings, steps_per_epoch: int, afresh: bool
+) -> TrainingArguments:
     on_cpu = settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available())
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch finds no CUDA device here: use auto or cpu")
     if settings.precision == "fp16" and on_cpu:
         raise ValueError("precision is fp16, but training runs on the CPU: use bf16 or fp32")
+    strategy = strategy_arguments(model, settings, on_cpu)
     total_steps = max(1, round(steps_per_epoch * settings.epochs))
     every = min(total_steps, -(-steps_per_epoch // settings.evaluations_per_epoch))
     arguments = TrainingArguments(
@@ -362,9 +367,7 @@ def _arguments(folder: Path, settings: TrainingSettings, steps_per_epoch: int, a
         warmup_steps=round(settings.warmup_ratio * total_steps),
         weight_decay=settings.weight_decay,
         gradient_accumulation_steps=settings.gradient_accumulation,
-        activation_checkpointing=settings.gradient_checkpointing,
-        bf16=settings.precision == "bf16",
-        fp16=settings.precision == "fp16",
+        **strategy,
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
         dataloader_num_workers=0 if on_cpu else 4,  # decode the next batches while the accelerator computes

@@ -5,6 +5,43 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from transformers import Trainer
+
+
+@contextmanager
+def frozen_batch_norm(model) -> Iterator[None]:
+    """Keeps BatchNorm layers whose weights are frozen in evaluation mode.
+
+    Otherwise their running statistics drift towards the fine-tuning batches although nothing of them is
+    being trained.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    frozen = [norm for norm in norms if not norm.weight.requires_grad]
+    for norm in frozen:
+        norm.eval()
+        norm.train = lambda mode=True, norm=norm: norm  # Trainer calls model.train() each step
+    try:
+        yield
+    finally:
+        for norm in frozen:
+            del norm.train
+
+
+@contextmanager
+def own_precision(model, trainer: Trainer) -> Iterator[None]:
+    """Afterwards `model` computes in its own precision again, whichever it was trained in.
+
+    Trainer leaves autocast wrapped around the forward, and transformers' Conformer keeps its table of positions
+    as it was rounded for the last call.
+    """
+    tables = [(module, name) for module in model.modules() for name in module._non_persistent_buffers_set]
+    unrounded = [getattr(*table) for table in tables]
+    try:
+        yield
+    finally:
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        for table, values in zip(tables, unrounded, strict=True):
+            setattr(*table, values)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Utterances of like length in batches of bounded padded length, and the tensors made of them."""
 
+import itertools
 import math
 import random
 import warnings
@@ -25,10 +26,24 @@ class BucketBatchSampler(Sampler[list[int]]):
     Deterministic in (seed, epoch). Without shuffling: longest first, the same every epoch, least padding.
 
     An utterance longer than `batch_seconds` is a batch of its own; `.oversized` counts them, and a warning tells.
-    Raises ValueError for a duration or a `batch_seconds` that is not positive.
+
+    Of several `processes` that train together, it gives the batches of one, `process`: batch i belongs to process
+    i % processes, so that a step of all of them has the batches of as many accumulated ones of a single process. All
+    have equally many, as they must work in step. With shuffling each utterance is still there once an epoch: where the
+    batches do not come out even, the largest are halved. Without, batches stay as they are, and the first `.repeated`
+    ones come again at the end: whoever gathers results leaves those out.
+    Raises ValueError for a duration or a `batch_seconds` that is not positive, and for too few utterances to halve.
     """
 
-    def __init__(self, seconds: list[float], batch_seconds: float, seed: int = 0, shuffle: bool = True):
+    def __init__(
+        self,
+        seconds: list[float],
+        batch_seconds: float,
+        seed: int = 0,
+        shuffle: bool = True,
+        process: int = 0,
+        processes: int = 1,
+    ):
         if not 0 < batch_seconds < math.inf:
             raise ValueError(f"batch_seconds must be a positive number, not {batch_seconds}")
         if not all(0 < s < math.inf for s in seconds):
@@ -50,12 +65,21 @@ class BucketBatchSampler(Sampler[list[int]]):
             batches = max(BATCHES_TO_MIX, math.ceil(len(seconds) / BUCKETS / size)) if mixes else 1
             self.buckets.append((longest_first[: size * batches], size))
             del longest_first[: size * batches]
+        self.process, self.processes = process, processes
+        count = sum(math.ceil(len(indices) / size) for indices, size in self.buckets)
+        self.repeated = 0 if shuffle else -count % processes
+        self.batches_each = math.ceil(count / processes)
+        if shuffle and self.batches_each * processes > len(seconds):
+            raise ValueError(
+                f"{len(seconds)} utterances in {count} batches cannot be dealt out evenly to {processes} processes: "
+                "raise batch_seconds, or train in fewer processes"
+            )
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return sum(math.ceil(len(indices) / size) for indices, size in self.buckets)
+        return self.batches_each
 
     def __iter__(self) -> Iterator[list[int]]:
         order = random.Random(f"{self.seed} {self.epoch}")
@@ -66,7 +90,13 @@ class BucketBatchSampler(Sampler[list[int]]):
             batches += [indices[start : start + size] for start in range(0, len(indices), size)]
         if self.shuffle:
             order.shuffle(batches)
-        return iter(batches)
+            for _ in range(-len(batches) % self.processes):
+                largest = max(batches, key=len)
+                half = len(largest) // 2
+                batches.append(largest[half:])
+                del largest[half:]
+        batches += itertools.islice(itertools.cycle(batches[:]), self.repeated)
+        return iter(batches[self.process :: self.processes])
 
 
 def _count_that_fits(longest: float, batch_seconds: float) -> int:

@@ -1,0 +1,97 @@
+"""One training in several processes: how many there are, what each must hear of the others, and how a model is spread.
+
+torchrun or `accelerate launch` starts the processes and says so in their environment; transformers' Trainer does the
+rest, but for what is here.
+"""
+
+import os
+
+import torch
+from accelerate.utils import gather_object
+from torch import distributed, nn
+from transformers import Wav2Vec2ConformerForCTC
+
+from asrlib.models.families import family_of
+
+
+def process_count() -> int:
+    """How many processes train together: one, unless a launcher started this one."""
+    return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
+
+
+def process_index() -> int:
+    """Which of them this is; the first, 0, writes what is written once."""
+    return int(os.environ["RANK"]) if "LOCAL_RANK" in os.environ else 0
+
+
+def wait_for_all() -> None:
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def strategy_arguments(model, settings, on_cpu: bool) -> dict:
+    """How `model` is spread over the processes, as TrainingArguments; `settings` are TrainingSettings.
+
+    ddp keeps all of it in each process; fsdp a part of each layer, and brings the parts together where they are needed.
+    Raises ValueError for another strategy, or where fsdp is impossible.
+    """
+    if settings.training_strategy == "ddp":
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise ValueError(
+                "accelerate's configuration asks for FSDP: say training_strategy: fsdp instead, and in the "
+                "configuration distributed_type: MULTI_GPU"
+            )
+        return {
+            "bf16": settings.precision == "bf16",
+            "fp16": settings.precision == "fp16",
+            "activation_checkpointing": settings.gradient_checkpointing,
+            # transformers' Conformer has parameters that not every step needs, and some that none does: a convolution
+            # for absolute positions, the embedding of what is masked, and under layerdrop whole layers.
+            "ddp_find_unused_parameters": isinstance(model, Wav2Vec2ConformerForCTC),
+            # Tables of positions are as long as the longest utterance that a process has met: see average_batch_norm.
+            "ddp_broadcast_buffers": False,
+        }
+    check_sharding(settings, on_cpu)
+    layers = sorted({type(layer).__name__ for layer in family_of(model.config).layers(model)})
+    return {  # and no bf16: FSDP would round parameters and inputs, but not buffers; CTCTrainer does it by autocast
+        "fsdp": True,
+        "fsdp_config": {
+            "transformer_layer_cls_to_wrap": layers,
+            "activation_checkpointing": settings.gradient_checkpointing,
+            "state_dict_type": "FULL_STATE_DICT",  # checkpoints hold the whole model, as safetensors
+        },
+    }
+
+
+def check_sharding(settings, on_cpu: bool) -> None:
+    """Raises ValueError where this training cannot be by fsdp."""
+    if settings.training_strategy != "fsdp":
+        raise ValueError(f"training_strategy is {settings.training_strategy!r}: choose one of ddp, fsdp")
+    if process_count() == 1:
+        raise ValueError("training_strategy is fsdp, which spreads a model over processes: raise training_processes")
+    if on_cpu:
+        raise ValueError("training_strategy is fsdp, which accelerate knows on accelerators alone: use ddp on the CPU")
+    if settings.precision == "fp16":
+        raise ValueError("training_strategy is fsdp, for which precision: fp16 is not provided: use bf16 or fp32")
+
+
+def average_batch_norm(model: nn.Module) -> None:
+    """Gives all processes the mean of their running statistics, in each BatchNorm that is trained.
+
+    Every process has heard other batches, yet all have to validate, and the first to save, one and the same model.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        if norm.weight.requires_grad:
+            for moments in (norm.running_mean, norm.running_var):
+                distributed.all_reduce(moments)
+                moments /= distributed.get_world_size()
+
+
+def rows_of_all(rows: torch.Tensor, repeated: int) -> torch.Tensor:
+    """The rows that all processes have for a batch, one process below the other, without the last `repeated` batches.
+
+    Batches may differ in their number of rows, which Trainer's own way of gathering does not expect.
+    """
+    batches = gather_object([rows.cpu()])
+    return torch.cat(batches[: len(batches) - repeated])
