@@ -1,6 +1,9 @@
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of subprocesses; tests run one process a core
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):  # each would compile torch again, for longer than it works
+    os.environ["PYTHONPYCACHEPREFIX"] = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
 
 import pytest
 import tiny
