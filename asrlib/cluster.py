@@ -42,7 +42,8 @@ CANCEL_SECONDS = 10.0  # a worker that is told to stop ends its kernel first; th
 OBJECT_STORE_BYTES = 80 * 2**20  # nothing large goes through it; Ray wants 75 MiB at least
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_raylet_start_wait_time_s": "60",  # a busy machine takes longer than the 10 s it is given
+    "RAY_raylet_start_wait_time_s": "60",  # a busy machine, or one whose files are far away, takes longer than 10 s
+    "RAY_worker_register_timeout_seconds": "300",  # likewise; ray.init waits for ever for a worker given up after 60 s
 }
 NEWS = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (\[(?:\d+/\d+|on \S+)\].*)")  # in a member's pipeline.log
 
@@ -78,7 +79,7 @@ def engine_of(
         resources, machines, at_once = _room(ray, 1 if cpus is None else cpus, gpus)
         with nullcontext() if storage else _seen_by(ray, machines, reports) as token:
             cluster = _Cluster(ray, resources, machines, at_once, token, storage)
-            yield Engine(cluster.run_members, at_once, cluster.fetch_members, cluster.send_comparison)
+            yield Engine(cluster.run_members, at_once, cluster.fetch, cluster.send)
     finally:
         if not connected:
             ray.shutdown()
@@ -163,8 +164,8 @@ def _seen_by(ray: ModuleType, machines: dict[str, str], reports: Path) -> Iterat
         for node, machine in machines.items():
             there = NodeAffinitySchedulingStrategy(node, soft=False)
             asked[exists.options(num_cpus=0, scheduling_strategy=there).remote(str(token))] = machine
-        ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
-        blind = [machine for task, machine in asked.items() if not _answer(ray, task)]
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
+        blind = [machine for task, machine in asked.items() if task not in answered or not _answer(ray, task)]
         if blind:
             raise BadParameter(
                 f"{', '.join(blind)} of the cluster cannot see {reports}: all machines should see the project under "
@@ -177,8 +178,8 @@ def _seen_by(ray: ModuleType, machines: dict[str, str], reports: Path) -> Iterat
 
 def _answer(ray: ModuleType, task: Any) -> bool:
     try:
-        return ray.get(task, timeout=0)
-    except ray.exceptions.RayError:  # GetTimeoutError is one of them
+        return ray.get(task)
+    except ray.exceptions.RayError:
         return False
 
 
@@ -225,19 +226,25 @@ class _Cluster:
     def url(self, sweep: Sweep, *member: str) -> str:
         return "/".join((self.storage.rstrip("/"), sweep.run.path.name, *member))
 
-    def fetch_members(self, sweep: Sweep) -> None:
-        """Bring here what other machines have left of members that are not finished here."""
+    def fetch(self, sweep: Sweep) -> None:
+        """Bring here what storage has of members that are not finished here, and of a comparison never begun here."""
         for member in sweep.members if self.storage else ():
             mirror = self.mirrors[member.name] = Mirror(member.run.path, self.url(sweep, member.name))
             if not member.finished:
                 mirror.fetch()
             elif not mirror.exists():
                 mirror.send()
+        if self.storage and not any(map(sweep.run.started, sweep.comparing)):
+            self.comparison(sweep).fetch()
 
-    def send_comparison(self, sweep: Sweep) -> None:
-        """Send what is of the sweep as a whole."""
+    def send(self, sweep: Sweep) -> None:
+        """Send the comparison; its members sent themselves."""
         if self.storage:
-            Mirror(sweep.run.path, self.url(sweep), without=[member.name for member in sweep.members]).send()
+            self.comparison(sweep).send()
+
+    def comparison(self, sweep: Sweep) -> Mirror:
+        others = ["pipeline.log", *(member.name for member in sweep.members)]
+        return Mirror(sweep.run.path, self.url(sweep), without=others)
 
     def run_members(self, sweep: Sweep, place: Workplace, say: Callable[[str], None], command: str) -> Failures:
         """Run the members that are not finished; returns the names of those that failed, and how.
@@ -257,7 +264,7 @@ class _Cluster:
             f"on Ray, {_plural(len(self.machines), 'machine')}: {_plural(self.at_once, 'member')} at once, each with "
             f"{self.resources['num_cpus']:g} CPU and {self.resources['num_gpus']:g} GPU"
         )
-        work = self.ray.remote(_work).options(max_retries=RETRIES, retry_exceptions=[RunLocked], **self.resources)
+        work = self.ray.remote(max_retries=RETRIES, retry_exceptions=[RunLocked], **self.resources)(_work)
         tasks: dict[Any, _Followed] = {}
         try:
             for one in waiting:
@@ -316,7 +323,8 @@ class _Cluster:
                     tell(f"{one.title} {verb} {duration(seconds)} (elapsed {elapsed}{ahead})")
                     bar.update()
                 bar.set_postfix_str(", ".join(one.member.name for one in running.values() if one.begun)[:80])
-        return failures
+        order = [member.name for member in sweep.members]
+        return sorted(failures, key=lambda failure: order.index(failure[0]))
 
     def _failure(self, task: Any, one: _Followed) -> StepFailed | None:
         """How a member that has ended failed, if it did."""

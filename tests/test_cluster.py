@@ -157,9 +157,9 @@ def test_a_member_whose_worker_is_killed_goes_on_in_another_and_nothing_is_done_
     assert capsys.readouterr().out.count(" unchanged") == 5
 
 
-def test_a_member_that_fails_does_not_stop_the_others_and_is_told_as_in_local_runs(cluster, project, capsys):
-    run = Run(project / "reports" / "fragile")
-    assert call(project, "fragile", "--engine", "ray") == 1
+def test_a_member_that_fails_does_not_stop_the_others_and_storage_keeps_what_they_did(cluster, project, capsys):
+    run, words = Run(project / "reports" / "fragile"), ["--engine", "ray", "--storage", f"file://{project}/bucket"]
+    assert call(project, "fragile", *words) == 1
     assert [trace(Run(run.path / name)) for name in ("on_error-raise", "on_error-", "")] == [
         ["first"], ["first"], ["compare"],
     ]  # fmt: skip
@@ -172,6 +172,15 @@ def test_a_member_that_fails_does_not_stop_the_others_and_is_told_as_in_local_ru
         "The same command, given again, resumes there.",
     ]
     assert "[1/2] on_error-raise failed after" in shown.out and "1 of 2 members compared" in shown.out
+
+    shutil.rmtree(project / "reports")  # as on a machine that has nothing of it yet
+    assert call(project, "fragile", *words) == 1
+    assert [trace(Run(run.path / name)) for name in ("on_error-raise", "on_error-", "")] == [
+        ["first", "first"], ["first"], ["compare"],
+    ]  # fmt: skip
+    (project / "bucket/fragile/on_error-raise/wanted").touch()
+    assert call(project, "fragile", *words) == 0
+    assert (project / "bucket/fragile/index.html").read_text() == (run.path / "index.html").read_text()
 
 
 def test_ctrl_c_ends_all_members_and_their_kernels(cluster, project, heeding_ctrl_c, capsys):
