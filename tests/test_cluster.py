@@ -65,16 +65,19 @@ def cluster():
     """One that engine_of starts; what the tests call finds itself connected and goes on with it."""
     pytest.importorskip("ray", reason="needs the optional package ray")
     before, stop = dict(os.environ), signal.getsignal(signal.SIGTERM)
-    folder = tempfile.mkdtemp(prefix="ray-")  # a socket's path may have 107 bytes, pytest's folders are too deep
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # a socket's path may have 107 bytes, pytest's folders are too deep
     os.environ |= {
-        "RAY_TMPDIR": folder,
+        "PYTHONPATH": os.pathsep.join([f"{folder}/quick", *filter(None, [before.get("PYTHONPATH")])]),
+        "RAY_TMPDIR": str(folder),
         "RAY_AUTH_TOKEN": "of-this-test",  # or else Ray leaves one in the home folder
         "RAY_OVERRIDE_RESOURCES": '{"CPU": 2, "GPU": 2}',
     }
+    (folder / "quick").mkdir()  # where jsonschema finds this package, it takes a second of each of Ray's processes
+    (folder / "quick" / "rfc3987_syntax.py").write_text("raise ImportError")
     try:
         with pytest.MonkeyPatch.context() as monkeypatch:
             expect_nothing_of_agents(monkeypatch)
-            with engine_of("ray", Path(folder) / "reports") as engine:
+            with engine_of("ray", folder / "reports") as engine:
                 assert signal.getsignal(signal.SIGTERM) is stop
                 yield engine
     finally:
@@ -174,12 +177,11 @@ def test_a_member_that_fails_does_not_stop_the_others_and_storage_keeps_what_the
     assert "[1/2] on_error-raise failed after" in shown.out and "1 of 2 members compared" in shown.out
 
     shutil.rmtree(project / "reports")  # as on a machine that has nothing of it yet
-    assert call(project, "fragile", *words) == 1
-    assert [trace(Run(run.path / name)) for name in ("on_error-raise", "on_error-", "")] == [
-        ["first", "first"], ["first"], ["compare"],
-    ]  # fmt: skip
     (project / "bucket/fragile/on_error-raise/wanted").touch()
     assert call(project, "fragile", *words) == 0
+    assert [trace(Run(run.path / name)) for name in ("on_error-raise", "on_error-", "")] == [
+        ["first", "first"], ["first"], ["compare", "compare"],
+    ]  # fmt: skip
     assert (project / "bucket/fragile/index.html").read_text() == (run.path / "index.html").read_text()
 
 
@@ -197,9 +199,8 @@ def test_ctrl_c_ends_all_members_and_their_kernels(cluster, project, heeding_ctr
     assert call(project, "waiting", "--engine", "ray") == 130  # they would wait for ever
     assert "Interrupted. The same command, given again, resumes here." in capsys.readouterr().err
     assert len(kernels) == 2
-    wait_until(lambda: gone(kernels))
-    for member in members:
-        assert member.resumable("01_second") and not is_locked(member)
+    wait_until(lambda: gone(kernels) and not any(map(is_locked, members)))
+    assert all(member.resumable("01_second") for member in members)
     assert run.completed("02_compare") is None and not is_locked(run)
     assert not list((project / "reports").glob(".tmp-*"))
 
