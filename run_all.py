@@ -3,12 +3,16 @@
     python run_all.py demo                                      params/demo.yaml → reports/demo/index.html
     python run_all.py quick --set model=/path/to/model epochs=2 --name trial
     python run_all.py demo --from 04_evaluate                   this step and all after it, again
+    python run_all.py baselines --engine ray                    members of a sweep side by side, on a cluster perhaps
     python run_all.py --list                                    params files and runs
 
 Called again, it skips what is unchanged and resumes what was interrupted.
 
 A params file with `sweep` asks for several runs, reports/<run>/<member>/, and for the steps that compare them. --set,
 --force and --from hold for every member and for the comparison; a step that only the comparison has, for it alone.
+--engine ray runs the members as tasks of Ray, on this machine; ray://auto on the cluster it is part of, and
+ray://HOST:PORT on another. All machines see the project under one path; --storage says where the reports are if they do
+not see those.
 """
 
 import argparse
@@ -41,6 +45,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--name", metavar="RUN", help="run folder below reports/ (default: NAME; auto: NAME and the time)")
     add("--from", dest="start", metavar="STEP", help="run this step and all after it again")
     add("--force", action="store_true", help="run every step again")
+    add(
+        "--engine",
+        default="local",
+        help="of a sweep's members: local (one after another), ray, ray://auto, ray://HOST:PORT",
+    )
+    add("--cpus", type=float, metavar="N", help="that Ray gives each member (default: 1)")
+    add("--gpus", type=float, metavar="N", help="that Ray gives each member (default: 1 where there are any)")
+    add("--storage", metavar="URL", help="where Ray's machines keep the reports if they share none (s3://...)")
     add("--list", action="store_true", help="show params files and runs")
     add("--root", type=Path, default=ROOT, help="project folder (default: where run_all.py is)")
     args = parser.parse_args(argv)
@@ -75,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_all(args: argparse.Namespace, root: Path) -> int:
-    from asrlib import pipeline, sweeps
+    from asrlib import cluster, pipeline, sweeps
 
     def say(text: str) -> None:
         pipeline.log.info(text)
@@ -87,8 +99,12 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
     run = Run(root / "reports" / run_name(args.name, file))
     if "sweep" in read_params_file(file):
         sweep = sweeps.read_sweep(root, run, file, args.set, schema)
-        sweeps.run_sweep(sweep, steps_to_redo(args, sweep.step_names), say, command_of(args))
+        redo = steps_to_redo(args, sweep.step_names)
+        with cluster.engine_of(args.engine, root / "reports", args.cpus, args.gpus, args.storage) as engine:
+            sweeps.run_sweep(sweep, redo, say, command_of(args), engine)
         return 0
+    if args.engine != "local":
+        raise BadParameter(f"--engine {args.engine} is for the members of a sweep, which {file.name} is not")
     values, names = read_values(file, args.set, schema, list(notebooks))
     redo = steps_to_redo(args, names)
     steps = pipeline.plan(root, run, schema, values, names)

@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -161,15 +162,17 @@ def locked(run: Run) -> Iterator[int]:
                 break
             except BlockingIOError:
                 file.seek(0)
-                owner = file.read().strip()
-                if _alive(owner) or time.monotonic() > give_up:
+                owner, _, machine = file.read().strip().partition(" on ")
+                elsewhere = machine not in ("", socket.gethostname())
+                if (not elsewhere and _alive(owner)) or time.monotonic() > give_up:
+                    where = f" on {machine}" if elsewhere else ""
                     raise RunLocked(
-                        f"{run.path} is in use by another run (process {owner}): wait for it, or name this "
+                        f"{run.path} is in use by another run (process {owner}{where}): wait for it, or name this "
                         "one differently with --name"
                     ) from None
                 time.sleep(0.1)
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield file.fileno()
 
@@ -359,7 +362,13 @@ def with_advice(said: str) -> str:
 # ---- all steps ---------------------------------------------------------------------------------------------
 
 
-def run_steps(steps: list[Step], place: Workplace, say: Callable[[str], None], command: str) -> None:
+def run_steps(
+    steps: list[Step],
+    place: Workplace,
+    say: Callable[[str], None],
+    command: str,
+    after_step: Callable[[], None] = lambda: None,
+) -> None:
     """Show which of `steps` are unchanged and execute the others, keeping the index page up to date; it shows
     `command` to those who want to repeat the run. Raises StepFailed where a step fails."""
     from asrlib.report import write_index
@@ -383,6 +392,7 @@ def run_steps(steps: list[Step], place: Workplace, say: Callable[[str], None], c
         elapsed = duration(time.monotonic() - begin)
         write_index(run.path, command)
         say(f"{title} took {duration(seconds)} (elapsed {elapsed}{time_left(expected[index + 1 :])})")
+        after_step()
 
 
 def expected_seconds(root: Path, run: Run, step: Step) -> float | None:

@@ -88,6 +88,19 @@ class Sweep:
         return [step for step in self.schema.parameters if step in names]
 
 
+Failures = list[tuple[str, StepFailed]]  # names of the members that failed, and how
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where the members of a sweep run, and how many at once."""
+
+    run_members: Callable[[Sweep, Workplace, Callable[[str], None], str], Failures]  # those that are not finished
+    at_once: int = 1
+    before: Callable[[Sweep], None] = lambda sweep: None  # brings here what was done elsewhere
+    after: Callable[[Sweep], None] = lambda sweep: None
+
+
 # ---- what a params file asks for ---------------------------------------------------------------------------
 
 
@@ -210,18 +223,23 @@ def _check_sweep(sweep: Any, shared: Mapping[str, Any], where: str) -> None:
 # ---- running -----------------------------------------------------------------------------------------------
 
 
-def run_sweep(sweep: Sweep, redo: list[str], say: Callable[[str], None], command: str) -> None:
-    """Run all members that are not finished, then the steps that compare those that are.
+def run_sweep(
+    sweep: Sweep, redo: list[str], say: Callable[[str], None], command: str, engine: Engine | None = None
+) -> None:
+    """Run all members that are not finished, then, here, the steps that compare those that are.
 
-    redo: steps that run again even if unchanged, in every member and in the comparison. A member that fails does not
-    stop the others: StepFailed is raised at the end and names all that failed. Raises RunLocked.
+    redo: steps that run again even if unchanged, in every member and in the comparison. engine: default IN_TURN. A
+    member that fails does not stop the others: StepFailed is raised at the end and names all that failed. Raises
+    RunLocked.
     """
+    engine = engine or IN_TURN
     with work_in(sweep.root, sweep.run) as place:
+        engine.before(sweep)
         _begin(sweep, redo)
         write_index(sweep.run.path, command)
-        ahead = time_left(_seconds_ahead(sweep, sweep.members, []))
+        ahead = time_left(seconds_ahead(sweep, sweep.members, [], engine.at_once))
         say(f"params {sweep.file.name} → {sweep.run.path}: {len(sweep.members)} members{ahead}")
-        failures = _run_members(sweep, place, say, command)
+        failures = engine.run_members(sweep, place, say, command)
         finished = [member.name for member in sweep.members if member.finished]
         if finished and sweep.comparing:
             say(f"{sweep.run.path.name}, {len(finished)} of {len(sweep.members)} members compared")
@@ -229,6 +247,7 @@ def run_sweep(sweep: Sweep, redo: list[str], say: Callable[[str], None], command
                 run_steps(plan_comparison(sweep), place, say, command)
             except StepFailed as failure:
                 failures.append((sweep.run.path.name, failure))
+        engine.after(sweep)
         if failures:
             raise StepFailed(_explain(failures))
         say(str(sweep.run.path / "index.html"))
@@ -248,11 +267,8 @@ def _begin(sweep: Sweep, redo: list[str]) -> None:
         sweep.run.outdate(step.name)
 
 
-def _run_members(
-    sweep: Sweep, place: Workplace, say: Callable[[str], None], command: str
-) -> list[tuple[str, StepFailed]]:
-    """Run the members that are not finished; returns the names of those that failed, and how."""
-    failures: list[tuple[str, StepFailed]] = []
+def _run_in_turn(sweep: Sweep, place: Workplace, say: Callable[[str], None], command: str) -> Failures:
+    failures: Failures = []
     took: list[float] = []  # seconds, of members that ran to their end
     begin = time.monotonic()
     for number, member in enumerate(sweep.members, 1):
@@ -264,20 +280,34 @@ def _run_members(
         member_begin = time.monotonic()
         try:
             with work_in(sweep.root, member.run, held=place.locks) as member_place:
-                write_json(member.run.path / "params.json", member.values)
-                run_steps(member.steps, member_place, say, command)
+                run_member(member, member_place, say, command)
         except StepFailed as failure:
             failures.append((member.name, failure))
-            say(_reasons(failures)[-1][0])
+            say(reasons(failures)[-1][0])
         finally:  # after Ctrl-C too: the page says who was interrupted
             write_index(sweep.run.path, command)
         now = time.monotonic()
         if member.finished:
             took.append(now - member_begin)
         verb = "took" if member.finished else "failed after"
-        ahead = time_left(_seconds_ahead(sweep, sweep.members[number:], took))
+        ahead = time_left(seconds_ahead(sweep, sweep.members[number:], took))
         say(f"{title} {verb} {duration(now - member_begin)} (elapsed {duration(now - begin)}{ahead})")
     return failures
+
+
+IN_TURN = Engine(_run_in_turn)
+
+
+def run_member(
+    member: Member,
+    place: Workplace,
+    say: Callable[[str], None],
+    command: str,
+    after_step: Callable[[], None] = lambda: None,
+) -> None:
+    """Run those of the member's steps that are not done, in its own `place`. Raises StepFailed."""
+    write_json(member.run.path / "params.json", member.values)
+    run_steps(member.steps, place, say, command, after_step)
 
 
 def plan_comparison(sweep: Sweep) -> list[Step]:
@@ -286,39 +316,42 @@ def plan_comparison(sweep: Sweep) -> list[Step]:
     return plan(sweep.root, sweep.run, sweep.schema, sweep.values, sweep.comparing, finished)
 
 
-def _seconds_ahead(sweep: Sweep, members: list[Member], took: list[float]) -> list[float | None]:
-    """What each of `members` that is not finished, and each comparing step, will take; None where nothing tells.
+def seconds_ahead(sweep: Sweep, members: list[Member], took: list[float], at_once: int = 1) -> list[float | None]:
+    """By how much each of `members` that is not finished, and each comparing step, delays the end, if so many members
+    run at once; None where nothing tells.
 
     A member that was never timed is taken to be like those that ran before it: `took`, in seconds.
     """
-    ahead = []
+    ahead: list[float | None] = []
     for member in members:
         steps = member.steps[first_to_run(member.run, member.steps) :]
         known = [expected_seconds(sweep.root, member.run, step) for step in steps]
         typical = mean(took) if took else None
         if steps:
             ahead.append(typical if None in known else sum(known))
+    side_by_side = min(at_once, len(ahead))
+    ahead = [None if seconds is None else seconds / side_by_side for seconds in ahead]
     return ahead + [sweep.run.seconds(name) for name in sweep.comparing]
 
 
-def _explain(failures: list[tuple[str, StepFailed]]) -> str:
+def _explain(failures: Failures) -> str:
     """Who failed, and why."""
     lines = [f"failed: {', '.join(name for name, _ in failures)}"]
-    for (name, _), (reason, *notebook) in zip(failures, _reasons(failures), strict=True):
+    for (name, _), (reason, *notebook) in zip(failures, reasons(failures), strict=True):
         lines += [f"  {name}: {reason}", *(f"    {where}" for where in notebook)]
     return "\n".join(lines)
 
 
-def _reasons(failures: list[tuple[str, StepFailed]]) -> list[list[str]]:
+def reasons(failures: Failures) -> list[list[str]]:
     """Of each failure the reason's first line and where its notebook is; of one like another before, only whose."""
     first: dict[str, str] = {}
-    reasons = []
+    told = []
     for name, failure in failures:
         reason, *_, notebook = str(failure).splitlines()
         kind = re.sub(DIFFERS_BY_CHANCE, "", reason)
-        reasons.append([f"the same as {first[kind]}"] if kind in first else [reason, notebook])
+        told.append([f"the same as {first[kind]}"] if kind in first else [reason, notebook])
         first.setdefault(kind, name)
-    return reasons
+    return told
 
 
 # ---- what was run ------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from test_run_all import ROOT, TRACE, call, gone, kernels_of, start, trace, wait
 from asrlib.parameters import Schema, read_params_file
 from asrlib.pipeline import Step, expected_seconds, find_notebooks, log, logged
 from asrlib.runs import Run, read_json, write_json
-from asrlib.sweeps import _seconds_ahead, member_names, plan_comparison, read_sweep
+from asrlib.sweeps import member_names, plan_comparison, read_sweep, seconds_ahead
 
 FIRST = [
     """
@@ -378,14 +378,14 @@ def test_a_step_is_expected_to_take_what_it_took_in_a_member_of_a_sweep(project)
 
 def test_members_that_were_never_timed_are_expected_to_be_like_the_others(project):
     sweep = sweep_of(project, "widths")
-    assert _seconds_ahead(sweep, sweep.members, []) == [None, None, None]
-    assert _seconds_ahead(sweep, sweep.members[1:], [10.0, 20.0]) == [15.0, None]
+    assert seconds_ahead(sweep, sweep.members, []) == [None, None, None]
+    assert seconds_ahead(sweep, sweep.members[1:], [10.0, 20.0]) == [15.0, None]
     known = sweep.members[1]
     known.run.mark_completed("00_first", "another", seconds=7.0, parameters={})
     sweep.run.mark_completed("02_compare", "another", seconds=2.0, parameters={})
-    assert _seconds_ahead(sweep, sweep.members, [10.0]) == [10.0, 7.0, 2.0]
+    assert seconds_ahead(sweep, sweep.members, [10.0]) == [10.0, 7.0, 2.0]
     known.run.mark_completed("00_first", known.steps[0].fingerprint, seconds=7.0, parameters={})
-    assert _seconds_ahead(sweep, sweep.members, [10.0]) == [10.0, 2.0], "what is finished takes no time"
+    assert seconds_ahead(sweep, sweep.members, [10.0]) == [10.0, 2.0], "what is finished takes no time"
 
 
 def test_the_list_shows_how_many_members_are_done(project, capsys):
