@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from asrlib.attention.chunks import Chunks
-from asrlib.data.batches import BucketBatchSampler, CTCCollator, CTCDataset
+from asrlib.data.batches import CTCCollator, CTCDataset
 from asrlib.data.corpus import Corpus
 from asrlib.data.normalising import HeardSoFar
 from asrlib.models.families import frame_counts
@@ -64,15 +64,17 @@ def transcribe(
     """
     device = choose_device(device, model)
     limits = {"batch_seconds": batch_seconds, "precision": precision}
+    dataset = CTCDataset(corpus, processor)
     if getattr(model.config, "feat_extract_norm", "layer") == "group":
         batches = [[i] for i in range(len(corpus))]  # this norm averages over the padding too
     else:
-        batches = list(BucketBatchSampler([u.seconds for u in corpus], batch_seconds, seed=0, shuffle=False))
+        batches = list(dataset.batches(batch_seconds, shuffle=False))
     loader = DataLoader(
-        CTCDataset(corpus, processor),
+        dataset,
         batch_sampler=batches,
         collate_fn=CTCCollator(processor) if chunks is None else HeardSoFar(processor),
-        num_workers=0 if device.type == "cpu" else 4,  # decode the next batch while the accelerator computes
+        # Decode the next batch while the accelerator computes.
+        num_workers=0 if device.type == "cpu" else dataset.workers(4),
     )
     hypotheses = [""] * len(corpus)
     with (

@@ -54,6 +54,11 @@ def resolve(path: str | os.PathLike) -> Path:
     return project_root() / Path(path).expanduser()
 
 
+def user_cache() -> Path:
+    """Where things are kept that can be made again: $ASRLIB_CACHE, else ~/.cache/asrlib."""
+    return Path(os.environ.get("ASRLIB_CACHE") or Path.home() / ".cache" / "asrlib")
+
+
 # ---- writing whole or not at all ---------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traine
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, ProgressCallback
 
 from asrlib.attention.latent import LatentKV
-from asrlib.data.batches import BucketBatchSampler, CTCCollator, CTCDataset
+from asrlib.data.batches import CTCCollator, CTCDataset
 from asrlib.data.corpus import Corpus
 from asrlib.distributed import average_batch_norm, process_count, rows_of_all, strategy_arguments, wait_for_all
 from asrlib.models.families import attention_modules, frame_counts
@@ -112,12 +112,11 @@ class CTCTrainer(Trainer):
 
     def _loader(self, dataset: CTCDataset, shuffle: bool) -> DataLoader:
         share = self.args.process_index, self.args.world_size
-        sampler = BucketBatchSampler(dataset.seconds, self.settings.batch_seconds, self.settings.seed, shuffle, *share)
         loader = DataLoader(
             dataset,
-            batch_sampler=sampler,
+            batch_sampler=dataset.batches(self.settings.batch_seconds, self.settings.seed, shuffle, *share),
             collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
+            num_workers=dataset.workers(self.args.dataloader_num_workers),
             pin_memory=self.args.dataloader_pin_memory,
         )
         # As if for one process: the sampler deals out batches. Accelerate's wrapper of it would repeat some of them,
@@ -301,8 +300,8 @@ def train(
         )
     marker = CheckpointMarker(facts["seconds"])
     train_dataset = CTCDataset(training, processor, settings.speeds)
-    batches = len(BucketBatchSampler(train_dataset.seconds, settings.batch_seconds, processes=process_count()))
-    steps_per_epoch = -(-batches // settings.gradient_accumulation)
+    batches = train_dataset.batches(settings.batch_seconds, settings.seed, processes=process_count())
+    steps_per_epoch = -(-len(batches) // settings.gradient_accumulation)
     trainer = CTCTrainer(
         model=model,
         args=_arguments(folder, model, settings, steps_per_epoch, afresh=checkpoint is None),

@@ -12,7 +12,8 @@ import soundfile
 from speech import make_processor, tone
 
 from asrlib.data.audio import UnusableAudio
-from asrlib.data.corpus import open_corpus, open_librispeech
+from asrlib.data.corpus import open_corpus
+from asrlib.data.librispeech import open_librispeech
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 STRANGE_TEXTS = [

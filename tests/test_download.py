@@ -22,7 +22,8 @@ import yaml
 
 from asrlib.data import download
 from asrlib.data.__main__ import main
-from asrlib.data.corpus import find_splits, open_corpus
+from asrlib.data.corpus import open_corpus
+from asrlib.data.librispeech import find_splits
 
 TEXTS = ["GO ON", "IT'S HERE", "AND LAST"]
 SECONDS = 2.5  # of noise, which does not compress: an archive of 240 KB

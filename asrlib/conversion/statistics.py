@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from asrlib.conversion.factorize import InputMoments, Moments
-from asrlib.data.batches import BucketBatchSampler, CTCCollator, CTCDataset
+from asrlib.data.batches import CTCCollator, CTCDataset
 from asrlib.data.corpus import SAMPLE_RATE, Corpus
 from asrlib.models.families import attention_modules, frame_counts
 from asrlib.models.inference import attention_weights, choose_device, inference, padding_silenced
@@ -286,8 +286,9 @@ def collect_statistics(
         raise ValueError(f"calibration on {corpus.split!r} would spoil the test: give a training split")
     home, device = choose_device(None, model), choose_device(device, model)
     corpus = corpus.excerpt(max_seconds)
-    sampler = BucketBatchSampler([u.seconds for u in corpus], batch_seconds, shuffle=False)
-    loader = DataLoader(CTCDataset(corpus, processor), batch_sampler=sampler, collate_fn=CTCCollator(processor))
+    dataset = CTCDataset(corpus, processor)
+    sampler = dataset.batches(batch_seconds, shuffle=False)
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=CTCCollator(processor))
     speech = CalibrationSpeech(loader, device)
     limits = {"batch_seconds": batch_seconds, "method": "attended" if attention else None}
     modules = attention_modules(model)

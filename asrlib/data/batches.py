@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from asrlib.data.audio import UnusableAudio, change_speed
-from asrlib.data.corpus import SAMPLE_RATE, Corpus
+from asrlib.data.corpus import HELD_BYTES, SAMPLE_RATE, Corpus, RowGroup
 from asrlib.data.text import normalise_text
 
 BUCKETS = 24  # of a large corpus: few enough to mix widely, enough to pad little
@@ -24,6 +24,10 @@ class BucketBatchSampler(Sampler[list[int]]):
     Utterances are sorted into buckets of like length. A batch is drawn at random from one bucket and sized
     for the bucket's longest, so batches are composed anew in every epoch while their number stays the same.
     Deterministic in (seed, epoch). Without shuffling: longest first, the same every epoch, least padding.
+
+    `groups`: of streamed speech, the row group of each utterance. As many of them as can be held in memory at once
+    are a window, the same in every epoch, and buckets and batches are made within it; epochs shuffle the windows too.
+    Thus each row group is fetched once an epoch. Without shuffling the window with the longest utterance is first.
 
     An utterance longer than `batch_seconds` is a batch of its own; `.oversized` counts them, and a warning tells.
 
@@ -43,6 +47,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         shuffle: bool = True,
         process: int = 0,
         processes: int = 1,
+        groups: Sequence[RowGroup | None] | None = None,
     ):
         if not 0 < batch_seconds < math.inf:
             raise ValueError(f"batch_seconds must be a positive number, not {batch_seconds}")
@@ -56,17 +61,11 @@ class BucketBatchSampler(Sampler[list[int]]):
                 f"each is a batch of its own, the longest of {max(seconds):.1f} s",
                 stacklevel=2,
             )
-        self.buckets: list[tuple[list[int], int]] = []  # indices, how many of them make a batch
         longest_first = sorted(range(len(seconds)), key=lambda i: -seconds[i])
-        while longest_first:
-            longest = seconds[longest_first[0]]
-            size = _count_that_fits(longest, batch_seconds)
-            mixes = shuffle and longest <= batch_seconds
-            batches = max(BATCHES_TO_MIX, math.ceil(len(seconds) / BUCKETS / size)) if mixes else 1
-            self.buckets.append((longest_first[: size * batches], size))
-            del longest_first[: size * batches]
+        windows = _windows(longest_first, groups or [None] * len(seconds), seed if shuffle else None)
+        self.windows = [_buckets(window, seconds, batch_seconds, shuffle) for window in windows]
         self.process, self.processes = process, processes
-        count = sum(math.ceil(len(indices) / size) for indices, size in self.buckets)
+        count = sum(math.ceil(len(indices) / size) for buckets in self.windows for indices, size in buckets)
         self.repeated = 0 if shuffle else -count % processes
         self.batches_each = math.ceil(count / processes)
         if shuffle and self.batches_each * processes > len(seconds):
@@ -83,20 +82,62 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         order = random.Random(f"{self.seed} {self.epoch}")
+        windows = [self._batches(buckets, order) for buckets in self.windows]
+        if self.shuffle:
+            order.shuffle(windows)
+            for _ in range(-sum(map(len, windows)) % self.processes):
+                window = max(windows, key=lambda batches: max(map(len, batches)))
+                largest = max(window, key=len)
+                half = len(largest) // 2
+                window.append(largest[half:])
+                del largest[half:]
+        batches = list(itertools.chain.from_iterable(windows))
+        batches += itertools.islice(itertools.cycle(batches[:]), self.repeated)
+        return iter(batches[self.process :: self.processes])
+
+    def _batches(self, buckets: list["Bucket"], order: random.Random) -> list[list[int]]:
+        """Those of one window."""
         batches = []
-        for indices, size in self.buckets:
+        for indices, size in buckets:
             if self.shuffle:
                 indices = order.sample(indices, len(indices))
             batches += [indices[start : start + size] for start in range(0, len(indices), size)]
         if self.shuffle:
             order.shuffle(batches)
-            for _ in range(-len(batches) % self.processes):
-                largest = max(batches, key=len)
-                half = len(largest) // 2
-                batches.append(largest[half:])
-                del largest[half:]
-        batches += itertools.islice(itertools.cycle(batches[:]), self.repeated)
-        return iter(batches[self.process :: self.processes])
+        return batches
+
+
+Bucket = tuple[list[int], int]  # indices, how many of them make a batch
+
+
+def _buckets(longest_first: list[int], seconds: list[float], batch_seconds: float, shuffle: bool) -> list[Bucket]:
+    buckets, count = [], len(longest_first)
+    while longest_first:
+        longest = seconds[longest_first[0]]
+        size = _count_that_fits(longest, batch_seconds)
+        mixes = shuffle and longest <= batch_seconds
+        batches = max(BATCHES_TO_MIX, math.ceil(count / BUCKETS / size)) if mixes else 1
+        buckets.append((longest_first[: size * batches], size))
+        longest_first = longest_first[size * batches :]
+    return buckets
+
+
+def _windows(longest_first: list[int], groups: Sequence[RowGroup | None], seed: int | None) -> list[list[int]]:
+    """Indices of what is dealt together, each list longest first: of row groups that fit into memory side by side."""
+    order = list(dict.fromkeys(groups[index] for index in longest_first))
+    if seed is not None:
+        random.Random(seed).shuffle(order)
+    window_of, count, room = {}, 0, 0
+    for group in order:
+        size = group.bytes if group else 0  # speech at hand is one window
+        if not count or size > room:
+            count, room = count + 1, HELD_BYTES
+        window_of[group] = count - 1
+        room -= size
+    windows: list[list[int]] = [[] for _ in range(count)]
+    for index in longest_first:
+        windows[window_of[groups[index]]].append(index)
+    return windows
 
 
 def _count_that_fits(longest: float, batch_seconds: float) -> int:
@@ -108,8 +149,8 @@ class CTCDataset(Dataset):
     """{"audio": float32 [samples] at 16 kHz, "text": normalised transcript, "id"} per utterance and speed.
 
     The speeds of an utterance follow each other: item i is utterance i // len(speeds) at speed i % len(speeds), and
-    lasts `.seconds[i]`. Faster speech may be too short for its text: under `ctc_zero_infinity`, which `train` sets, it
-    costs nothing and teaches nothing.
+    lasts `.seconds[i]`; `.groups[i]` is the row group that it is fetched with, None of speech at hand. Faster speech
+    may be too short for its text: under `ctc_zero_infinity`, which `train` sets, it costs nothing and teaches nothing.
     Raises ValueError for no speed, or one that is not positive.
     """
 
@@ -120,6 +161,7 @@ class CTCDataset(Dataset):
         self.processor = processor
         self.speeds = tuple(speeds)
         self.seconds = [utterance.seconds / speed for utterance in corpus for speed in self.speeds]
+        self.groups = [utterance.group for utterance in corpus for _ in self.speeds]
 
     def __len__(self) -> int:
         return len(self.seconds)
@@ -132,6 +174,16 @@ class CTCDataset(Dataset):
         except UnusableAudio as error:  # it could be read when the corpus was checked
             raise UnusableAudio(f"{utterance.id} in {utterance.where}: {error}") from error
         return {"audio": audio, "text": normalise_text(utterance.text, self.processor), "id": utterance.id}
+
+    def batches(
+        self, batch_seconds: float, seed: int = 0, shuffle: bool = True, process: int = 0, processes: int = 1
+    ) -> BucketBatchSampler:
+        """The items in batches; see there."""
+        return BucketBatchSampler(self.seconds, batch_seconds, seed, shuffle, process, processes, self.groups)
+
+    def workers(self, wished: int) -> int:
+        """How many processes of a DataLoader to read it in. Streamed speech: one, or each would fetch all of it."""
+        return min(wished, 1) if any(self.groups) else wished
 
 
 class CTCCollator:

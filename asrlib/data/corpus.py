@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,9 +26,20 @@ from asrlib.data.audio import SAMPLE_RATE, Source, UnusableAudio, duration, read
 from asrlib.data.text import ctc_length, label_ids, normalise_text, unknown_characters
 from asrlib.runs import atomic_write, resolve
 
-AUDIO_SUFFIXES = {".flac", ".ogg", ".opus", ".wav"}  # a LibriSpeech folder is searched for these
 UNKNOWN_SPEAKER = "unknown"
 HUB_ID = r"[\w.-]+/[\w.-]+(:[\w.-]+)?"  # owner/name, owner/name:configuration
+URL = r"[a-z][a-z0-9+.-]*://.*"  # s3://bucket/folder: not stored here, but streamed
+HELD_BYTES = 1 << 29  # audio as it is encoded, of streamed speech, in the memory of each process
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """What streamed speech is fetched by: a part of a parquet file."""
+
+    url: str
+    version: str  # of the file, told by its size and checksum
+    number: int
+    bytes: int  # of its audio
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,7 @@ class Utterance:
     seconds: float  # by the header of the audio
     where: str  # file, or data set and row: for people
     source: Source = field(repr=False, compare=False)
+    group: RowGroup | None = field(default=None, repr=False, compare=False)  # None: all of the corpus is at hand
 
     def audio(self) -> np.ndarray:
         """float32 [samples], mono, 16 kHz. Raises UnusableAudio."""
@@ -137,11 +149,12 @@ def open_corpus(source: str | os.PathLike, split: str | None = None, revision: s
     """Open one split of a corpus.
 
     source: "synthetic" · a LibriSpeech folder · a manifest (.jsonl or .csv) or a folder of SPLIT.jsonl or
-        SPLIT.csv · a folder of parquet files or one written by `Dataset.save_to_disk` · otherwise a data set
-        on the hub, `owner/name` or `owner/name:configuration`. Relative paths start at the project root.
+        SPLIT.csv · a folder of parquet files or one written by `Dataset.save_to_disk` · the URL of such a folder of
+        parquet files, whose audio is fetched when it is wanted and never stored (`asrlib.data.remote`) · otherwise a
+        data set on the hub, `owner/name` or `owner/name:configuration`. Relative paths start at the project root.
     split: by default the only one there is, otherwise "train". "a+b" joins splits a and b.
-    revision: of a data set on the hub.
-    Raises FileNotFoundError or ValueError, saying what was found instead.
+    revision: of a data set on the hub. A URL carries its own: hf://datasets/owner/name@refs%2Fpr%2F3.
+    Raises FileNotFoundError or ValueError, saying what was found instead, and for a URL UnreadableShard.
     """
     if split and "+" in split:
         parts = [open_corpus(source, part, revision) for part in parts_of(split)]
@@ -151,6 +164,10 @@ def open_corpus(source: str | os.PathLike, split: str | None = None, revision: s
         from asrlib.data.synthetic import open_synthetic
 
         return open_synthetic(split or "train")
+    if re.match(URL, str(source)):
+        from asrlib.data.remote import open_remote
+
+        return open_remote(str(source), split)
 
     path = resolve(source)
     manifests = [path, *(path / f"{split or 'train'}{suffix}" for suffix in (".jsonl", ".csv"))]
@@ -159,6 +176,8 @@ def open_corpus(source: str | os.PathLike, split: str | None = None, revision: s
 
         return open_manifest(manifest, split)
     if path.is_dir():
+        from asrlib.data.librispeech import find_splits, open_librispeech
+
         if not find_splits(path):
             from asrlib.data.hub import holds_tables, open_folder
 
@@ -171,22 +190,31 @@ def open_corpus(source: str | os.PathLike, split: str | None = None, revision: s
         return open_hub(str(source), split or "train", revision)
     raise FileNotFoundError(
         f"no corpus at {source}: give 'synthetic', an existing folder, a .jsonl or .csv manifest, "
-        "or a hub data set as owner/name"
+        "a hub data set as owner/name, or a URL"
     )
 
 
 def check_splits(source: str | os.PathLike, splits: Iterable[str]) -> None:
-    """Raises FileNotFoundError or ValueError where `open_corpus` is sure to fail, as far as can be told at a glance."""
+    """Raises FileNotFoundError or ValueError where `open_corpus` is sure to fail, as far as can be told at a glance.
+
+    That is without the hub, but what is at a URL is listed.
+    """
+    asked = [part for split in splits for part in parts_of(split)]
+    if re.match(URL, str(source)):
+        from asrlib.data.remote import check_remote
+
+        return check_remote(str(source), asked)
     path, found = resolve(source), None
     if source == "synthetic":
         from asrlib.data.synthetic import SPLITS
 
         found = list(SPLITS)
     elif path.is_dir():
+        from asrlib.data.librispeech import find_splits
+
         found = list(find_splits(path)) or [file.stem for file in path.iterdir() if file.suffix in (".jsonl", ".csv")]
     elif not path.exists() and not re.fullmatch(HUB_ID, str(source)):
         raise FileNotFoundError(f"there is no corpus at {path}")
-    asked = [part for split in splits for part in parts_of(split)]
     missing = [split for split in asked if found and split not in found]
     if missing:
         raise ValueError(f"corpus {source} has no split {missing[0]!r}: it has {', '.join(sorted(found))}")
@@ -241,65 +269,6 @@ def speech_table(corpora: dict[str, Corpus]):
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("split")
 
 
-# ---- LibriSpeech folders -----------------------------------------------------------------------------------
-
-
-def open_librispeech(root: str | os.PathLike, split: str | None = None) -> Corpus:
-    """SPEAKER/CHAPTER/*.{flac,ogg,opus,wav} beside *.trans.txt, whose lines are "ID TEXT".
-
-    root: the folder that holds the split (root/SPLIT or root/CORPUS/SPLIT), or the split itself.
-    Audio without a transcript and transcripts without audio are rejected rows.
-    Raises FileNotFoundError, naming the splits there are; ValueError if no row is usable.
-    """
-    root = Path(root)
-    splits = find_splits(root)
-    if split is None:
-        split = next(iter(splits)) if len(splits) == 1 else "train"
-    if split not in splits:
-        found = ", ".join(splits) or "none (a split holds SPEAKER/CHAPTER/*.trans.txt)"
-        raise FileNotFoundError(f"no split '{split}' in {root}; splits found: {found}")
-    return gather(splits[split].resolve().parent.name, split, _librispeech_rows(splits[split]))
-
-
-def find_splits(root: Path) -> dict[str, Path]:
-    """Name → folder of the LibriSpeech splits at `root`: `root` alone where it is one itself."""
-    if _is_split(root):
-        return {root.resolve().name: root}
-    folders = sorted(root.glob("*/"))
-    splits = [folder for folder in folders if _is_split(folder)]
-    below = [inner for folder in folders if folder not in splits for inner in sorted(folder.glob("*/"))]
-    # Of two that have one name the nearer counts.
-    return {folder.name: folder for folder in [*filter(_is_split, below), *splits]}
-
-
-def _is_split(folder: Path) -> bool:
-    return next(folder.glob("*/*/*.trans.txt"), None) is not None
-
-
-def _librispeech_rows(folder: Path) -> Iterator["Row | Rejected"]:
-    for chapter in sorted(folder.glob("*/*/")):
-        audio: dict[str, Path] = {}
-        texts: dict[str, tuple[str, str]] = {}  # id → text, where
-        for path in sorted(chapter.glob("[!.]*")):
-            if path.suffix.lower() in AUDIO_SUFFIXES:
-                if (first := audio.setdefault(path.stem, path)) != path:
-                    yield Rejected(path.stem, f"the same utterance as {first.name}", str(path))
-            elif path.name.endswith(".trans.txt"):
-                for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-                    id, text, *_ = [*line.decode("utf-8-sig", "surrogateescape").split(None, 1), "", ""]
-                    where = f"{path}:{number}"
-                    if id and (first := texts.setdefault(id, (text, where))[1]) != where:
-                        yield Rejected(id, f"a second transcript, the first is at {first}", where)
-        for id in sorted(audio.keys() | texts.keys()):
-            if id not in texts:
-                yield Rejected(id, "audio without transcript", str(audio[id]))
-            elif id not in audio:
-                yield Rejected(id, "transcript without audio", texts[id][1])
-            else:
-                source = partial(bytes, audio[id])
-                yield Row(id, texts[id][0], chapter.parent.name, str(audio[id]), source)
-
-
 # ---- from rows to a corpus ---------------------------------------------------------------------------------
 
 
@@ -315,12 +284,16 @@ class Row:
 
 
 def gather(name: str, split: str, rows: Iterable[Row | Rejected]) -> Corpus:
-    """Read the headers of `rows` and sort them into utterances and rejected ones.
+    """Read the headers of `rows` and make a corpus of them. Raises ValueError if there is no usable row."""
+    return collect(name, split, _in_threads(admit, list(rows), f"reading {split}"))
+
+
+def collect(name: str, split: str, admitted: Sequence[Utterance | Rejected]) -> Corpus:
+    """Sort what `admit` gave into utterances and rejected rows.
 
     Ids that occur again get a number, so that transcripts can be told apart.
-    Raises ValueError if there is no usable row.
+    Raises ValueError if there is no utterance.
     """
-    admitted = _in_threads(_admit, list(rows), f"reading {split}")
     utterances = _apart(row for row in admitted if isinstance(row, Utterance))
     return _corpus(name, split, utterances, [row for row in admitted if isinstance(row, Rejected)])
 
@@ -349,7 +322,8 @@ def _corpus(name: str, split: str, utterances: list[Utterance], rejected: list[R
     return Corpus(name, split, tuple(utterances), tuple(rejected))
 
 
-def _admit(row: Row | Rejected) -> Utterance | Rejected:
+def admit(row: Row | Rejected) -> Utterance | Rejected:
+    """Read the header of `row`, and check its text."""
     if isinstance(row, Rejected):
         return replace(row, id=_valid_unicode(row.id), where=_valid_unicode(row.where))
     id, where = _valid_unicode(row.id), _valid_unicode(row.where)

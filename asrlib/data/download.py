@@ -23,7 +23,7 @@ from pathlib import Path
 import httpx2
 from tqdm import tqdm
 
-from asrlib.data.corpus import find_splits
+from asrlib.data.librispeech import find_splits
 
 LIBRISPEECH_URL = "https://www.openslr.org/resources/12"
 LIBRISPEECH_MD5 = {  # https://www.openslr.org/resources/12/md5sum.txt

@@ -8,9 +8,9 @@ import glob
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO, TypeVar
 
 import datasets
@@ -20,9 +20,11 @@ from pyarrow import parquet
 from asrlib.data.corpus import UNKNOWN_SPEAKER, Corpus, Row, gather, named
 
 T = TypeVar("T")
+P = TypeVar("P", bound=PurePath)
 
 HUB_LIBRISPEECH = "openslr/librispeech_asr"
 TEXT_COLUMNS = ("text", "sentence", "transcription")
+DEPTHS = ("", "*/", "*/*/")  # below its folder that a parquet file may lie
 SPEAKER_COLUMNS = ("speaker_id", "speaker", "client_id")
 
 
@@ -58,7 +60,7 @@ def open_hub(source: str, split: str, revision: str | None = None) -> Corpus:
     except Exception as error:  # dozens of kinds, from network, hub, cache and builder
         raise FileNotFoundError(
             f"'{source}' is no folder here, and split '{split}' of the hub data set of that name "
-            f"could not be loaded: {_one_line(error)}"
+            f"could not be loaded: {one_line(error)}"
         ) from error
     return from_table(table, source, split)
 
@@ -78,24 +80,29 @@ def open_folder(folder: Path, split: str | None = None) -> Corpus:
             saved = datasets.load_from_disk(str(folder))
             if isinstance(saved, datasets.Dataset):
                 saved = {str(saved.split or split or "train"): saved}
-            split, table = _choose({("", name): table for name, table in saved.items()}, split, folder)
+            split, table = choose_split({("", name): table for name, table in saved.items()}, split, folder)
         else:
-            split, files = _choose(find_shards(folder), split, folder)
+            split, files = choose_split(find_shards(folder), split, folder)
             for path in files:
                 _check_footer(path)
             files = [glob.escape(str(path)) for path in files]
             table = datasets.load_dataset("parquet", data_files={"train": files}, split="train")
     except (datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{folder} cannot be read: {_one_line(error.__cause__ or error)}") from error
+        raise ValueError(f"{folder} cannot be read: {one_line(error.__cause__ or error)}") from error
     return from_table(table, folder.name, split, folder)
 
 
 def find_shards(folder: Path) -> dict[tuple[str, str], list[Path]]:
+    """The parquet files in `folder` and down to two folders below it, as `group_shards` groups them."""
+    return group_shards(path for depth in DEPTHS for path in folder.resolve().glob(f"{depth}*.parquet"))
+
+
+def group_shards(paths: Iterable[P]) -> dict[tuple[str, str], list[P]]:
     """(configuration, split) → its parquet files, from names like clean/train.100-00000-of-00014.parquet,
     clean/train.100/0000.parquet, test.clean-00000-of-00001.parquet or train.parquet."""
-    shards: dict[tuple[str, str], list[Path]] = {}
-    for path in sorted(path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}*.parquet")):
-        split, place = re.sub(r"-\d{5}-of-\d{5}(-\w{16})?$", "", path.stem), path.parent.resolve()
+    shards: dict[tuple[str, str], list[P]] = {}
+    for path in sorted(paths):
+        split, place = re.sub(r"-\d{5}-of-\d{5}(-\w{16})?$", "", path.stem), path.parent
         if split.isdigit():
             split, place = place.name, place.parent
         shards.setdefault((place.name, split), []).append(path)
@@ -107,21 +114,25 @@ def _check_footer(shard: Path) -> None:
     try:
         parquet.read_metadata(shard)
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{shard} cannot be read: {_one_line(error)} Copy or download it again") from error
+        raise ValueError(f"{shard} cannot be read: {one_line(error)} Copy or download it again") from error
 
 
 def _saved_to_disk(folder: Path) -> bool:
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def _choose(tables: dict[tuple[str, str], T], split: str | None, folder: Path) -> tuple[str, T]:
-    """The name and the table of the split asked for, `split` being LibriSpeech's name or the table's own."""
+def choose_split(tables: dict[tuple[str, str], T], split: str | None, folder: Path | str) -> tuple[str, T]:
+    """The name and the table of the split asked for, `split` being LibriSpeech's name or the table's own.
+
+    folder: where they were found, a path or URL. Raises FileNotFoundError naming the splits there are, ValueError for
+    one that is there more than once.
+    """
     if split is None:
         split = next(iter(tables))[1] if len(tables) == 1 else "train"
     for configuration, name in hub_names(split):
         found = [key for key in tables if key[1] == name and configuration in (None, key[0])]
         if len(found) > 1:
-            places = " or ".join(str(folder / key[0]) for key in found)
+            places = " or ".join(f"{folder}/{key[0]}" for key in found)
             raise ValueError(f"split '{split}' is in {folder} more than once: open {places} instead")
         if found:
             return split, tables[found[0]]
@@ -139,11 +150,7 @@ def from_table(table: datasets.Dataset, name: str, split: str, folder: Path | No
     Raises ValueError naming the columns found where one is missing, or where no row is usable.
     """
     columns = table.column_names
-    text = next((column for column in TEXT_COLUMNS if column in columns), None)
-    speaker = next((column for column in SPEAKER_COLUMNS if column in columns), None)
-    for found, wanted in ("audio" in columns, "audio"), (text, " or ".join(TEXT_COLUMNS)):
-        if not found:
-            raise ValueError(f"{name} {split} has no column {wanted}; columns found: {', '.join(columns)}")
+    text, speaker = known_columns(columns, f"{name} {split}")
     audio = table.select_columns(["audio"]).cast_column("audio", datasets.Audio(decode=False))
     labels = table.select_columns([column for column in (text, speaker, "id") if column in columns])
 
@@ -160,6 +167,16 @@ def from_table(table: datasets.Dataset, name: str, split: str, folder: Path | No
     return gather(name, split, rows())
 
 
+def known_columns(columns: list[str], name: str) -> tuple[str, str | None]:
+    """Those of the text and, if there is one, the speaker; ValueError where text or audio is missing in `name`."""
+    text = next((column for column in TEXT_COLUMNS if column in columns), None)
+    speaker = next((column for column in SPEAKER_COLUMNS if column in columns), None)
+    for found, wanted in ("audio" in columns, "audio"), (text, " or ".join(TEXT_COLUMNS)):
+        if not found:
+            raise ValueError(f"{name} has no column {wanted}; columns found: {', '.join(columns)}")
+    return text, speaker
+
+
 def _stored_audio(table: datasets.Dataset, index: int, folder: Path | None) -> bytes | BinaryIO:
     stored = table[index]["audio"] or {}
     if stored.get("bytes"):
@@ -169,5 +186,5 @@ def _stored_audio(table: datasets.Dataset, index: int, folder: Path | None) -> b
     raise ValueError("the row holds no audio")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from asrlib.runs import user_cache
+
 SAMPLE_RATE = 16_000  # Hz, of the corpus
 VERSION = 2  # raise it when anything below changes what is spoken: it names the cache folder
 SEED = 960
@@ -231,9 +233,8 @@ def _utterance_id(one: Spoken) -> str:
 
 
 def cache_folder() -> Path:
-    """Where the corpus lies: $ASRLIB_CACHE, else ~/.cache/asrlib."""
-    root = os.environ.get("ASRLIB_CACHE") or Path.home() / ".cache" / "asrlib"
-    return Path(root) / f"synthetic-{VERSION}"
+    """Where the corpus lies, below the user's cache."""
+    return user_cache() / f"synthetic-{VERSION}"
 
 
 def make_split(split: str, root: Path) -> Path:
@@ -270,7 +271,7 @@ def make_split(split: str, root: Path) -> Path:
 
 def open_synthetic(split: str = "train"):
     """The embedded corpus' `split` as a `Corpus`; speaks it first where the cache has none."""
-    from asrlib.data.corpus import open_librispeech
+    from asrlib.data.librispeech import open_librispeech
 
     if split not in SPLITS:
         raise ValueError(f"the synthetic corpus has no split {split!r}: choose one of {', '.join(SPLITS)}")
