@@ -270,7 +270,8 @@ def model_width(source: str, revision: str | None = None) -> int | None:
 def check_surroundings(values: dict[str, Any]) -> None:
     """Refuses what would fail in the middle of a run for what this machine has: model, splits, device, precision.
 
-    Reads no audio, no weights and nothing from a network: a hub id is taken on trust. Raises BadParameter.
+    Reads no audio and no weights, and nothing from a network but the names of the files where the corpus is a URL: a
+    hub id is taken on trust. Raises BadParameter.
     """
     import torch
 

@@ -72,8 +72,8 @@ def open_remote(url: str, split: str | None = None) -> Corpus:
     """
     split, shards = choose_split(_find(url), split, url)
     found: list[Utterance | Rejected] = []
-    size = sum(shard.size for shard in shards)
-    with tqdm(total=size, unit="B", unit_scale=True, desc=f"indexing {split}", delay=2, leave=False) as progress:
+    total = sum(shard.size for shard in shards)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"indexing {split}", delay=2, leave=False) as progress:
         for shard in shards:
             for number, (size, rows) in enumerate(_index(shard, progress)):
                 group = RowGroup(shard.url, shard.version, number, size)
@@ -130,7 +130,7 @@ def _index(shard: Shard, progress: tqdm) -> list[tuple[int, list]]:
     index = []
     for number in range(count):
         audio, labels = _fetch(shard.url, number, [name for name in (text, speaker, "id") if name in schema.names])
-        index.append((audio.nbytes, list(_admitted(audio, labels, text, speaker))))
+        index.append((_size(audio), list(_admitted(audio, labels, text, speaker))))
         progress.update(shard.size / count)
     with atomic_write(path) as file:
         json.dump(index, file, ensure_ascii=False)
@@ -164,7 +164,7 @@ class RowGroups:
                 while self.held and sum(held.bytes for held in self.held) + group.bytes > HELD_BYTES:
                     self.held.popitem(last=False)
                 audio, _ = _fetch(group.url, group.number)
-                if audio.nbytes != group.bytes:
+                if _size(audio) != group.bytes:
                     raise UnreadableShard(f"{group.url} is not what it was when it was opened: open the corpus again")
                 self.held[group] = audio
             self.held.move_to_end(group)
@@ -191,9 +191,15 @@ def _fetch(url: str, number: int, labels: Sequence[str] = ()) -> tuple[pyarrow.C
     return compute.struct_field(table["audio"], "bytes"), table.select(labels).to_pylist()
 
 
+def _size(audio: pyarrow.ChunkedArray) -> int:
+    """Bytes, without what Arrow adds."""
+    return compute.sum(compute.binary_length(audio)).as_py() or 0
+
+
 def _read(url: str, part: str, read: Callable[[parquet.ParquetFile], T]) -> T:
     """What `read` gives for the shard, tried again where that fails. Raises UnreadableShard, naming the `part`."""
-    for pause in (*PAUSES_SECONDS, None):
+    for pause in (0, *PAUSES_SECONDS):
+        time.sleep(pause)
         try:
             storage, path = url_to_fs(url)  # in a process that was forked another one
             with storage.open(path, cache_type="none") as file:  # parquet knows which bytes it needs
@@ -201,10 +207,8 @@ def _read(url: str, part: str, read: Callable[[parquet.ParquetFile], T]) -> T:
         except pyarrow.ArrowInvalid as error:
             raise UnreadableShard(f"{part} of {url} is damaged: {one_line(error)} Bring it there again") from error
         except Exception as error:  # each kind of storage has its own
-            if pause is None:
-                raise UnreadableShard(
-                    f"{part} of {url} could not be fetched, tried {len(PAUSES_SECONDS) + 1} times: {one_line(error)}. "
-                    "Is there a connection, and the file whole? What was begun goes on there when it is started again"
-                ) from error
-        time.sleep(pause)
-    raise AssertionError
+            last = error
+    raise UnreadableShard(
+        f"{part} of {url} could not be fetched, tried {len(PAUSES_SECONDS) + 1} times: {one_line(last)}. Is there a "
+        "connection, and the file whole? What was begun goes on there when it is started again"
+    ) from last
