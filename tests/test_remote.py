@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections import Counter
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 
 import fsspec
@@ -344,33 +344,42 @@ def test_an_epoch_fetches_each_row_group_once_and_holds_no_more_than_fit(monkeyp
                 assert sum(group.bytes for group in remote.row_groups.held) <= remote.HELD_BYTES
         assert Counter(path[-12:] for path in opened) == {"0000.parquet": 3, "0001.parquet": 2, "0002.parquet": 2}
     contents = {frozenset(map(frozenset, epoch)) for epoch in epochs}
-    windows = {tuple(dict.fromkeys(dataset.groups[i] for batch in epoch for i in batch)) for epoch in epochs}
-    assert (len(contents), len(windows)) == ((3, 3) if shuffle else (1, 1))
+    window_of = {i: window for window, buckets in enumerate(sampler.windows) for among, _ in buckets for i in among}
+    orders = {tuple(dict.fromkeys(window_of[i] for i in chain(*epoch))) for epoch in epochs}
+    assert (len(contents), len(orders) > 1) == ((3, True) if shuffle else (1, False))
     assert shuffle or epochs[0][0][0] == int(np.argmax(dataset.seconds))
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_processes_share_the_batches_of_one(monkeypatch, processor, shuffle):
+@pytest.mark.parametrize("processes", [1, 2, 3, 13])
+def test_processes_share_the_batches_of_one_and_the_halved_stay_in_their_window(
+    monkeypatch, processor, processes, shuffle
+):
     corpus = open_corpus(write(URL), "train-clean-100")
     small_memory(monkeypatch, corpus, 2.5)
     dataset = CTCDataset(corpus, processor)
-    for processes in 1, 2, 3, 4:
-        shares = [dataset.batches(2.0, 1, shuffle, process, processes) for process in range(processes)]
-        assert {len(list(share)) for share in shares} == {len(shares[0])}
-        dealt = [batch for step in zip(*shares, strict=True) for batch in step]
-        dealt = dealt[: len(dealt) - shares[0].repeated]
-        assert sorted(chain(*dealt)) == list(range(13))
+    shares = [dataset.batches(2.0, 1, shuffle, process, processes) for process in range(processes)]
+    assert {len(list(share)) for share in shares} == {len(shares[0])}
+    dealt = [batch for step in zip(*shares, strict=True) for batch in step]
+    dealt = dealt[: len(dealt) - shares[0].repeated]
+    assert sorted(chain(*dealt)) == list(range(13)) and all(dealt)
+    window_of = {i: window for window, buckets in enumerate(shares[0].windows) for among, _ in buckets for i in among}
+    runs = [window for window, _ in groupby(window_of[i] for i in chain(*dealt))]
+    assert len(runs) == len(set(runs)) == len(shares[0].windows) > 2
 
 
 # ---- training ----------------------------------------------------------------------------------------------
+
+
+SEED = 2  # deals row groups into windows of more batches than other seeds do
 
 
 def trained(folder: Path, processor) -> tuple[list[dict], dict[str, torch.Tensor]]:
     training, validation = (open_corpus(URL, split) for split in ("train-clean-100", "test-clean"))
     model = tiny.conformer()
     settings = TrainingSettings(
-        trainable="all", epochs=2, learning_rate=0.02, batch_seconds=2.0, evaluations_per_epoch=3, patience=100,
-        device="cpu", speeds=(1.0, 1.1),
+        trainable="all", epochs=2, learning_rate=0.02, batch_seconds=1.4, evaluations_per_epoch=3, patience=100,
+        device="cpu", seed=SEED,
     )  # fmt: skip
     result = train(model, processor, training, validation, folder, settings)
     told = ("step", "loss", "grad_norm", "eval_loss", "eval_wer")
@@ -380,7 +389,9 @@ def trained(folder: Path, processor) -> tuple[list[dict], dict[str, torch.Tensor
 def test_training_interrupted_amid_an_epoch_ends_as_if_it_was_not(tmp_path, monkeypatch, processor):
     small_memory(monkeypatch, open_corpus(write(URL), "train-clean-100"), 2.5)
     history, weights = trained(tmp_path / "whole", processor)
-    epoch = [row["step"] for row in history if "loss" in row][-1] // 2
+    streamed = CTCDataset(open_corpus(URL, "train-clean-100"), processor)
+    epoch, others = (len(streamed.batches(1.4, seed)) for seed in (SEED, SEED + 1))
+    assert history[-1]["step"] == 2 * epoch != 2 * others
     step, original = epoch + epoch // 2 + 1, CTCTrainer.training_step
 
     def training_step(self, *args, **kwargs):
