@@ -3,10 +3,11 @@
     open_corpus("hf://datasets/openslr/librispeech_asr", "train-clean-100")    # @refs%2Fpr%2F3 behind it: a revision
     open_corpus("s3://bucket/folder", "train")                                 # needs the package s3fs
 
-What is kept here is an index: ids, texts and lengths, which only the audio's own headers tell, so that a first opening
-reads every shard once, and a later one nothing. Audio is fetched by row group when it is wanted, and held in memory as
-long as there is room; `BucketBatchSampler` asks for it in an order in which that is once an epoch. A sample of few
-utterances still costs all row groups that they are in. Credentials are those of fsspec's own configuration.
+What is kept, in the user's cache, is an index: ids, texts and lengths. Lengths are told by the audio's own headers
+alone, so that a first opening reads every shard once, and a later one nothing. Audio is fetched by row group when it is
+wanted, and held in memory as long as there is room; `BucketBatchSampler` asks for it in an order in which that is once
+an epoch and process. A sample of few utterances still costs all row groups that they are in. Credentials are those of
+fsspec's own configuration.
 
 Tested on storage in memory and in folders, never against the hub or a bucket.
 """
@@ -46,7 +47,7 @@ T = TypeVar("T")
 
 INDEX = "streamed-1"  # folder of the user's cache; another number when what is in it changes
 PAUSES_SECONDS = (1, 4, 16)  # before a part of a shard is asked for again
-# By what the kinds of storage say that a file is not the one it was: size, checksum, or time.
+# What tells that a file is no longer the one it was, as the kinds of storage call it: size, checksum, or time.
 TELLING = ("size", "blob_id", "ETag", "etag", "md5Hash", "mtime", "created")
 
 
