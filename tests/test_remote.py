@@ -129,6 +129,8 @@ def test_it_is_the_speech_of_the_folder(tmp_path, kind, named):
         assert list(map(facts, there)) == list(map(facts, here))
         for one, other in zip(there, here, strict=True):
             np.testing.assert_array_equal(one.audio(), other.audio())
+        streamed, local = (list(CTCDataset(corpus, None).batches(2.0)) for corpus in (there, here))
+        assert streamed == local  # as long as all of it fits into memory
 
 
 def facts(utterance):
