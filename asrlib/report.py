@@ -206,10 +206,14 @@ def _verdict(paired: dict, base: pd.Series, new: pd.Series, split: str) -> str:
         apart = low > base[f"wer_{split}_high"] or high < base[f"wer_{split}_low"]
         return "they do not overlap" if apart else "they overlap"
     significant = p < 0.05 if p is not None else not low <= 0 <= high
-    shown = "" if p is None else ", p < 0.001" if p < 0.001 else f", p = {p:.2g}"
     worse = new[f"wer_{split}"] > base[f"wer_{split}"]
     found = f"significantly {'worse' if worse else 'better'}" if significant else "no significant difference"
-    return f"{found} in the paired bootstrap{shown}"
+    matched = f"; matched pairs{_of_p(test['matched_pairs']['p'])}" if "matched_pairs" in test else ""
+    return f"{found} in the paired bootstrap{_of_p(p)}{matched}"
+
+
+def _of_p(p: float | None) -> str:
+    return "" if p is None else ", p < 0.001" if p < 0.001 else f", p = {p:.2g}"
 
 
 def step_times(run: Run) -> dict[str, float]:
