@@ -5,6 +5,7 @@
     python run_all.py demo --from 04_evaluate                   this step and all after it, again
     python run_all.py baselines --engine ray                    members of a sweep side by side, on a cluster perhaps
     python run_all.py --list                                    params files and runs
+    python run_all.py --verify reports/demo                     are its files and word errors what the run made?
 
 Called again, it skips what is unchanged and resumes what was interrupted.
 
@@ -54,9 +55,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--gpus", type=float, metavar="N", help="that Ray gives each member (default: 1 where there are any)")
     add("--storage", metavar="URL", help="where Ray's machines keep the reports if they share none (s3://...)")
     add("--list", action="store_true", help="show params files and runs")
+    add("--verify", type=Path, metavar="FOLDER", help="check a report's files and count its word errors again")
     add("--root", type=Path, default=ROOT, help="project folder (default: where run_all.py is)")
     args = parser.parse_args(argv)
-    if not args.params and not args.list:
+    if not args.params and not args.list and not args.verify:
         parser.error("which params file? --list shows them")
     return args
 
@@ -71,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     from asrlib.pipeline import RunLocked, StepFailed, with_advice
 
     try:
-        return run_all(args, root)
+        return verify(root / args.verify) if args.verify else run_all(args, root)
     except (BadParameter, RunLocked) as refusal:
         print(refusal, file=sys.stderr)
         return 2
@@ -117,6 +119,14 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
         pipeline.run_steps(steps, place, say, command_of(args))
         say(str(run.path / "index.html"))
     return 0
+
+
+def verify(folder: Path) -> int:
+    from asrlib import verification
+
+    found = verification.verify(folder)
+    print(verification.as_text(found))
+    return int(any(one.problems for one in found.values()))
 
 
 def steps_to_redo(args: argparse.Namespace, names: list[str]) -> list[str]:

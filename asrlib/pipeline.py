@@ -372,6 +372,7 @@ def run_steps(
     """Show which of `steps` are unchanged and execute the others, keeping the index page up to date; it shows
     `command` to those who want to repeat the run. Raises StepFailed where a step fails."""
     from asrlib.report import write_index
+    from asrlib.verification import write_checksums
 
     run, start = place.run, first_to_run(place.run, steps)
     expected = [expected_seconds(place.root, run, step) for step in steps]
@@ -392,7 +393,10 @@ def run_steps(
         elapsed = duration(time.monotonic() - begin)
         write_index(run.path, command)
         say(f"{title} took {duration(seconds)} (elapsed {elapsed}{time_left(expected[index + 1 :])})")
+        write_checksums(run, ran=True)
         after_step()
+    if start == len(steps):
+        write_checksums(run, ran=False)
 
 
 def expected_seconds(root: Path, run: Run, step: Step) -> float | None:
