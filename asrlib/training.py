@@ -304,7 +304,7 @@ def train(
     steps_per_epoch = -(-batches // settings.gradient_accumulation)
     trainer = CTCTrainer(
         model=model,
-        args=_arguments(folder, settings, steps_per_epoch, afresh=checkpoint is None),
+        args=training_arguments(folder, settings, steps_per_epoch, afresh=checkpoint is None),
         data_collator=CTCCollator(processor, named=True),
         train_dataset=train_dataset,
         eval_dataset=CTCDataset(validation, processor),
@@ -336,7 +336,9 @@ def train(
     )
 
 
-def _arguments(folder: Path, settings: TrainingSettings, steps_per_epoch: int, afresh: bool) -> TrainingArguments:
+def training_arguments(
+    folder: Path, settings: TrainingSettings, steps_per_epoch: int, afresh: bool
+) -> TrainingArguments:
     on_cpu = settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available())
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch finds no CUDA device here: use auto or cpu")
