@@ -28,7 +28,7 @@ from asrlib.runs import resolve
 
 PUBLISHED_CONFIGS = {"facebook/wav2vec2-conformer-rel-pos-large-960h-ft": PUBLISHED}  # of models not here yet
 CACHE_FRAMES = 1000
-NOISE_SECONDS = 12.0  # of an utterance, where none is known: LibriSpeech's mean
+NOISE_SECONDS = 16.0  # of the longest utterance, where none is known: few of LibriSpeech's are longer
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,10 @@ class Materials:
     def speech(self, split: str, samples: int | None = None, seconds: float | None = None) -> Speech:
         """As `open_usable` gives it, by the headers of the audio."""
         asked = (split, samples, seconds)
-        return self.once("speech", self.baseline.config, self.p.corpus, *asked, work=lambda: self._speech(*asked))
+        found = self.once("speech", self.baseline.config, self.p.corpus, *asked, work=lambda: self._speech(*asked))
+        if found.missing and found.missing not in self.missing:
+            self.missing.append(found.missing)
+        return found
 
     def _speech(self, split: str, samples: int | None, seconds: float | None) -> Speech:
         p = self.p
@@ -150,7 +153,6 @@ class Materials:
             "split", p.corpus, split, work=lambda: _open(p.corpus, split, p.batch_seconds)
         )
         if missing:
-            self.missing.append(missing)
             return Speech(whole, 0.0, missing)
         begin = time.perf_counter()
         some = whole.sample(samples, p.seed)
@@ -176,7 +178,7 @@ def _open(source: str, split: str, batch_seconds: float) -> tuple[Corpus, float,
             raise BadParameter(str(error)) from None
     needed = "the run downloads it; to know its hours now, give a folder that holds it: --set corpus=DIR"
     return (
-        measure.noise(split, min(NOISE_SECONDS, batch_seconds), 64),
+        measure.noise(split, min(NOISE_SECONDS, batch_seconds)),
         0.0,
         f"{source} {split} is not on this machine: {needed}",
     )

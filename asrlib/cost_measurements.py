@@ -96,13 +96,18 @@ def start_of_a_kernel(imports: str, folder: Path) -> tuple[float, int]:
 # ---- speech ------------------------------------------------------------------------------------------------
 
 
-def noise(split: str, seconds_each: float, count: int) -> Corpus:
-    """In place of a split that is not here: what a model does with audio takes as long whatever is in it."""
-    samples = np.random.default_rng(0).normal(scale=0.1, size=round(seconds_each * SAMPLE_RATE)).astype(np.float32)
-    file = io.BytesIO()
-    soundfile.write(file, samples, SAMPLE_RATE, format="WAV", subtype="FLOAT")
-    source = partial(io.BytesIO, file.getvalue())
-    rows = [Utterance(f"noise-{i}", "A", "noise", seconds_each, "memory", source) for i in range(count)]
+def noise(split: str, longest: float, count: int = 64) -> Corpus:
+    """In place of a split that is not here, of many lengths: it takes a model as long whatever is in the audio."""
+    samples_S = np.random.default_rng(0).normal(scale=0.1, size=round(longest * SAMPLE_RATE)).astype(np.float32)
+
+    def source(seconds: float) -> io.BytesIO:
+        file = io.BytesIO()
+        soundfile.write(file, samples_S[: round(seconds * SAMPLE_RATE)], SAMPLE_RATE, format="WAV", subtype="FLOAT")
+        file.seek(0)
+        return file
+
+    lengths = np.linspace(longest / 10, longest, count).round(2).tolist()
+    rows = [Utterance(f"{split}-{i}", "A", "", s, "memory", partial(source, s)) for i, s in enumerate(lengths)]
     return Corpus("noise", split, tuple(rows))
 
 

@@ -39,7 +39,7 @@ class StepCosts(Materials):
         self.memory: dict[str, dict] = {}  # of steps that train: {bytes, parts, source}
 
     def of(self, step: str) -> list[Cost]:
-        """Raises BadParameter where the step is sure to fail."""
+        """What the step does after its kernel's start. Raises BadParameter where it is sure to fail."""
         steps = {
             "00_baseline": self.baseline_costs,
             "01_convert": self.convert_costs,
@@ -55,6 +55,9 @@ class StepCosts(Materials):
             costs = steps[step]()
         except ValueError as error:
             raise BadParameter(f"{step} cannot run: {error}") from error
+        except torch.OutOfMemoryError as error:
+            self.missing.append(f"memory for {step}: {error}")
+            return [Cost("the notebook", None, "unknown: it does not fit into memory")]
         if step in LOADS:
             costs.insert(0, Cost(f"{LOADS[step]} models loaded", LOADS[step] * self.loading))
         return costs
@@ -83,10 +86,8 @@ class StepCosts(Materials):
 
     def passes(self, what: str, model, *speech: Speech, times: float = 1, chunks=None, **how) -> Cost:
         """Transcribing."""
-        rate, batch_seconds = (
-            self.pass_rate(model, speech[0], chunks, **how),
-            how.get("batch_seconds", self.p.batch_seconds),
-        )
+        rate = self.pass_rate(model, speech[0], chunks, **how)
+        batch_seconds = how.get("batch_seconds", self.p.batch_seconds)
         return self.heard(what, rate, speech, [_padded(one.lengths, batch_seconds) for one in speech], times)
 
     def pass_rate(self, model, speech: Speech, chunks=None, **how) -> Rate:
@@ -121,10 +122,8 @@ class StepCosts(Materials):
 
     def finetune_costs(self) -> list[Cost]:
         p = self.p
-        training, validation = (
-            self.speech(p.train_split, p.train_samples),
-            self.speech(p.validation_split, p.validation_samples),
-        )
+        training = self.speech(p.train_split, p.train_samples)
+        validation = self.speech(p.validation_split, p.validation_samples)
         names = TrainingSettings.__dataclass_fields__.keys() - {"speeds"}
         settings = TrainingSettings(**{name: getattr(p, name) for name in names})
         teacher = self.baseline if p.kl_weight or p.hidden_weight else None
@@ -140,16 +139,11 @@ class StepCosts(Materials):
         steps_an_epoch = math.ceil(len(batches) / settings.gradient_accumulation)
         with tempfile.TemporaryDirectory() as folder:
             plan = training_arguments(Path(folder), settings, steps_an_epoch, afresh=True)
-        try:
-            cost = self.once(
-                "training", model.config, self.p.corpus, settings, teacher is None,
-                work=lambda: measure.training(
-                    model, self.processor, training.corpus, settings, teacher, 1 / rate.per_second
-                ),
-            )  # fmt: skip
-        except torch.OutOfMemoryError as error:
-            self.missing.append(f"memory for a training step: {error}")
-            return [*costs, Cost("training steps", None, "unknown: a step does not fit into memory")]
+        passed = 1 / rate.per_second
+        cost = self.once(
+            "training", model.config, self.p.corpus, settings, teacher is None,
+            work=lambda: measure.training(model, self.processor, training.corpus, settings, teacher, passed),
+        )  # fmt: skip
         self._remember_memory(step, cost, max(settings.batch_seconds, *lengths))
         audio = measure.padded(lengths, batches) * plan.max_steps / steps_an_epoch
         steps = "training steps" if training.missing else f"{plan.max_steps:,} training steps at most"
@@ -165,11 +159,8 @@ class StepCosts(Materials):
             return
         scale = 1.0 if cost.whole else max(1.0, longest / cost.step_audio)
         source = MEASURED if cost.whole else f"scaled from a batch of {cost.step_audio:.0f} s of audio"
-        parts = {
-            "weights": cost.weights_bytes,
-            "optimizer": cost.optimizer_bytes,
-            "step": round(scale * cost.step_bytes),
-        }
+        parts = {"weights": cost.weights_bytes, "optimizer": cost.optimizer_bytes}
+        parts["step"] = round(scale * cost.step_bytes)
         if cost.device == "cpu":
             parts["process"] = self.known["start"][1]
         self.memory[step] = {"bytes": sum(parts.values()), "parts": parts, "source": source}
@@ -189,10 +180,8 @@ class StepCosts(Materials):
         rate, layer = self.pass_rate(self.baseline, speech, precision="fp32"), self._one_layer.statistics(attention)
         layers = self.baseline.config.num_hidden_layers
         both = Rate(rate.per_second * layer.audio + layers * layer.seconds, layer.audio)
-        return [
-            self.opened(speech),
-            self.heard("statistics of calibration speech", both, (speech,), [speech.corpus.seconds]),
-        ]
+        collected = self.heard("statistics of calibration speech", both, (speech,), [speech.corpus.seconds])
+        return [self.opened(speech), collected]
 
     def conversions(self, what: str, layout: str, method: str, times: int, attention: bool) -> Cost:
         """One decomposition of every layer, cut `times` times."""
@@ -212,9 +201,8 @@ class StepCosts(Materials):
     def convert_costs(self) -> list[Cost]:
         p, costs = self.p, []
         attention, layers = p.method == "attended", self.baseline.config.num_hidden_layers
-        if p.method in NEEDS_STATISTICS or (
-            not self._grouped and (p.ranks == "sensitivity" or p.reestimate_batch_norm)
-        ):
+        ranked = not self._grouped and (p.ranks == "sensitivity" or p.reestimate_batch_norm)
+        if p.method in NEEDS_STATISTICS or ranked:
             costs = self.statistics(attention)
             costs.append(Cost("condition numbers", layers * self._one_layer.conditions(attention), ONE_LAYER))
         if self._grouped:
@@ -236,25 +224,19 @@ class StepCosts(Materials):
         if model.config.position_embeddings_type == "rotary":
             layout = "split"
         recipes = [RECIPES[name] for name in p.analysis_methods]
-        uniform = [
-            one
-            for one in recipes
-            if isinstance(one, Recipe) and one.ranks == "uniform" and one.layout in ("split", layout)
-        ]
         costs = self.statistics(attention=True)
         spectra = [self.conversions("", layout, method, 0, True).seconds for method in ("svd", "two_sided")]
         costs.append(Cost("spectra", sum(spectra), ONE_LAYER))
         few = self.speech(p.validation_split, p.analysis_samples)
         evaluation = self.speech(p.validation_split, p.analysis_eval_samples)
-        for one in uniform:
-            costs.append(
-                self.conversions(f"{one.name}: errors of every layer", one.layout, one.method, ANALYSED_WIDTHS, True)
-            )
-            rate = Rate(layers * self._one_layer.conversion(one.layout, one.method, True)[2], 1.0)
-            within = self.heard(costs[-1].what, rate, (few,), [few.corpus.seconds], ANALYSED_WIDTHS)
-            costs[-1] = replace(
-                costs[-1], seconds=None if within.seconds is None else costs[-1].seconds + within.seconds
-            )
+        for one in recipes:
+            if isinstance(one, Recipe) and one.ranks == "uniform" and one.layout in ("split", layout):
+                what = f"{one.name}: {ANALYSED_WIDTHS} conversions"
+                costs.append(self.conversions(what, one.layout, one.method, ANALYSED_WIDTHS, True))
+                rate = Rate(layers * self._one_layer.conversion(one.layout, one.method, True)[2], 1.0)
+                what = f"{one.name}: errors of every layer"
+                errors = self.heard(what, rate, (few,), [few.corpus.seconds], ANALYSED_WIDTHS)
+                costs.append(errors if errors.seconds is None else replace(errors, source=ONE_LAYER))
         rows = 2
         for one in recipes:
             reached = [cut for cut in sorted(set(p.analysis_cuts)) if not one.obstacle(model.config, cut)]
@@ -273,10 +255,8 @@ class StepCosts(Materials):
     def evaluation_costs(self) -> list[Cost]:
         p = self.p
         splits = [self.speech(split, p.eval_samples) for split in p.eval_splits]
-        costs = [
-            self.opened(*splits),
-            self.passes("test splits, converted and fine-tuned", self.converted, *splits, times=2),
-        ]
+        costs = [self.opened(*splits)]
+        costs.append(self.passes("test splits, converted and fine-tuned", self.converted, *splits, times=2))
         lefts, longest = p.stream_left_seconds, max(p.stream_left_seconds, default=0)
         variants = len(p.stream_caches) + sum(name.startswith("int") for name in p.stream_caches)
         for chunk in p.stream_chunks_ms:

@@ -16,6 +16,7 @@ from asrlib import report
 from asrlib.attention.cache import kv_cache_bytes
 from asrlib.conversion.convert import convert
 from asrlib.cost_card import as_text, estimated_steps
+from asrlib.cost_materials import PUBLISHED_CONFIGS
 from asrlib.data.batches import BucketBatchSampler
 from asrlib.estimate import estimate_run, timed_before
 from asrlib.models.scratch import new_processor
@@ -32,7 +33,8 @@ PARAMS = dict(
     analysis_samples=2, analysis_eval_samples=3, analysis_cuts=[0.5, 0.75],
     analysis_methods=["split svd", "svd", "two_sided, energy", "attended, sensitivity"],
     train_samples=None, epochs=2.0, kl_weight=1.0, evaluations_per_epoch=2, batch_seconds=3.0,
-    benchmark_samples=3, device="cpu",
+    benchmark_samples=3, benchmark_seconds=[5.0, 20.0], device="cpu",
+    stream_chunks_ms=[160, None], stream_left_seconds=[1.0], stream_caches=["float32", "int8"],
 )  # fmt: skip
 
 
@@ -113,6 +115,32 @@ def test_training_is_counted_as_the_trainer_counts_it(whole):
     whats = [cost["what"] for cost in whole["steps"]["03_finetune"]["costs"]]
     evaluations = 1 + -(-2 * batches // -(-batches // 2))
     assert f"{2 * batches} training steps at most" in whats and f"{evaluations} validations" in whats
+
+
+def test_streams_and_lengths_of_audio_are_counted_where_they_are_asked_for(whole):
+    evaluated, timed = (
+        [cost["what"] for cost in whole["steps"][step]["costs"]] for step in ("04_evaluate", "05_benchmark")
+    )
+    assert "chunks of 160 ms, 6 passes" in evaluated and "full context, 2 passes" in evaluated  # int8 turned, too
+    assert [what for what in timed if what.endswith("2 lengths of audio")] == [
+        f"{name}: 2 lengths of audio" for name in ("baseline", "converted", "finetuned", "MHA in blocks")
+    ]
+
+
+def test_a_new_model_grouped_is_measured_too(project, schema):
+    new = dict(
+        architecture="conformer", hidden_size=16, num_layers=2, num_heads=4, kv_heads=2, subsampling_channels=4,
+        depthwise_kernel=5, baseline_epochs=1.5, baseline_batch_seconds=3.0, speeds=[0.9, 1.0], convert_to="gqa",
+    )  # fmt: skip
+    given = PARAMS | new | {"corpus": str(project / "corpus"), "method": "two_sided", "ranks": "uniform"}
+    costs = StepCosts(schema.defaults | given, {"start": (4.0, 2**28)})
+    whats = {cost.what: cost.seconds for step in ("00_baseline", "01_convert") for cost in costs.of(step)}
+    lengths = [utterance.seconds / speed for utterance in tiny.corpus(SIZES["train"], "train") for speed in (0.9, 1.0)]
+    steps = round(1.5 * len(BucketBatchSampler(lengths, 3.0)))
+    assert {f"{steps} training steps at most", "heads grouped, twice"} <= whats.keys() and min(whats.values()) > 0
+    assert costs.trains("00_baseline") and costs.memory["00_baseline"]["parts"]["step"] > 0
+    cache = costs.cache(converts=True)
+    assert cache["bytes"] * 2 == cache["mha_bytes"]
 
 
 def test_the_cache_is_that_of_the_model_as_converted(whole):
@@ -218,6 +246,16 @@ def test_a_model_without_weights_gets_random_ones(project, quick_start, capsys):
     assert call(project, name, "--estimate") == 0
     assert estimate_of(project, "random")["whole"]
     assert "missing: weights: random ones of the same size took their place, since" in capsys.readouterr().out
+
+
+def test_a_published_model_that_is_not_here_is_measured_by_its_sizes(monkeypatch):
+    sizes = {name: value for name, value in tiny.conformer().config.to_dict().items() if name != "model_type"}
+    monkeypatch.setitem(PUBLISHED_CONFIGS, "nobody/published", sizes)
+    costs = StepCosts({"architecture": None, "model": "nobody/published", "revision": None}, {})
+    assert costs.baseline.config.hidden_size == tiny.WIDTH and costs.loading > 0
+    assert costs.missing[0].startswith(
+        "weights: random ones of the same size took their place, since cannot load nobody"
+    )
 
 
 def test_a_step_that_does_not_fit_into_memory_is_named(project, quick_start, monkeypatch):
