@@ -3,6 +3,7 @@
     python run_all.py demo                                      params/demo.yaml → reports/demo/index.html
     python run_all.py quick --set model=/path/to/model epochs=2 --name trial
     python run_all.py demo --from 04_evaluate                   this step and all after it, again
+    python run_all.py demo --estimate                           what it would take here: starts nothing
     python run_all.py baselines --engine ray                    members of a sweep side by side, on a cluster perhaps
     python run_all.py --list                                    params files and runs
 
@@ -45,6 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--name", metavar="RUN", help="run folder below reports/ (default: NAME; auto: NAME and the time)")
     add("--from", dest="start", metavar="STEP", help="run this step and all after it again")
     add("--force", action="store_true", help="run every step again")
+    add("--estimate", action="store_true", help="measure what the run would take here, start nothing")
     add(
         "--engine",
         default="local",
@@ -100,6 +102,8 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
     if "sweep" in read_params_file(file):
         sweep = sweeps.read_sweep(root, run, file, args.set, schema)
         redo = steps_to_redo(args, sweep.step_names)
+        if args.estimate:
+            return show_estimate("estimate_sweep", sweep, redo)
         with cluster.engine_of(args.engine, root / "reports", args.cpus, args.gpus, args.storage) as engine:
             sweeps.run_sweep(sweep, redo, say, command_of(args), engine)
         return 0
@@ -108,6 +112,8 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
     values, names = read_values(file, args.set, schema, list(notebooks))
     redo = steps_to_redo(args, names)
     steps = pipeline.plan(root, run, schema, values, names)
+    if args.estimate:
+        return show_estimate("estimate_run", root, run, schema, values, steps, redo)
     with pipeline.work_in(root, run) as place:
         say(f"params {file.name} → {run.path}")
         for name in redo:
@@ -116,6 +122,15 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
         write_json(run.path / "params.json", values | some)
         pipeline.run_steps(steps, place, say, command_of(args))
         say(str(run.path / "index.html"))
+    return 0
+
+
+def show_estimate(of: str, *planned: Any) -> int:
+    """Print the card of the planned run or sweep; its estimate is kept in the run folder."""
+    from asrlib import cost_card, estimate
+
+    print("measuring, which takes a minute or two on a CPU ...", file=sys.stderr, flush=True)
+    print(cost_card.as_text(getattr(estimate, of)(*planned)))
     return 0
 
 
