@@ -10,7 +10,7 @@ from datetime import datetime
 from asrlib.figures import change, duration, size
 from asrlib.runs import Run, read_json
 
-MEASURED, BEFORE, UNCHANGED, COMPUTED = "measured", "timed before", "unchanged", "computed"
+MEASURED, BEFORE, UNCHANGED = "measured", "timed before", "unchanged"
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Cost:
 def summed(costs: list[Cost]) -> dict:
     """{seconds, whole, source, costs}: the sum of what is known; `whole` where nothing else is missing."""
     known = [cost for cost in costs if cost.seconds is not None]
-    kinds = list(dict.fromkeys(cost.source.partition(" from")[0] for cost in known))
+    kinds = dict.fromkeys(cost.source.partition(" from")[0] for cost in known)
     return {
         "seconds": sum(cost.seconds for cost in known),
         "whole": len(known) == len(costs),
@@ -48,30 +48,25 @@ def as_text(estimate: dict) -> str:
     where = f"on {estimate['device']}, {estimate['threads']} thread{'s' * (estimate['threads'] > 1)}"
     lines = [f"what {estimate['run']} is expected to take {where}; nothing has been run"]
     for name, member in estimate.get("members", {}).items():
-        lines += ["", f"{name:<44}{_known(member):>14}", *_lines(member)]
-    lines += [] if "members" not in estimate else ["", "compared"]
-    lines += [*_lines(estimate), f"  {'in all':<42}{_known(estimate):>14}"]
-    for reason in estimate["missing"]:
-        lines.append(f"missing: {reason}")
+        lines += ["", f"{name:<48}{_known(member):>14}", *_lines(member)]
+    lines += ["", "compared"] if "members" in estimate else []
+    lines += [*_lines(estimate), f"{'in all':<48}{_known(estimate):>14}"]
+    lines += [f"missing: {reason}" for reason in estimate["missing"]]
     return "\n".join(lines)
 
 
 def _lines(estimate: dict) -> Iterator[str]:
     for name, step in estimate["steps"].items():
-        yield f"  {name:<42}{_known(step):>14}  {step['source']}"
+        yield f"  {name:<46}{_known(step):>14}  {step['source']}"
         for cost in step["costs"]:
             time = "?" if cost["seconds"] is None else duration(cost["seconds"])
-            yield f"    {cost['what']:<48}{time:>14}  {cost['source']}"
+            yield f"    {cost['what']:<44}{time:>14}  {cost['source']}"
     for name, memory in estimate.get("memory", {}).items():
-        parts = ", ".join(f"{part} {size(n_bytes)}" for part, n_bytes in memory["parts"].items())
-        yield f"  peak memory, {name:<29}{size(memory['bytes']):>14}  {memory['source']}: {parts}"
+        yield f"  {'peak memory, ' + name:<46}{size(memory['bytes']):>14}  {memory['source']}"
     if cache := estimate.get("cache"):
-        cut = f"{size(cache['bytes'])} instead of MHA's {size(cache['mha_bytes'])} ({change(*_sizes(cache))})"
-        yield f"  cache of {cache['frames']} frames, {cache['dtype']}: {cut}, {cache['source']}"
-
-
-def _sizes(cache: dict) -> tuple[int, int]:
-    return cache["bytes"], cache["mha_bytes"]
+        what = f"cache of {cache['frames']} frames, {cache['dtype']}"
+        saved = change(cache["bytes"], cache["mha_bytes"])
+        yield f"  {what:<46}{size(cache['bytes']):>14}  computed; MHA's is {size(cache['mha_bytes'])} ({saved})"
 
 
 def _known(part: dict) -> str:

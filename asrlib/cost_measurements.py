@@ -1,6 +1,7 @@
-"""What a pass, a training step and a conversion take on this machine: a little of each, through the code of a run.
+"""The rates that an estimate is made of, measured on this machine: a little of the work, through the code of a run.
 
-Times are seconds of work, lengths seconds of audio. What would take longer than LONGEST is measured on less audio.
+Times are seconds, audio is in seconds with the padding of its batches. What would take longer than LONGEST is measured
+on less audio.
 """
 
 import copy
@@ -9,49 +10,38 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from pathlib import Path
 from time import perf_counter
+from typing import Any
 
-import numpy as np
-import soundfile
 import torch
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from asrlib.attention.chunks import Chunks
-from asrlib.benchmark import benchmark, peak_memory_bytes, spread_over_durations
+from asrlib.benchmark import peak_memory_bytes
 from asrlib.conversion.convert import convert, decompose
-from asrlib.conversion.grouped import group_heads
-from asrlib.conversion.quality import analyze_compression_quality
-from asrlib.conversion.statistics import Statistics, collect_statistics
-from asrlib.data.batches import BucketBatchSampler, CTCCollator, CTCDataset
-from asrlib.data.corpus import SAMPLE_RATE, Corpus, Utterance
+from asrlib.conversion.statistics import collect_statistics
+from asrlib.data.batches import BucketBatchSampler
+from asrlib.data.corpus import Corpus
 from asrlib.evaluation import transcribe
 from asrlib.length_benchmark import benchmark_lengths
 from asrlib.models.families import family_of, frames_of, frames_per_second
-from asrlib.training import (
-    CTCTrainer,
-    TrainingSettings,
-    frozen_batch_norm,
-    own_precision,
-    select_trainable,
-    training_arguments,
-)
+from asrlib.models.inference import choose_device
+from asrlib.runs import project_root
+from asrlib.training import TrainingSettings, train
 
 LONGEST = 8.0  # seconds of work that one measurement may take, as far as that can be foreseen
 PASSES_OF_A_STEP = 5  # a training step costs at most: forward, backward as two, checkpoints recomputed, the teacher
-PRINT_WHAT_IT_TOOK = "print(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-LENGTHS = (15.0, 60.0)  # audio whose passes tell how time grows with the length
+STEPS = 4  # of training that are timed; the first one is to warm up
+IMPORTS = ("ipykernel.kernelapp", "asrlib.report", "asrlib.training", "asrlib.conversion.benchmark")
+LENGTHS = (5.0, 30.0)  # seconds of audio whose passes tell how time grows with the length
 
 
 @dataclass(frozen=True)
 class Rate:
-    """So much work on so much audio, padding included."""
+    """So many seconds of work on so much audio."""
 
     seconds: float
     audio: float
@@ -69,110 +59,66 @@ def quietly() -> Iterator[None]:
         yield
 
 
-def timed(work: Callable[[], object]) -> float:
-    begin = perf_counter()
+def warm(work: Callable[[], Any]) -> tuple[Any, float]:
+    """(what `work` gives, the seconds that takes), done twice: the first time warms up."""
     work()
-    return perf_counter() - begin
+    begin = perf_counter()
+    return work(), perf_counter() - begin
 
 
-def start_of_a_kernel(imports: str, folder: Path) -> tuple[float, int]:
-    """(seconds, bytes of resident memory) of a new Python in `folder` that runs `imports`.
-
-    One that waited, for the disk perhaps, is started again: the files are in memory then.
-    """
-    code = f"import ipykernel.kernelapp, resource, time\n{imports}\n{PRINT_WHAT_IT_TOOK}"
-    command, times = [sys.executable, "-c", code], []
-    while True:
-        begin = perf_counter()
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-        times.append(perf_counter() - begin)
-        worked, memory = done.stdout.split()[-2:]
-        if len(times) == 2 or times[0] < 1.5 * float(worked):
-            break
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return min(times), unit * int(memory)
+def start_of_a_kernel() -> float:
+    """Of a new Python with what most notebooks import."""
+    command = [sys.executable, "-c", f"import {', '.join(IMPORTS)}"]
+    return warm(lambda: subprocess.run(command, cwd=project_root(), capture_output=True, check=True))[1]
 
 
 # ---- speech ------------------------------------------------------------------------------------------------
 
 
-def noise(split: str, longest: float, count: int = 64) -> Corpus:
-    """In place of a split that is not here, of many lengths: it takes a model as long whatever is in the audio."""
-    samples_S = np.random.default_rng(0).normal(scale=0.1, size=round(longest * SAMPLE_RATE)).astype(np.float32)
-
-    def source(seconds: float) -> io.BytesIO:
-        file = io.BytesIO()
-        soundfile.write(file, samples_S[: round(seconds * SAMPLE_RATE)], SAMPLE_RATE, format="WAV", subtype="FLOAT")
-        file.seek(0)
-        return file
-
-    lengths = np.linspace(longest / 10, longest, count).round(2).tolist()
-    rows = [Utterance(f"{split}-{i}", "A", "", s, "memory", partial(source, s)) for i, s in enumerate(lengths)]
-    return Corpus("noise", split, tuple(rows))
-
-
-def padded(seconds: Sequence[float], batches: Sequence[Sequence[int]]) -> float:
-    """Audio in all batches, each utterance as long as the longest beside it."""
+def padded(corpus: Corpus, batch_seconds: float) -> float:
+    """The audio of all its batches."""
+    seconds = [one.seconds for one in corpus]
+    with quietly():
+        batches = list(BucketBatchSampler(seconds, batch_seconds, shuffle=False))
     return sum(len(batch) * max(seconds[i] for i in batch) for batch in batches)
 
 
-def typical_batch(seconds: Sequence[float], batch_seconds: float) -> list[int]:
-    """Which utterances make a batch of middling length that is no longer; the shortest alone where none is."""
-    fitting = [i for i, length in enumerate(seconds) if length <= batch_seconds]
-    if not fitting:
-        return [min(range(len(seconds)), key=seconds.__getitem__)]
-    batches = list(BucketBatchSampler([seconds[i] for i in fitting], batch_seconds, shuffle=False))
-    return [fitting[i] for i in batches[(len(batches) - 1) // 2]]
+def batch_of(corpus: Corpus, batch_seconds: float, longest: bool = False) -> tuple[Corpus, float]:
+    """(a batch of typical, or of the longest, utterances; its audio). Where none is so short, the shortest alone."""
+    fitting = [one for one in corpus if one.seconds <= batch_seconds] or [min(corpus, key=lambda one: one.seconds)]
+    with quietly():
+        batches = list(BucketBatchSampler([one.seconds for one in fitting], batch_seconds, shuffle=False))
+    batch = [fitting[i] for i in batches[0 if longest else (len(batches) - 1) // 2]]
+    return replace(corpus, utterances=tuple(batch)), len(batch) * max(one.seconds for one in batch)
 
 
-def chosen(corpus: Corpus, indices: Sequence[int]) -> Corpus:
-    return replace(corpus, utterances=tuple(corpus[i] for i in indices))
-
-
-def decoding(corpus: Corpus, processor, model) -> Rate:
+def decoding(corpus: Corpus, model, processor) -> Rate:
     """Of reading and checking the audio, as `open_usable` does."""
     some = corpus.excerpt(60.0)
-    return Rate(timed(lambda: some.usable(processor, frames_of(model))), some.seconds)
+    with quietly():
+        return Rate(warm(lambda: some.usable(processor, frames_of(model)))[1], some.seconds)
 
 
 # ---- passes ------------------------------------------------------------------------------------------------
 
 
 def passes(
-    model, processor, corpus: Corpus, batch_seconds: float, device: str, precision: str, chunks: Chunks | None = None
+    corpus: Corpus, model, processor, batch_seconds: float, device: str, precision: str, chunks: Chunks | None = None
 ) -> Rate:
-    """Of transcribing: of a whole batch where that takes no longer than LONGEST, else of what does."""
-    lengths = [utterance.seconds for utterance in corpus]
+    """Of transcribing: of a typical batch if that is quick enough."""
 
-    def run(batch: list[int]) -> Rate:
-        speech, how = chosen(corpus, batch), (batch_seconds, device, precision)
-        return Rate(timed(lambda: transcribe(model, processor, speech, *how, chunks=chunks)), padded(lengths, [batch]))
+    def run(batch_seconds: float) -> Rate:
+        batch, audio = batch_of(corpus, batch_seconds)
+        how = {"device": device, "precision": precision, "chunks": chunks}
+        return Rate(warm(lambda: transcribe(model, processor, batch, batch_seconds, **how))[1], audio)
 
     with quietly():
-        batch = typical_batch(lengths, 0.0)
-        run(batch)  # to warm up
-        while True:
-            rate = run(batch)
-            batch = typical_batch(lengths, min(batch_seconds, LONGEST / rate.per_second))
-            if padded(lengths, [batch]) < 1.5 * rate.audio:
-                return rate
+        one = run(min(one.seconds for one in corpus))
+        return run(min(batch_seconds, max(one.audio, LONGEST / one.per_second)))
 
 
-def single_passes(model, processor, corpus: Corpus, rate: Rate, device: str, precision: str) -> Rate:
-    """Of utterances one at a time, as the benchmark has them; `rate` tells how long they may be."""
-    room = LONGEST / 3 / rate.per_second
-    some = chosen(
-        corpus,
-        [i for i, u in enumerate(corpus) if u.seconds <= room] or typical_batch([u.seconds for u in corpus], 0.0),
-    )
-    with quietly():
-        spread = spread_over_durations(some, 3)
-        found = benchmark({"it": model}, processor, spread, warmup=1, repeats=1, device=device, precision=precision)
-    return Rate(sum(found["latencies"]["it"]) / 1000, found["seconds_audio"])
-
-
-def growth_of_passes(model, processor, corpus: Corpus, device: str, precision: str) -> tuple[float, float]:
-    """(a, b): a pass over L seconds of audio takes about a·L + b·L², by those of LENGTHS."""
+def growth_of_passes(corpus: Corpus, model, processor, device: str, precision: str) -> tuple[float, float]:
+    """(a, b): a pass over L seconds of audio, alone, takes a·L + b·L² seconds, by those of LENGTHS."""
     with quietly():
         found = benchmark_lengths({"it": model}, processor, corpus, LENGTHS, 1, device, precision)
     (short, long), (at_short, at_long) = LENGTHS, [ms / 1000 for ms in found["systems"]["it"]["ms"]]
@@ -185,175 +131,90 @@ def growth_of_passes(model, processor, corpus: Corpus, device: str, precision: s
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """Of training: batches, one optimizer step each, and the memory of one."""
-
-    batch: Rate
-    weights_bytes: int  # of the model and its teacher
-    optimizer_bytes: int  # its two moments of every trainable number
-    step_bytes: int | None  # what a step makes besides; None where the device cannot tell
-    step_audio: float  # the audio of that step, padding included
-    whole: bool  # is it as long as any of the training?
-    device: str  # cpu or cuda
+    batch: Rate  # one training step each
+    kept_bytes: int  # weights of the model and its teacher, gradients, two moments of every trainable number
+    batch_bytes: int | None  # what the longest batch that was tried takes besides; None where the device cannot tell
+    batch_audio: float  # of that batch
 
 
-class _GivenBatches(CTCTrainer):
-    """Trains on the batches that it is given, in their order."""
+class _Stopwatch(TrainerCallback):
+    """When each step ended. Nothing is validated or saved in between."""
 
-    def __init__(self, *args, batches: list[list[int]], **kwargs):
-        super().__init__(*args, **kwargs)
-        self.batches = batches
-
-    def get_train_dataloader(self) -> DataLoader:
-        loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=self.batches,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-        )
-        return self.accelerator.prepare(loader)
-
-
-class _StepEnds(TrainerCallback):
     def __init__(self):
-        self.times: list[float] = []
+        self.ends: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.device.type != "cpu":
             torch.accelerator.synchronize()
-        self.times.append(perf_counter())
+        self.ends.append(perf_counter())
+        control.should_evaluate = control.should_save = False
+        return control
 
 
 def training(
-    model, processor, corpus: Corpus, settings: TrainingSettings, teacher, audio_per_second: float
+    corpus: Corpus, model, processor, settings: TrainingSettings, teacher, audio_per_second: float
 ) -> TrainingCost:
-    """Steps on a typical batch for their time, one on the longest for its memory; smaller ones where they take long.
+    """Steps on a typical batch for their time, on the longest for the memory.
 
-    `audio_per_second`: how much audio a second of inference passes over. The model is left as so few steps with next to
-    no learning rate leave it.
+    `audio_per_second`: how much audio a second of inference passes over. The learning rate is next to nothing, so that
+    the model stays what it is. Raises torch.OutOfMemoryError, which names what to lower.
     """
-    dataset = CTCDataset(corpus, processor, settings.speeds)
-    room = LONGEST * audio_per_second / PASSES_OF_A_STEP
-    typical = typical_batch(dataset.seconds, min(settings.batch_seconds, room))
-    longest, whole = typical, room >= settings.batch_seconds
-    if whole:
-        with quietly():
-            longest = next(iter(BucketBatchSampler(dataset.seconds, settings.batch_seconds, shuffle=False)))
-    gentle = replace(settings, learning_rate=1e-9, gradient_accumulation=1, scheduler="constant")
-    model.config.ctc_zero_infinity, model.config.ctc_loss_reduction = True, "mean"
-    trainable = select_trainable(model, settings.trainable)
-    device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
+    gentle = {"learning_rate": 1e-9, "scheduler": "constant", "gradient_accumulation": 1, "epochs": 1}
+    settings = replace(settings, **gentle, evaluations_per_epoch=1, speeds=(1.0,), training_strategy="ddp")
+    room = min(settings.batch_seconds, LONGEST * audio_per_second / PASSES_OF_A_STEP)
+    device, models = choose_device(settings.device, model), [model, teacher] if teacher else [model]
+    for one in models:
+        one.to(device)
+
+    def steps(batch: Corpus, audio: float) -> list[float]:
+        stopwatch, validation = _Stopwatch(), batch[-1:]
+        again = replace(batch, utterances=batch.utterances * STEPS)
+        with tempfile.TemporaryDirectory() as folder:
+            of_one = replace(settings, batch_seconds=audio)
+            train(model, processor, again, validation, folder, of_one, teacher, [stopwatch])
+        return stopwatch.ends
+
     with quietly():
-        model.to(device)
-        peak = peak_memory_bytes(lambda: _train(model, processor, dataset, [typical, longest], gentle, teacher), device)
-        ends = _train(model, processor, dataset, [typical] * 3, gentle, teacher)
-    optimizer = 2 * 4 * trainable
+        batch, audio = batch_of(corpus, room)
+        ends = steps(batch, audio)
+        longest, longest_audio = batch_of(corpus, room, longest=True)
+        peak = peak_memory_bytes(lambda: steps(longest, longest_audio), device)
+    trained = 3 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = sum(p.numel() * p.element_size() for one in models for p in one.parameters())
     return TrainingCost(
-        batch=Rate((ends[2] - ends[0]) / 2, padded(dataset.seconds, [typical])),
-        weights_bytes=weights_bytes(model) + (weights_bytes(teacher) if teacher else 0),
-        optimizer_bytes=optimizer,
-        step_bytes=None if peak is None else max(0, peak - optimizer),
-        step_audio=padded(dataset.seconds, [longest]),
-        whole=whole,
-        device=device.type,
+        batch=Rate((ends[-1] - ends[0]) / (len(ends) - 1), audio),
+        kept_bytes=weights + trained,
+        batch_bytes=None if peak is None else max(0, peak - trained),
+        batch_audio=longest_audio,
     )
-
-
-def _train(model, processor, dataset, batches: list[list[int]], settings, teacher) -> list[float]:
-    """When each step ended, seconds."""
-    ends = _StepEnds()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = replace(
-            training_arguments(Path(folder), settings, len(batches), afresh=False),
-            max_steps=len(batches),
-            eval_strategy="no",
-            save_strategy="no",
-            load_best_model_at_end=False,
-            report_to=[],
-        )
-        trainer = _GivenBatches(
-            model=model,
-            args=arguments,
-            data_collator=CTCCollator(processor, named=True),
-            train_dataset=dataset,
-            callbacks=[ends],
-            settings=settings,
-            processor=processor,
-            teacher=teacher,
-            batches=batches,
-        )
-        trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
-        with frozen_batch_norm(model), own_precision(model, trainer):
-            trainer.train()
-    model.eval()
-    return ends.times
-
-
-def weights_bytes(model) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
 
 # ---- conversion --------------------------------------------------------------------------------------------
 
 
-class OneLayer:
+@dataclass(frozen=True)
+class LayerCost:
+    """Of one layer."""
+
+    statistics: Rate  # on top of a pass
+    decomposition: float  # seconds
+    cut: float  # seconds of converting it, once it is decomposed
+
+
+def one_layer(corpus: Corpus, model, processor, device: str, layout: str, method: str) -> LayerCost:
     """What conversion does to a layer, on a twin of the model that has no other, with random weights.
 
-    `corpus`: calibration speech, more than the model is wide in frames. Every method gives seconds for one layer.
+    `corpus`: calibration speech, more than the model is wide in frames.
     """
-
-    def __init__(self, model, processor, corpus: Corpus, device: str):
-        config = copy.deepcopy(model.config)
-        config.num_hidden_layers = 1
-        self.model = family_of(config).standard_model(config).eval()
-        self.processor, self.device = processor, device
-        self.corpus = corpus.excerpt(max(10.0, 1.2 * config.hidden_size / frames_per_second(config)))
-
-    @cache  # noqa: B019  an OneLayer lives as long as an estimate
-    def _statistics(self, attention: bool) -> tuple[Statistics, float]:
-        def collect() -> Statistics:
-            speech, seconds = self.corpus, self.corpus.seconds
-            return collect_statistics(
-                self.model, self.processor, speech, seconds, device=self.device, attention=attention
-            )
-
-        with quietly():
-            begin = perf_counter()
-            return collect(), perf_counter() - begin
-
-    @cache  # noqa: B019
-    def _pass(self) -> float:
-        with quietly():
-            return timed(lambda: transcribe(self.model, self.processor, self.corpus, device=self.device))
-
-    def statistics(self, attention: bool) -> Rate:
-        """On top of a pass."""
-        self._pass()  # to warm up
-        self._statistics(attention)
-        return Rate(max(0.0, self._statistics(attention)[1] - self._pass()), self.corpus.seconds)
-
-    @cache  # noqa: B019
-    def conditions(self, attention: bool) -> float:
-        """Of the condition number of the covariance."""
-        return timed(lambda: self._statistics(attention)[0].condition_numbers)
-
-    @cache  # noqa: B019
-    def conversion(self, layout: str, method: str, attention: bool) -> tuple[float, float, float]:
-        """(of its decomposition, of a conversion by it, of the analysis of that, a second of audio)."""
-        statistics, width = self._statistics(attention)[0], self.model.config.hidden_size
-        with quietly():
-            begin = perf_counter()
-            made = decompose(self.model, layout, method, statistics)
-            decomposed = perf_counter()
-            how = {"layout": layout, "method": method, "statistics": statistics, "decomposition": made}
-            latent = convert(self.model, width, **how)
-            converted = perf_counter()
-            some = chosen(self.corpus, [0])
-            batch = CTCCollator(self.processor)(list(CTCDataset(some, self.processor)))
-            analyze_compression_quality(self.model, latent, {k: v for k, v in batch.items() if k != "labels"})
-        seconds = perf_counter() - converted
-        return decomposed - begin, converted - decomposed, seconds / some.seconds
-
-    @cache  # noqa: B019
-    def grouping(self, kv_heads: int, method: str, attention: bool) -> float:
-        with quietly():
-            return timed(lambda: group_heads(self.model, kv_heads, method, self._statistics(attention)[0]))
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = 1
+    twin = family_of(config).standard_model(config).eval()
+    some = corpus.excerpt(max(10.0, 1.2 * config.hidden_size / frames_per_second(config)))
+    how = {"device": device, "attention": method == "attended"}
+    with quietly():
+        _, passing = warm(lambda: transcribe(twin, processor, some, device=device))
+        statistics, collecting = warm(lambda: collect_statistics(twin, processor, some, some.seconds, **how))
+        made, decomposition = warm(lambda: decompose(twin, layout, method, statistics))
+        how = {"layout": layout, "method": method, "statistics": statistics, "decomposition": made}
+        _, cut = warm(lambda: convert(twin, cache_cut=0.75, **how))
+    return LayerCost(Rate(max(0.0, collecting - passing), some.seconds), decomposition, cut)
