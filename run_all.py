@@ -103,7 +103,7 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
         sweep = sweeps.read_sweep(root, run, file, args.set, schema)
         redo = steps_to_redo(args, sweep.step_names)
         if args.estimate:
-            return show_estimate("estimate_sweep", sweep, redo)
+            return show_estimate(root, schema, sweep.members, redo, sweep)
         with cluster.engine_of(args.engine, root / "reports", args.cpus, args.gpus, args.storage) as engine:
             sweeps.run_sweep(sweep, redo, say, command_of(args), engine)
         return 0
@@ -113,7 +113,7 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
     redo = steps_to_redo(args, names)
     steps = pipeline.plan(root, run, schema, values, names)
     if args.estimate:
-        return show_estimate("estimate_run", root, run, schema, values, steps, redo)
+        return show_estimate(root, schema, [sweeps.Member(run, values, steps)], redo)
     with pipeline.work_in(root, run) as place:
         say(f"params {file.name} → {run.path}")
         for name in redo:
@@ -125,12 +125,13 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
     return 0
 
 
-def show_estimate(of: str, *planned: Any) -> int:
-    """Print the card of the planned run or sweep; its estimate is kept in the run folder."""
-    from asrlib import cost_card, estimate
+def show_estimate(*planned: Any) -> int:
+    """Print what the run or sweep would take; it is kept in the run folders, and nothing is run."""
+    from asrlib.cost_card import as_text
+    from asrlib.estimate import estimate
 
     print("measuring, which takes a minute or two on a CPU ...", file=sys.stderr, flush=True)
-    print(cost_card.as_text(getattr(estimate, of)(*planned)))
+    print(as_text(estimate(*planned)))
     return 0
 
 

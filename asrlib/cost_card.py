@@ -3,7 +3,7 @@
 An estimate is what metrics/estimate.json of a run holds; estimate.py makes it. Times are seconds, memory bytes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -25,48 +25,47 @@ class Cost:
 def summed(costs: list[Cost]) -> dict:
     """{seconds, whole, source, costs}: the sum of what is known; `whole` where nothing else is missing."""
     known = [cost for cost in costs if cost.seconds is not None]
-    kinds = dict.fromkeys(cost.source.partition(" from")[0] for cost in known)
     return {
         "seconds": sum(cost.seconds for cost in known),
         "whole": len(known) == len(costs),
-        "source": " and ".join(kinds) or "unknown",
+        "source": " and ".join(dict.fromkeys(cost.source.partition(" from")[0] for cost in known)) or "unknown",
         "costs": [vars(cost) for cost in costs],
     }
 
 
-def in_all(parts: Mapping[str, dict]) -> dict:
+def in_all(parts: Iterable[dict]) -> dict:
     """{seconds, whole} of several such sums."""
-    seconds = sum(part["seconds"] for part in parts.values())
-    return {"seconds": seconds, "whole": all(part["whole"] for part in parts.values())}
+    parts = list(parts)
+    return {"seconds": sum(part["seconds"] for part in parts), "whole": all(part["whole"] for part in parts)}
 
 
-# ---- before the run ----------------------------------------------------------------------------------------
-
-
-def as_text(estimate: dict) -> str:
-    """The card that `run_all.py --estimate` prints."""
-    where = f"on {estimate['device']}, {estimate['threads']} thread{'s' * (estimate['threads'] > 1)}"
-    lines = [f"what {estimate['run']} is expected to take {where}; nothing has been run"]
-    for name, member in estimate.get("members", {}).items():
-        lines += ["", f"{name:<48}{_known(member):>14}", *_lines(member)]
-    lines += ["", "compared"] if "members" in estimate else []
-    lines += [*_lines(estimate), f"{'in all':<48}{_known(estimate):>14}"]
-    lines += [f"missing: {reason}" for reason in estimate["missing"]]
-    return "\n".join(lines)
+def as_text(estimates: list[dict]) -> str:
+    """The card that `run_all.py --estimate` prints: of a run, or of all members of a sweep and of their comparison."""
+    first = estimates[0]
+    where = f"{first['device']}, {first['threads']} thread{'s' * (first['threads'] > 1)}"
+    lines = [f"what is expected on {where}; nothing has been run"]
+    for estimate in estimates:
+        lines += ["", _line(estimate["run"], _known(estimate)), *_lines(estimate)]
+    lines += ["", _line("in all", _known(in_all(estimates)))] if len(estimates) > 1 else []
+    reasons = dict.fromkeys(reason for estimate in estimates for reason in estimate["missing"])
+    return "\n".join([*lines, *(f"missing: {reason}" for reason in reasons)])
 
 
 def _lines(estimate: dict) -> Iterator[str]:
     for name, step in estimate["steps"].items():
-        yield f"  {name:<46}{_known(step):>14}  {step['source']}"
+        yield _line(f"  {name}", _known(step), step["source"])
         for cost in step["costs"]:
             time = "?" if cost["seconds"] is None else duration(cost["seconds"])
-            yield f"    {cost['what']:<44}{time:>14}  {cost['source']}"
-    for name, memory in estimate.get("memory", {}).items():
-        yield f"  {'peak memory, ' + name:<46}{size(memory['bytes']):>14}  {memory['source']}"
-    if cache := estimate.get("cache"):
-        what = f"cache of {cache['frames']} frames, {cache['dtype']}"
-        saved = change(cache["bytes"], cache["mha_bytes"])
-        yield f"  {what:<46}{size(cache['bytes']):>14}  computed; MHA's is {size(cache['mha_bytes'])} ({saved})"
+            yield _line(f"    {cost['what']}", time, cost["source"])
+    for name, memory in estimate["memory"].items():
+        yield _line(f"  peak memory, {name}", size(memory["bytes"]), memory["source"])
+    if cache := estimate["cache"]:
+        saved = f"{change(cache['bytes'], cache['mha_bytes'])} of MHA's {size(cache['mha_bytes'])}, by the formula"
+        yield _line(f"  cache of {cache['frames']} frames, {cache['dtype']}", size(cache["bytes"]), saved)
+
+
+def _line(what: str, amount: str, source: str = "") -> str:
+    return f"{what:<48}{amount:>14}  {source}".rstrip()
 
 
 def _known(part: dict) -> str:
@@ -81,25 +80,16 @@ def estimated_steps(run: Run) -> dict[str, tuple[float, float]]:
 
     Left out are steps that ran with other parameters or other code, and those of which something was unknown.
     """
+    path = run.path / "metrics" / "estimate.json"
+    estimate = read_json(path) if path.is_file() else {"steps": {}}
     pairs = {}
-    made, steps = _estimate_of(run)
-    for name, step in steps.items():
-        marker = run.completed(name)
-        if not marker or "time" not in marker or marker["fingerprint"] != step["fingerprint"] or not step["whole"]:
+    for name, step in estimate["steps"].items():
+        marker = run.completed(name) or {"fingerprint": None}
+        if marker["fingerprint"] != step["fingerprint"] or not step["whole"] or step["source"] == UNCHANGED:
             continue
-        if step["source"] != UNCHANGED and datetime.fromisoformat(marker["time"]) >= datetime.fromisoformat(made):
+        if datetime.fromisoformat(marker["time"]) >= datetime.fromisoformat(estimate["made"]):
             pairs[name] = step["seconds"], marker["seconds"]
     return pairs
-
-
-def _estimate_of(run: Run) -> tuple[str, dict[str, dict]]:
-    """(when it was made, its steps): the run's own, or else of a member that in its sweep's; no steps where none is."""
-    own, sweep = (folder / "metrics" / "estimate.json" for folder in (run.path, run.path.parent))
-    if own.is_file():
-        estimate = read_json(own)
-        return estimate["made"], estimate["steps"]
-    estimate = read_json(sweep) if sweep.is_file() else {"made": ""}
-    return estimate["made"], estimate.get("members", {}).get(run.path.name, {}).get("steps", {})
 
 
 def compared(pairs: Mapping[str, tuple[float, float]]) -> str | None:
