@@ -67,9 +67,6 @@ def start_of_a_kernel() -> float:
     return warm(lambda: subprocess.run(command, cwd=project_root(), capture_output=True, check=True))[1]
 
 
-# ---- speech ------------------------------------------------------------------------------------------------
-
-
 def batches_of(corpus: Corpus, batch_seconds: float) -> list[Corpus]:
     """Longest utterances first."""
     sampler = BucketBatchSampler([one.seconds for one in corpus], batch_seconds, shuffle=False)
@@ -93,9 +90,6 @@ def decoding(corpus: Corpus, model, processor) -> Rate:
     return Rate(warm(lambda: some.usable(processor, frames_of(model)))[1], some.seconds)
 
 
-# ---- passes ------------------------------------------------------------------------------------------------
-
-
 def passes(
     corpus: Corpus, model, processor, batch_seconds: float, device: str, precision: str, chunks: Chunks | None = None
 ) -> Rate:
@@ -116,9 +110,6 @@ def growth_of_passes(corpus: Corpus, model, processor, device: str, precision: s
     (short, long), (at_short, at_long) = LENGTHS, [ms / 1000 for ms in found["systems"]["it"]["ms"]]
     b = max(0.0, (at_long / long - at_short / short) / (long - short))
     return max(0.0, at_long / long - b * long), b
-
-
-# ---- training ----------------------------------------------------------------------------------------------
 
 
 class _Stopwatch(TrainerCallback):
@@ -167,9 +158,6 @@ def training(
     scale = padded(batches_of(corpus, settings.batch_seconds)[0]) / padded(batches[0])
     source = "measured" if scale == 1 else f"scaled from a batch of {padded(batches[0]):.0f} s of audio"
     return rate, weights + trained + round(scale * max(0, peak - trained)), source
-
-
-# ---- conversion --------------------------------------------------------------------------------------------
 
 
 def one_layer(corpus: Corpus, model, processor, device: str, layout: str, method: str) -> tuple[Rate, float, float]:

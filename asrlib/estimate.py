@@ -99,11 +99,10 @@ def _evaluate(work: "Workload") -> list[Cost]:
     p, lefts = work.p, work.p.stream_left_seconds
     costs = [work.passes("test splits, converted and fine-tuned", work.converted, *work.tests, times=2)]
     formats = len(p.stream_caches) + sum(name.startswith("int") for name in p.stream_caches)  # these turned, too
-    for chunk in p.stream_chunks_ms:
-        chunks = chunk and chunks_of(work.baseline.config, chunk, max(lefts), p.stream_lookahead_ms)
-        how = {"times": 2 * (len(lefts) - 1 + formats) if chunk else 2, "batch_seconds": p.batch_seconds / 2}
-        what = f"chunks of {chunk:g} ms" if chunk else "full context"
-        costs.append(work.passes(what, work.converted, work.tests[0], chunks=chunks, **how))
+    for chunk in filter(None, p.stream_chunks_ms):
+        chunks = chunks_of(work.baseline.config, chunk, max(lefts), p.stream_lookahead_ms)
+        how = {"times": 2 * (len(lefts) - 1 + formats), "batch_seconds": p.batch_seconds / 2, "chunks": chunks}
+        costs.append(work.passes(f"chunks of {chunk:g} ms", work.converted, work.tests[0], **how))
     return [work.opening(*work.tests), *costs]
 
 
@@ -181,9 +180,8 @@ class Workload:
     def cache(self, model) -> dict:
         """What a stream keeps, by the formula, beside the same encoder with multi-head attention; bytes."""
         dtype, mha = DTYPES[self.p.precision], family_of(model.config).to_standard(self.baseline.config)
-        sizes = {"bytes": model.config, "mha_bytes": mha}
-        sizes = {name: kv_cache_bytes(config, CACHE_FRAMES, dtype) for name, config in sizes.items()}
-        return {"frames": CACHE_FRAMES, "dtype": dtype, **sizes}
+        kept, of_mha = (kv_cache_bytes(config, CACHE_FRAMES, dtype) for config in (model.config, mha))
+        return {"frames": CACHE_FRAMES, "dtype": dtype, "bytes": kept, "mha_bytes": of_mha}
 
     def speech(self, split: str, samples: int | None = None, seconds: float = math.inf) -> Corpus:
         """As `open_usable` gives it, by the headers of the audio; noise in place of what is not here."""
@@ -233,11 +231,10 @@ class Workload:
             self.memory[step] = {"bytes": n_bytes, "source": source}
         processes = self.p.training_processes if torch.cuda.is_available() else 1  # on a CPU they share its cores
         times = settings.epochs * sum(1 / speed for speed in settings.speeds) / processes
-        what, size = f"{settings.epochs:g} epochs at most", settings.batch_seconds
-        evaluations = 1 + math.ceil(settings.epochs * settings.evaluations_per_epoch)
+        epochs, evaluations = settings.epochs, 1 + math.ceil(settings.epochs * settings.evaluations_per_epoch)
         return [
             self.opening(speech, validation),
-            self.heard(what, rate, speech, times=times, batch_seconds=size),
+            self.heard(f"{epochs:g} epochs at most", rate, speech, times=times, batch_seconds=settings.batch_seconds),
             self.passes("validation", model, validation, times=evaluations, **how),
         ]
 
