@@ -175,5 +175,5 @@ def one_layer(corpus: Corpus, model, processor, device: str, layout: str, method
     statistics, collecting = warm(lambda: collect_statistics(twin, processor, some, some.seconds, **how))
     how = {"layout": layout, "method": method, "statistics": statistics}
     made, decomposing = warm(lambda: decompose(twin, **how))
-    _, converting = warm(lambda: convert(twin, cache_cut=0.75, decomposition=made, **how))
+    _, converting = warm(lambda: convert(twin, cache_cut=0.875, decomposition=made, **how))  # a middling one
     return Rate(max(0.0, collecting - passing), some.seconds), decomposing, converting

@@ -70,7 +70,7 @@ def _baseline(work: "Workload") -> list[Cost]:
 def _convert(work: "Workload") -> list[Cost]:
     p, probed = work.p, work.p.ranks == "sensitivity" and work.p.convert_to == "mla"
     costs = work.statistics(p.method) if p.method in NEEDS_STATISTICS or probed else []
-    return [*costs, work.conversions(p.method, p.layout, p.method, 2, probed)]
+    return [*costs, work.conversions(p.method, p.layout, p.method, 1, probed)]  # at full width nothing is searched
 
 
 def _analyse(work: "Workload") -> list[Cost]:
