@@ -13,6 +13,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from asrlib import html
+from asrlib.cost_card import compared, estimated_steps
 from asrlib.figures import (
     SYSTEMS,
     cache_comparison,
@@ -294,7 +295,7 @@ def write_index(run_dir: str | os.PathLike, command: str | None = None) -> Path:
         from asrlib.sweep_page import write_sweep_index
 
         return write_sweep_index(run, command)
-    times, metrics = step_times(run), _metrics(run, completed_only=True)
+    times, metrics, estimated = step_times(run), _metrics(run, completed_only=True), estimated_steps(run)
     table = _table(metrics)
     if "06_compare" in times:
         _write_summary(run)  # the step that wrote it did not know yet how long it took itself
@@ -316,6 +317,8 @@ def write_index(run_dir: str | os.PathLike, command: str | None = None) -> Path:
         steps=steps,
         pages=pages,
         times={stem: duration(seconds) for stem, seconds in times.items()},
+        estimated={stem: compared({stem: pair}) for stem, pair in estimated.items()},
+        estimate=compared(estimated),
         missing=[name for stem, (name, _) in steps.items() if stem not in times],
         total=duration(sum(times.values())),
         command=command,

@@ -16,7 +16,7 @@ from asrlib.runs import Run, atomic_write, read_json
 
 CHECKSUMS = "checksums.sha256"
 WRITTEN_ALWAYS = {"index.html", "summary.txt", "params.json"}  # by every call of the run
-PASSING = {CHECKSUMS, "pipeline.log", "checkpoints"}  # change without a result changing
+PASSING = {CHECKSUMS, "pipeline.log", "checkpoints", "metrics/estimate.json"}  # change without a result changing
 LEFT_OUT = ("models", "notebooks")  # of reports that are kept without them
 FIRST = 5  # problems of a kind are named
 
@@ -61,8 +61,9 @@ def _files(run: Run) -> Iterator[str]:
         if path.name.startswith(".") or path.name in PASSING or (path / "params.json").is_file():
             continue
         for file in [path] if path.is_file() else path.rglob("*"):
-            if file.is_file() and not file.name.startswith("."):
-                yield file.relative_to(run.path).as_posix()
+            name = file.relative_to(run.path).as_posix()
+            if file.is_file() and not file.name.startswith(".") and name not in PASSING:
+                yield name
 
 
 def _kept(run: Run) -> dict[str, str]:
