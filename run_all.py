@@ -3,8 +3,10 @@
     python run_all.py demo                                      params/demo.yaml → reports/demo/index.html
     python run_all.py quick --set model=/path/to/model epochs=2 --name trial
     python run_all.py demo --from 04_evaluate                   this step and all after it, again
+    python run_all.py demo --estimate                           what it would take here: starts nothing
     python run_all.py baselines --engine ray                    members of a sweep side by side, on a cluster perhaps
     python run_all.py --list                                    params files and runs
+    python run_all.py --verify reports/demo                     are its files and word errors what the run made?
 
 Called again, it skips what is unchanged and resumes what was interrupted.
 
@@ -45,6 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--name", metavar="RUN", help="run folder below reports/ (default: NAME; auto: NAME and the time)")
     add("--from", dest="start", metavar="STEP", help="run this step and all after it again")
     add("--force", action="store_true", help="run every step again")
+    add("--estimate", action="store_true", help="measure what the run would take here, start nothing")
     add(
         "--engine",
         default="local",
@@ -54,9 +57,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--gpus", type=float, metavar="N", help="that Ray gives each member (default: 1 where there are any)")
     add("--storage", metavar="URL", help="where Ray's machines keep the reports if they share none (s3://...)")
     add("--list", action="store_true", help="show params files and runs")
+    add("--verify", type=Path, metavar="FOLDER", help="check a report's files and count its word errors again")
     add("--root", type=Path, default=ROOT, help="project folder (default: where run_all.py is)")
     args = parser.parse_args(argv)
-    if not args.params and not args.list:
+    if not args.params and not args.list and not args.verify:
         parser.error("which params file? --list shows them")
     return args
 
@@ -71,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     from asrlib.pipeline import RunLocked, StepFailed, with_advice
 
     try:
-        return run_all(args, root)
+        return verify(root / args.verify) if args.verify else run_all(args, root)
     except (BadParameter, RunLocked) as refusal:
         print(refusal, file=sys.stderr)
         return 2
@@ -100,6 +104,8 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
     if "sweep" in read_params_file(file):
         sweep = sweeps.read_sweep(root, run, file, args.set, schema)
         redo = steps_to_redo(args, sweep.step_names)
+        if args.estimate:
+            return show_estimate(root, schema, sweep.members, redo, sweep)
         with cluster.engine_of(args.engine, root / "reports", args.cpus, args.gpus, args.storage) as engine:
             sweeps.run_sweep(sweep, redo, say, command_of(args), engine)
         return 0
@@ -108,6 +114,8 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
     values, names = read_values(file, args.set, schema, list(notebooks))
     redo = steps_to_redo(args, names)
     steps = pipeline.plan(root, run, schema, values, names)
+    if args.estimate:
+        return show_estimate(root, schema, [sweeps.Member(run, values, steps)], redo)
     with pipeline.work_in(root, run) as place:
         say(f"params {file.name} → {run.path}")
         for name in redo:
@@ -116,6 +124,24 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
         write_json(run.path / "params.json", values | some)
         pipeline.run_steps(steps, place, say, command_of(args))
         say(str(run.path / "index.html"))
+    return 0
+
+
+def verify(folder: Path) -> int:
+    from asrlib import verification
+
+    found = verification.verify(folder)
+    print(verification.as_text(found))
+    return int(any(one.problems for one in found.values()))
+
+
+def show_estimate(*planned: Any) -> int:
+    """Print what the run or sweep would take; it is kept in the run folders, and nothing is run."""
+    from asrlib.cost_card import as_text
+    from asrlib.estimate import estimate
+
+    print("measuring, which takes a minute or two on a CPU ...", file=sys.stderr, flush=True)
+    print(as_text(estimate(*planned)))
     return 0
 
 

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from asrlib.attention.cache import kv_cache_bytes
 from asrlib.data.corpus import SAMPLE_RATE, Corpus
-from asrlib.evaluation import interval, resample_sums
 from asrlib.models.families import frames_per_second
 from asrlib.models.inference import choose_device, inference
 from asrlib.out_of_memory import out_of_memory_explained
+from asrlib.significance import interval, resample_sums
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

@@ -1,18 +1,18 @@
 """What a recogniser writes down, and how many of its words are wrong.
 
 Transcripts are greedy CTC. Error rates are fractions over a whole corpus (errors of all utterances divided by
-words of all utterances), with intervals and significance from resampling utterances.
+words of all utterances); intervals and tests are those of significance.py.
 
     python -m asrlib.evaluation A.jsonl B.jsonl    # transcripts of one corpus by two models: is B better?
 
-Shapes: N utterances, R resamples, B batch, S what a model reads (samples of audio, or frames of features), T frames,
+Shapes: N utterances, B batch, S what a model reads (samples of audio, or frames of features), T frames,
 V tokens of the vocabulary.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,15 +29,15 @@ from asrlib.attention.chunks import Chunks
 from asrlib.data.batches import CTCCollator, CTCDataset
 from asrlib.data.corpus import Corpus
 from asrlib.data.normalising import HeardSoFar
+from asrlib.data.text import folded
 from asrlib.models.families import frame_counts
 from asrlib.models.inference import choose_device, inference, padding_silenced
 from asrlib.out_of_memory import out_of_memory_explained
 from asrlib.runs import atomic_write, resolve
+from asrlib.significance import compare_errors, rate_interval, sums_by_speaker
 from asrlib.streaming import chunked_pass
 
 FIELDS = {"id", "speaker", "seconds", "reference", "hypothesis"}  # of a transcript
-RESAMPLES = 10_000
-SEED = 0
 
 
 # ---- transcripts -------------------------------------------------------------------------------------------
@@ -144,21 +144,24 @@ class EvaluationResult:
 
     wer: float  # fraction of the reference words; above 1 where much is inserted
     wer_interval: tuple[float, float]  # 95 %, over utterances
+    wer_interval_by_speaker: tuple[float, float] | None  # 95 %, over speakers; None where there is only one
     cer: float  # fraction of the reference characters, spaces between words included
     substitutions: int  # words
     deletions: int
     insertions: int
     words: int  # in the references
     utterances: int
+    speakers: int
     seconds_audio: float
     predictions: list[dict] = field(repr=False)
     errors_N: np.ndarray = field(repr=False)  # word errors of each utterance, in the order of predictions
     words_N: np.ndarray = field(repr=False)  # reference words of each utterance
+    alignments: list[list[jiwer.AlignmentChunk]] = field(repr=False)  # words of each utterance
 
     def as_metrics(self) -> dict:
-        arrays = ("predictions", "errors_N", "words_N")
-        values = {name: value for name, value in self.__dict__.items() if name not in arrays}
-        return values | {"wer_interval": list(self.wer_interval)}
+        by_utterance = ("predictions", "errors_N", "words_N", "alignments")
+        values = {name: value for name, value in self.__dict__.items() if name not in by_utterance}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def score(predictions: list[dict]) -> EvaluationResult:
@@ -167,27 +170,31 @@ def score(predictions: list[dict]) -> EvaluationResult:
     An utterance with an empty reference counts its insertions, one with an empty hypothesis its deletions.
     Raises ValueError where there is no reference word at all: error rates are undefined then.
     """
-    references = [_folded(p["reference"]) for p in predictions]
-    hypotheses = [_folded(p["hypothesis"]) for p in predictions]
+    references = [folded(p["reference"]) for p in predictions]
+    hypotheses = [folded(p["hypothesis"]) for p in predictions]
     if not any(references):
         raise ValueError(f"no word in the references of {len(predictions)} utterances: the WER is undefined")
     words = jiwer.process_words(references, hypotheses)
     errors_N = np.array([_word_errors(alignment) for alignment in words.alignments])
     words_N = np.array([len(reference) for reference in words.references])
-    sums_R2 = resample_sums(np.stack([errors_N, words_N], axis=1))
+    errors_words_N2 = np.stack([errors_N, words_N], axis=1)
+    of_speakers_G2 = sums_by_speaker(errors_words_N2, predictions)
     return EvaluationResult(
         wer=words.wer,
-        wer_interval=interval(_ratio(sums_R2[:, 0], sums_R2[:, 1])),
+        wer_interval=rate_interval(errors_words_N2),
+        wer_interval_by_speaker=rate_interval(of_speakers_G2) if len(of_speakers_G2) > 1 else None,
         cer=jiwer.process_characters(references, hypotheses).cer,
         substitutions=words.substitutions,
         deletions=words.deletions,
         insertions=words.insertions,
         words=int(words_N.sum()),
         utterances=len(predictions),
+        speakers=len(of_speakers_G2),
         seconds_audio=sum(p["seconds"] for p in predictions),
         predictions=predictions,
         errors_N=errors_N,
         words_N=words_N,
+        alignments=words.alignments,
     )
 
 
@@ -198,21 +205,50 @@ def error_table(results: dict[tuple[str, str], EvaluationResult]) -> pd.DataFram
             "split": split,
             "system": system,
             "WER %": f"{100 * result.wer:.2f}",
-            "95 % interval": "{:.2f} to {:.2f}".format(*(100 * end for end in result.wer_interval)),
+            "95 % interval": _in_per_cent(result.wer_interval),
+            "by speaker": _in_per_cent(result.wer_interval_by_speaker),
             "CER %": f"{100 * result.cer:.2f}",
             "substitutions": result.substitutions,
             "deletions": result.deletions,
             "insertions": result.insertions,
             "words": result.words,
             "utterances": result.utterances,
+            "speakers": result.speakers,
         }
         for (split, system), result in results.items()
     ]
     return pd.DataFrame(rows)
 
 
-def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())
+def paired_table(paired: dict[str, dict[str, dict]]) -> pd.DataFrame:
+    """One row per split and pair of systems, changes in points; `paired[split]["a vs b"]` is of `compare_errors`."""
+    rows = []
+    for split, tests in paired.items():
+        for name, test in tests.items():
+            by_speaker = test["by_speaker"] or {"interval": None, "p": None}
+            found = "worse" if test["difference"] > 0 else "better"
+            rows.append(
+                {
+                    "split": split,
+                    "from → to": name.replace(" vs ", " → "),
+                    "change, points": 100 * test["difference"],
+                    "95 % interval": _in_per_cent(test["interval"], "+.2f"),
+                    "p": _shown(test["p"]),
+                    "by speaker": _in_per_cent(by_speaker["interval"], "+.2f"),
+                    "p by speaker": _shown(by_speaker["p"]),
+                    "p matched pairs": _shown(test["matched_pairs"]["p"]),
+                    "verdict": "no significant difference" if test["p"] > 0.05 else found,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _shown(p: float | None) -> str:
+    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _in_per_cent(interval: Sequence[float] | None, form: str = ".2f") -> str:
+    return "–" if interval is None else " to ".join(format(100 * end, form) for end in interval)
 
 
 def _word_errors(alignment: list[jiwer.AlignmentChunk]) -> int:
@@ -242,72 +278,22 @@ def evaluate(
     return score(transcripts)
 
 
-# ---- intervals and significance ----------------------------------------------------------------------------
-
-
-def resample_sums(columns_NK: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> np.ndarray:
-    """Bootstrap: the sum of each column over N rows drawn with replacement, `resamples` times → [R, K]."""
-    rows = len(columns_NK)
-    generator = np.random.default_rng(seed)
-    block = max(1, 1_000_000 // rows)  # draws at once: bounds the memory, changes no number
-    sums = []
-    for start in range(0, resamples, block):
-        drawn = generator.integers(rows, size=(min(block, resamples - start), rows))
-        sums.append(columns_NK[drawn].sum(axis=1))
-    return np.concatenate(sums)
-
-
-def interval(values_R: np.ndarray) -> tuple[float, float]:
-    """The central 95 % of resampled values."""
-    low, high = np.nanpercentile(values_R, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def _ratio(errors_R: np.ndarray, words_R: np.ndarray) -> np.ndarray:
-    """Error rates; NaN for the resamples that drew no reference word."""
-    return np.where(words_R > 0, errors_R / np.maximum(words_R, 1), np.nan)
-
-
-def paired_bootstrap(a: EvaluationResult, b: EvaluationResult) -> dict:
-    """How much more wrong `b` is than `a`, on the same utterances: {difference, interval, p}.
-
-    `difference` is WER(b) − WER(a), `interval` its 95 % interval, `p` two-sided against no difference (Bisani
-    and Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP 2004).
-    Raises ValueError where ids or references differ.
-    """
-    of_b = {p["id"]: i for i, p in enumerate(b.predictions)}
-    ids = [p["id"] for p in a.predictions]
-    if len(ids) != len(of_b) or set(ids) != set(of_b):
-        unpaired = sorted(set(ids) ^ set(of_b)) or ["(repeated ids)"]
-        raise ValueError(f"the results are not over the same utterances: {unpaired[0]!r} is not in both once")
-    order = [of_b[i] for i in ids]
-    for prediction, j in zip(a.predictions, order, strict=True):
-        if _folded(prediction["reference"]) != _folded(b.predictions[j]["reference"]):
-            raise ValueError(f"the references of {prediction['id']!r} differ: evaluate both on one corpus")
-    sums_R3 = resample_sums(np.stack([a.errors_N, b.errors_N[order], a.words_N], axis=1))
-    differences_R = _ratio(sums_R3[:, 1] - sums_R3[:, 0], sums_R3[:, 2])
-    # The draw itself counts as one resample, so that p is never 0.
-    tail = 1 + min(np.sum(differences_R <= 0), np.sum(differences_R >= 0))
-    return {
-        "difference": b.wer - a.wer,
-        "interval": list(interval(differences_R)),
-        "p": min(1.0, 2 * float(tail) / (1 + len(differences_R))),
-    }
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m asrlib.evaluation", description="Compares transcripts, by words.")
     parser.add_argument("a", metavar="A.jsonl", help="transcripts as `evaluate` and the notebooks keep them")
     parser.add_argument("b", metavar="B.jsonl", help="another model's, of the same utterances")
     args = parser.parse_args(argv)
     a, b = (score(load_predictions(Path(name).absolute())) for name in (args.a, args.b))
-    test = paired_bootstrap(a, b)
-    lines = [
-        "{}: {:.2f} % ({:.2f} to {:.2f})".format(name, *(100 * value for value in (result.wer, *result.wer_interval)))
-        for name, result in (("A", a), ("B", b))
-    ]
-    change = [100 * value for value in (test["difference"], *test["interval"])]
-    lines.append("B − A: {:+.2f} points ({:+.2f} to {:+.2f}), p = {:.4f}".format(*change, test["p"]))
+    test = compare_errors(a, b)
+    lines = [f"{name}: {100 * one.wer:.2f} % ({_in_per_cent(one.wer_interval)})" for name, one in (("A", a), ("B", b))]
+    for over, of in (("utterances", test), ("speakers", test["by_speaker"])):
+        if of is not None:
+            change = [100 * value for value in (of["difference"], *of["interval"])]
+            lines.append(
+                "B − A: {:+.2f} points ({:+.2f} to {:+.2f}), p = {:.4f}, over {}".format(*change, of["p"], over)
+            )
+    pairs = test["matched_pairs"]
+    lines.append("matched pairs: z = {z:.3f}, p = {p:.4f}, {segments:,} segments".format(**pairs))
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 

@@ -288,7 +288,8 @@ def paired_tests(entries: Sequence[Entry], table: pd.DataFrame) -> pd.DataFrame:
 
     Pairs that were not evaluated on the same utterances are left out.
     """
-    from asrlib.evaluation import load_predictions, paired_bootstrap, score
+    from asrlib.evaluation import load_predictions, score
+    from asrlib.significance import paired_bootstrap
 
     by_name, rows, scored = {entry.name: entry for entry in entries}, [], {}
 

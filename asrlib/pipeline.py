@@ -25,7 +25,7 @@ import nbformat
 from asrlib.dependencies import library_files
 from asrlib.figures import duration
 from asrlib.parameters import Schema
-from asrlib.runs import Run, atomic_write, files_fingerprint, fingerprint, read_json, remove_partial
+from asrlib.runs import Run, atomic_write, files_fingerprint, fingerprint, remove_partial
 
 ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 LOCK_WAIT_SECONDS = 10.0  # an orphaned kernel notices within 1 s that its parent is gone
@@ -372,9 +372,10 @@ def run_steps(
     """Show which of `steps` are unchanged and execute the others, keeping the index page up to date; it shows
     `command` to those who want to repeat the run. Raises StepFailed where a step fails."""
     from asrlib.report import write_index
+    from asrlib.verification import write_checksums
 
     run, start = place.run, first_to_run(place.run, steps)
-    expected = [expected_seconds(place.root, run, step) for step in steps]
+    expected = [expected_seconds(place.root, run, steps[: index + 1]) for index in range(len(steps))]
     for index, (step, seconds) in enumerate(zip(steps, expected, strict=True)):
         begun = run.resumable(step.name) and run.started(step.name)["fingerprint"] == step.fingerprint
         state = "unchanged" if index < start else "resumes" if begun else "runs"
@@ -392,19 +393,30 @@ def run_steps(
         elapsed = duration(time.monotonic() - begin)
         write_index(run.path, command)
         say(f"{title} took {duration(seconds)} (elapsed {elapsed}{time_left(expected[index + 1 :])})")
+        write_checksums(run, ran=True)
         after_step()
+    if start == len(steps):
+        write_checksums(run, ran=False)
 
 
-def expected_seconds(root: Path, run: Run, step: Step) -> float | None:
-    """How long the step took here, or else in another run, of a sweep perhaps, that had the same parameters."""
-    if (seconds := run.seconds(step.name)) is not None:
-        return seconds
-    reports = root / "reports"
-    for marker in [path for runs in ("*", "*/*") for path in reports.glob(f"{runs}/.completed/{step.name}.json")]:
-        facts = read_json(marker)
-        if facts["parameters"] | {"run_dir": ""} == step.parameters | {"run_dir": ""}:
-            return facts["seconds"]
-    return None
+def expected_seconds(root: Path, run: Run, steps: list[Step]) -> float | None:
+    """How long the last of `steps` took here the last time, or else what `seconds_before` knows."""
+    seconds = run.seconds(steps[-1].name)
+    return seconds_before(root, steps) if seconds is None else seconds
+
+
+def seconds_before(root: Path, steps: list[Step]) -> float | None:
+    """How long the last of `steps` took in the latest run, of a sweep perhaps, that had the parameters of them all."""
+    asked = {step.name: step.parameters | {"run_dir": ""} for step in steps}
+    latest: dict[str, Any] = {"time": "", "seconds": None}
+    for runs in ("*", "*/*"):
+        for path in (root / "reports").glob(f"{runs}/.completed/{steps[-1].name}.json"):
+            markers = {name: Run(path.parent.parent).completed(name) or {} for name in asked}
+            last = {"time": ""} | markers[steps[-1].name]
+            same = all(markers[name].get("parameters", {}) | {"run_dir": ""} == asked[name] for name in asked)
+            if same and last["time"] >= latest["time"]:
+                latest = last
+    return latest["seconds"]
 
 
 def time_left(expected: list[float | None]) -> str:

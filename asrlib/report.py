@@ -13,6 +13,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from asrlib import html
+from asrlib.cost_card import compared, estimated_steps
 from asrlib.figures import (
     SYSTEMS,
     cache_comparison,
@@ -206,10 +207,14 @@ def _verdict(paired: dict, base: pd.Series, new: pd.Series, split: str) -> str:
         apart = low > base[f"wer_{split}_high"] or high < base[f"wer_{split}_low"]
         return "they do not overlap" if apart else "they overlap"
     significant = p < 0.05 if p is not None else not low <= 0 <= high
-    shown = "" if p is None else ", p < 0.001" if p < 0.001 else f", p = {p:.2g}"
     worse = new[f"wer_{split}"] > base[f"wer_{split}"]
     found = f"significantly {'worse' if worse else 'better'}" if significant else "no significant difference"
-    return f"{found} in the paired bootstrap{shown}"
+    matched = f"; matched pairs{_of_p(test['matched_pairs']['p'])}" if "matched_pairs" in test else ""
+    return f"{found} in the paired bootstrap{_of_p(p)}{matched}"
+
+
+def _of_p(p: float | None) -> str:
+    return "" if p is None else ", p < 0.001" if p < 0.001 else f", p = {p:.2g}"
 
 
 def step_times(run: Run) -> dict[str, float]:
@@ -290,7 +295,7 @@ def write_index(run_dir: str | os.PathLike, command: str | None = None) -> Path:
         from asrlib.sweep_page import write_sweep_index
 
         return write_sweep_index(run, command)
-    times, metrics = step_times(run), _metrics(run, completed_only=True)
+    times, metrics, estimated = step_times(run), _metrics(run, completed_only=True), estimated_steps(run)
     table = _table(metrics)
     if "06_compare" in times:
         _write_summary(run)  # the step that wrote it did not know yet how long it took itself
@@ -312,6 +317,8 @@ def write_index(run_dir: str | os.PathLike, command: str | None = None) -> Path:
         steps=steps,
         pages=pages,
         times={stem: duration(seconds) for stem, seconds in times.items()},
+        estimated={stem: compared({stem: pair}) for stem, pair in estimated.items()},
+        estimate=compared(estimated),
         missing=[name for stem, (name, _) in steps.items() if stem not in times],
         total=duration(sum(times.values())),
         command=command,

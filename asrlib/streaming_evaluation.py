@@ -11,8 +11,9 @@ from asrlib.attention.chunks import Chunks
 from asrlib.attention.kinds import LinearAttention
 from asrlib.conversion.rotate import rotated
 from asrlib.data.corpus import Corpus
-from asrlib.evaluation import EvaluationResult, paired_bootstrap, score, transcribe
+from asrlib.evaluation import EvaluationResult, score, transcribe
 from asrlib.models.families import attention_modules, frames_per_second
+from asrlib.significance import paired_bootstrap
 from asrlib.streaming import chunks_of
 
 ROTATED = ", rotated"

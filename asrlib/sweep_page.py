@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from asrlib import html
+from asrlib.cost_card import compared, estimated_steps
 from asrlib.figure_captions import caption_of, heading_of
 from asrlib.figures import duration, unbroken
 from asrlib.html import PAGES
@@ -22,6 +23,7 @@ def write_sweep_index(run: Run, command: str) -> Path:
     members = {name: _progress(Run(run.path / name)) for name in asked_for(run)}
     finished = [name for name, member in members.items() if member["finished"]]
     found = _compared(run) if "06_compare" in times else compare_members(run, finished, test=False)
+    pairs = {"": estimated_steps(run)} | {name: estimated_steps(Run(run.path / name)) for name in members}
     index = run.path / "index.html"
     figures = _figures(run, found) if "06_compare" in times else []
     return html.render_template(
@@ -38,6 +40,7 @@ def write_sweep_index(run: Run, command: str) -> Path:
         unfinished=[name for name in members if name not in finished],
         uncompared=[name for name in finished if name not in found.table.index],
         total=duration(sum(member["seconds"] for member in members.values()) + sum(times.values())),
+        estimate=compared({(name, step): pair for name, steps in pairs.items() for step, pair in steps.items()}),
         command=command,
         parameters=parameters_of(run),
         provenance=provenance_of(run, {"benchmark": found.benchmark, "baseline": {}}),
@@ -66,6 +69,7 @@ def _progress(run: Run) -> dict:
         "left": [_left(run, stem) for stem in begun if not run.completed(stem)] if begun else ["not begun"],
         "seconds": sum(done.values()),
         "time": duration(sum(done.values())),
+        "estimated": compared(estimated_steps(run)),
         "page": (run.path / "index.html").is_file(),
     }
 

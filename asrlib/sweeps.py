@@ -324,10 +324,10 @@ def seconds_ahead(sweep: Sweep, members: list[Member], took: list[float], at_onc
     """
     ahead: list[float | None] = []
     for member in members:
-        steps = member.steps[first_to_run(member.run, member.steps) :]
-        known = [expected_seconds(sweep.root, member.run, step) for step in steps]
+        ends = range(first_to_run(member.run, member.steps) + 1, len(member.steps) + 1)
+        known = [expected_seconds(sweep.root, member.run, member.steps[:end]) for end in ends]
         typical = mean(took) if took else None
-        if steps:
+        if known:
             ahead.append(typical if None in known else sum(known))
     side_by_side = min(at_once, len(ahead))
     ahead = [None if seconds is None else seconds / side_by_side for seconds in ahead]

@@ -372,8 +372,13 @@ def test_a_step_is_expected_to_take_what_it_took_in_a_member_of_a_sweep(project)
     parameters = {"epochs": 1.0, "run_dir": "reports/sweep/member"}
     member.mark_completed("00_first", "a", seconds=7.0, parameters=parameters)
     step = Step("00_first", project / "notebooks/00_first.ipynb", {"epochs": 1.0, "run_dir": "reports/other"}, "b")
-    assert expected_seconds(project, run, step) == 7.0
-    assert expected_seconds(project, run, Step("00_first", step.notebook, {"epochs": 2.0}, "b")) is None
+    assert expected_seconds(project, run, [step]) == 7.0
+    other = Step("00_first", step.notebook, {"epochs": 2.0}, "b")
+    assert expected_seconds(project, run, [other]) is None
+    second = Step("01_second", step.notebook, {}, "c")
+    member.mark_completed("01_second", "c", seconds=3.0, parameters={})
+    assert expected_seconds(project, run, [step, second]) == 3.0
+    assert expected_seconds(project, run, [other, second]) is None, "what it works on was another's"
 
 
 def test_members_that_were_never_timed_are_expected_to_be_like_the_others(project):

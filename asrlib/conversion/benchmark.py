@@ -47,10 +47,11 @@ from asrlib.conversion.rows import (
 )  # fmt: skip
 from asrlib.conversion.statistics import Statistics, collect_statistics
 from asrlib.data.corpus import Corpus, check_splits, open_usable
-from asrlib.evaluation import EvaluationResult, interval, paired_bootstrap, resample_sums, score, transcribe
+from asrlib.evaluation import EvaluationResult, score, transcribe
 from asrlib.models.families import attention_modules, frames_of
 from asrlib.models.inference import choose_device, zero_attention
 from asrlib.runs import atomic_write, fingerprint, resolve
+from asrlib.significance import interval, paired_bootstrap, resample_sums
 
 CUTS = (0.5, 0.75, 0.875, 0.9375, 0.96875, 0.984375)  # of the cache: it is halved at each step
 ROOMS = ("attention", "conversion", "models")  # whose code decides what a row says …

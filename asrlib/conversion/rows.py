@@ -35,7 +35,7 @@ class Row:
     wer_interval: tuple[float, float]
     wer_difference: float  # to the baseline's
     difference_interval: tuple[float, float]
-    p: float  # two-sided, of no difference: see evaluation.paired_bootstrap
+    p: float  # two-sided, of no difference: see significance.paired_bootstrap
     seconds: float  # of the conversion, decomposition included, statistics not
     utterances: int
     words: int  # in the references

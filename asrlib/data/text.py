@@ -17,6 +17,11 @@ def normalise_text(text: str, processor) -> str:
     return " ".join("".join(_fit(character, known) for character in text).split())
 
 
+def folded(text: str) -> str:
+    """As error rates see it: case and repeated white space do not count."""
+    return " ".join(text.casefold().split())
+
+
 def unknown_characters(text: str, processor) -> list[str]:
     """The characters of normalised text that have no token of their own, sorted, each once."""
     return sorted(set(text) - _characters(processor))

@@ -1,0 +1,162 @@
+"""Is one recogniser better than another, or was it chance? Intervals and tests of word error rates.
+
+Errors of one utterance hang together, and so do those of one speaker. Resampling utterances tells what other
+utterances of these speakers would have given; resampling speakers, what other speakers would have. With few speakers
+that interval is rough, and the wider one of the two the more honest.
+
+Shapes: N utterances, G groups (utterances or speakers), K columns, R resamples.
+"""
+
+import math
+import re
+from typing import TYPE_CHECKING
+
+import jiwer
+import numpy as np
+
+from asrlib.data.text import folded
+
+if TYPE_CHECKING:
+    from asrlib.evaluation import EvaluationResult
+
+RESAMPLES = 10_000
+SEED = 0
+RIGHT_BETWEEN_SEGMENTS = 2  # words both systems have right: `min_num_good` of NIST's sc_stats
+
+
+def resample_sums(columns_GK: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> np.ndarray:
+    """Bootstrap: the sum of each column over G rows drawn with replacement, `resamples` times → [R, K]."""
+    rows = len(columns_GK)
+    generator = np.random.default_rng(seed)
+    block = max(1, 1_000_000 // rows)  # draws at once: bounds the memory, changes no number
+    sums = []
+    for start in range(0, resamples, block):
+        drawn = generator.integers(rows, size=(min(block, resamples - start), rows))
+        sums.append(columns_GK[drawn].sum(axis=1))
+    return np.concatenate(sums)
+
+
+def interval(values_R: np.ndarray) -> tuple[float, float]:
+    """The central 95 % of resampled values."""
+    low, high = np.nanpercentile(values_R, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def sums_by_speaker(columns_NK: np.ndarray, predictions: list[dict]) -> np.ndarray:
+    """The columns added up over the utterances of each speaker: [G, K], in the order in which speakers appear."""
+    places = {}
+    rows = [places.setdefault(prediction["speaker"], len(places)) for prediction in predictions]
+    sums_GK = np.zeros((len(places), columns_NK.shape[1]), columns_NK.dtype)
+    np.add.at(sums_GK, rows, columns_NK)
+    return sums_GK
+
+
+def rate_interval(errors_words_G2: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the error rate, errors of all rows divided by words of all rows."""
+    sums_R2 = resample_sums(errors_words_G2)
+    return interval(_ratio(sums_R2[:, 0], sums_R2[:, 1]))
+
+
+def _ratio(errors_R: np.ndarray, words_R: np.ndarray) -> np.ndarray:
+    """Error rates; NaN for the resamples that drew no reference word."""
+    return np.where(words_R > 0, errors_R / np.maximum(words_R, 1), np.nan)
+
+
+# ---- two systems -------------------------------------------------------------------------------------------
+
+
+def compare_errors(a: "EvaluationResult", b: "EvaluationResult") -> dict:
+    """All that is said of two systems on the same utterances.
+
+    {difference, interval, p} of `paired_bootstrap` over utterances; by_speaker: the same over speakers, with their
+    number, None where there is only one; matched_pairs: {segments, mean, z, p}. Raises ValueError where ids or
+    references differ.
+    """
+    speakers = len({prediction["speaker"] for prediction in a.predictions})
+    by_speaker = {"speakers": speakers, **paired_bootstrap(a, b, by_speaker=True)} if speakers > 1 else None
+    return {**paired_bootstrap(a, b), "by_speaker": by_speaker, "matched_pairs": matched_pairs(a, b)}
+
+
+def paired_bootstrap(a: "EvaluationResult", b: "EvaluationResult", by_speaker: bool = False) -> dict:
+    """How much more wrong `b` is than `a`, on the same utterances: {difference, interval, p}.
+
+    `difference` is WER(b) − WER(a), `interval` its 95 % interval, `p` two-sided against no difference (Bisani
+    and Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP 2004).
+    by_speaker: draw speakers with all their utterances. Raises ValueError where ids or references differ.
+    """
+    order = _pairing(a, b)
+    columns_N3 = np.stack([a.errors_N, b.errors_N[order], a.words_N], axis=1)
+    sums_R3 = resample_sums(sums_by_speaker(columns_N3, a.predictions) if by_speaker else columns_N3)
+    differences_R = _ratio(sums_R3[:, 1] - sums_R3[:, 0], sums_R3[:, 2])
+    # The draw itself counts as one resample, so that p is never 0.
+    tail = 1 + min(np.sum(differences_R <= 0), np.sum(differences_R >= 0))
+    return {
+        "difference": b.wer - a.wer,
+        "interval": list(interval(differences_R)),
+        "p": min(1.0, 2 * float(tail) / (1 + len(differences_R))),
+    }
+
+
+def matched_pairs(a: "EvaluationResult", b: "EvaluationResult") -> dict:
+    """The matched-pairs test on segments of sentences, MAPSSWE: {segments, mean, z, p}.
+
+    A segment is what lies between two runs of at least two words that both systems have right, or between such a run
+    and an end of the utterance (Gillick and Cox, "Some statistical issues in the comparison of speech recognition
+    algorithms", ICASSP 1989; Pallett, Fisher and Fiscus 1990). `mean` is that of the errors of b less those of a in a
+    segment, z that divided by its standard error (variance over n − 1), p two-sided of the normal distribution. As in
+    NIST's sc_stats z is 0 where all segments differ alike. Two things are not as there: words are aligned with equal
+    costs, as the WER is, and an insertion at the end of an utterance counts whichever system made it.
+    Raises ValueError where ids or references differ.
+    """
+    segments = [
+        segment
+        for i, j in enumerate(_pairing(a, b))
+        for segment in _segments(_by_word(a.alignments[i]), _by_word(b.alignments[j]))
+    ]
+    differences = np.array([theirs - ours for ours, theirs in segments], dtype=float)
+    mean = float(differences.mean()) if segments else 0.0
+    spread = float(differences.std(ddof=1)) if len(segments) > 1 else 0.0
+    z = mean / (spread / math.sqrt(len(segments))) if spread else 0.0
+    return {"segments": len(segments), "mean": mean, "z": z, "p": math.erfc(abs(z) / math.sqrt(2))}
+
+
+def _pairing(a: "EvaluationResult", b: "EvaluationResult") -> list[int]:
+    """For each utterance of `a` its place in `b`."""
+    of_b = {p["id"]: i for i, p in enumerate(b.predictions)}
+    ids = [p["id"] for p in a.predictions]
+    if len(ids) != len(of_b) or set(ids) != set(of_b):
+        unpaired = sorted(set(ids) ^ set(of_b)) or ["(repeated ids)"]
+        raise ValueError(f"the results are not over the same utterances: {unpaired[0]!r} is not in both once")
+    order = [of_b[i] for i in ids]
+    for prediction, j in zip(a.predictions, order, strict=True):
+        if folded(prediction["reference"]) != folded(b.predictions[j]["reference"]):
+            raise ValueError(f"the references of {prediction['id']!r} differ: evaluate both on one corpus")
+    return order
+
+
+def _by_word(alignment: list[jiwer.AlignmentChunk]) -> list[int]:
+    """Errors at each place of a reference of n words: before word 0, at word 0, before word 1, …, after the last."""
+    errors = [0] * (2 * max((chunk.ref_end_idx for chunk in alignment), default=0) + 1)
+    for chunk in alignment:
+        if chunk.type == "insert":
+            errors[2 * chunk.ref_start_idx] += chunk.hyp_end_idx - chunk.hyp_start_idx
+        elif chunk.type != "equal":
+            for word in range(chunk.ref_start_idx, chunk.ref_end_idx):
+                errors[2 * word + 1] = 1
+    return errors
+
+
+def _segments(ours: list[int], theirs: list[int]) -> list[tuple[int, int]]:
+    """Errors of both systems in each segment of an utterance."""
+    # One letter a place: a word both have right, one that either has wrong, words inserted by either. Where nothing
+    # is inserted stands nothing, so that words that follow each other do so here; `places` leads back.
+    letters, places = [], []
+    for place, wrong in enumerate(a + b for a, b in zip(ours, theirs, strict=True)):
+        if wrong or place % 2:
+            letters.append("x" if wrong else "c")
+            places.append(place)
+    found = []
+    for piece in re.finditer(rf"(?:(?!c{{{RIGHT_BETWEEN_SEGMENTS}}}).)*x", "".join(letters)):
+        inside = places[piece.start() : piece.end()]
+        found.append((sum(ours[place] for place in inside), sum(theirs[place] for place in inside)))
+    return found

@@ -1,0 +1,162 @@
+"""Is a report still what its run made? Hashes of its files, and its word errors counted again from the transcripts.
+
+    python run_all.py --verify reports/demo
+
+checksums.sha256 has the format of coreutils, so that `sha256sum -c checksums.sha256` checks the files without us.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from asrlib.parameters import BadParameter
+from asrlib.runs import Run, atomic_write, read_json
+
+CHECKSUMS = "checksums.sha256"
+WRITTEN_ALWAYS = {"index.html", "summary.txt", "params.json"}  # by every call of the run
+PASSING = {CHECKSUMS, "pipeline.log", "checkpoints", "metrics/estimate.json"}  # change without a result changing
+LEFT_OUT = ("models", "notebooks")  # of reports that are kept without them
+FIRST = 5  # problems of a kind are named
+
+
+@dataclass
+class Verification:
+    """What was checked of one run, in sentences, and what is wrong with it."""
+
+    checked: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def write_checksums(run: Run, ran: bool) -> None:
+    """Keep the sha256 of every file of the run, of a sweep without its members, which keep their own.
+
+    ran: was any step executed? If not, only what every call writes is looked at: calling the run again makes nothing
+    right that was changed by hand.
+    """
+    kept = _kept(run)
+    names = _files(run) if ran or not kept else filter(lambda name: name in WRITTEN_ALWAYS, _files(run))
+    digests = {name: _sha256(run.path / name) for name in names}
+    digests = digests if ran else kept | digests
+    with atomic_write(run.path / CHECKSUMS) as file:
+        file.writelines(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+
+
+def verify(folder: Path) -> dict[str, Verification]:
+    """By name the run in `folder` and, of a sweep, its members. Raises BadParameter where there is no run."""
+    if not (folder / "metrics").is_dir() and not (folder / "params.json").is_file():
+        raise BadParameter(f"{folder} holds no run: give its folder, like reports/demo")
+    members = [path.parent for path in folder.glob("*/params.json")]
+    found = {}
+    for path in (folder, *sorted(members)):
+        found[path.name] = one = Verification()
+        _check_files(Run(path), one)
+        _check_errors(Run(path), one)
+    return found
+
+
+def _files(run: Run) -> Iterator[str]:
+    for path in run.path.iterdir():
+        if path.name.startswith(".") or path.name in PASSING or (path / "params.json").is_file():
+            continue
+        for file in [path] if path.is_file() else path.rglob("*"):
+            name = file.relative_to(run.path).as_posix()
+            if file.is_file() and not file.name.startswith(".") and name not in PASSING:
+                yield name
+
+
+def _kept(run: Run) -> dict[str, str]:
+    """{file: sha256} of CHECKSUMS; empty where there is none."""
+    path = run.path / CHECKSUMS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_files(run: Run, found: Verification) -> None:
+    kept = _kept(run)
+    if not kept:
+        found.checked.append(f"no {CHECKSUMS} was kept: its files are not checked")
+        return
+    missing = sorted(name for name in kept if not (run.path / name).is_file())
+    left_out = [name for name in missing if name.startswith(LEFT_OUT)]
+    changed = sorted(name for name in kept.keys() - set(missing) if _sha256(run.path / name) != kept[name])
+    added = sorted(set(_files(run)) - kept.keys())
+    same = len(kept) - len(missing) - len(changed)
+    found.checked.append(f"{same} of {len(kept)} files have the sha256 they had when the run ended")
+    if left_out:
+        found.checked.append(f"{len(left_out)} files of {' and '.join(LEFT_OUT)} are not here")
+    lost = [name for name in missing if name not in left_out]
+    for what, names in (("changed since", changed), ("missing", lost), ("not of this run", added)):
+        if names:
+            more = f" and {len(names) - FIRST} more" if len(names) > FIRST else ""
+            found.problems.append(f"{what}: {', '.join(names[:FIRST])}{more}")
+
+
+def _check_errors(run: Run, found: Verification) -> None:
+    """Score every file of transcripts again and compare all that metrics/*.json says of it, to the last digit."""
+    from asrlib.evaluation import EvaluationResult, load_predictions, score
+    from asrlib.significance import compare_errors
+
+    metrics = {name: _metrics(run, name) for name in ("baseline", "evaluate")}
+    said = {"baseline": metrics["baseline"].get("splits", {}), **metrics["evaluate"].get("systems", {})}
+    scored: dict[tuple[str, str], EvaluationResult] = {}
+    absent, equal = [], 0
+    for system, splits in said.items():
+        for split, values in splits.items():
+            path = run.path / "predictions" / f"{system}_{split}.jsonl"
+            if not path.is_file():
+                absent.append(f"{system} on {split}")
+                continue
+            try:
+                scored[system, split] = score(load_predictions(path))
+            except ValueError as error:
+                found.problems.append(str(error))
+                continue
+            different = _different(values, scored[system, split].as_metrics())
+            equal += not different
+            found.problems += [f"{system} on {split}: {text}" for text in different]
+    rates = sum(map(len, said.values()))
+    if rates:
+        found.checked.append(f"{equal} of {rates} word error rates come out the same again")
+    if absent:
+        found.checked.append(f"without transcripts here, so not counted again: {', '.join(absent)}")
+    tests = 0
+    for split, named in metrics["evaluate"].get("paired", {}).items():
+        for name, values in named.items():
+            pair = [scored.get((system, split)) for system in name.split(" vs ")]
+            if None not in pair:
+                different = _different(values, compare_errors(*pair))
+                tests += not different
+                found.problems += [f"{name} on {split}: {text}" for text in different]
+    if tests:
+        found.checked.append(f"{tests} paired tests come out the same again")
+
+
+def _metrics(run: Run, name: str) -> dict:
+    path = run.path / "metrics" / f"{name}.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _different(said: dict, again: dict) -> list[str]:
+    """What `said` has otherwise; an older run may say less."""
+    again = json.loads(json.dumps(again))
+    return [
+        f"{name} is {value} in the metrics, but {again[name]} by the transcripts"
+        for name, value in said.items()
+        if name in again and again[name] != value
+    ]
+
+
+def as_text(found: dict[str, Verification]) -> str:
+    lines = []
+    for name, one in found.items():
+        lines += [name, *(f"  {text}" for text in one.checked), *(f"  WRONG  {text}" for text in one.problems)]
+    wrong = sum(len(one.problems) for one in found.values())
+    found_wrong = f"{wrong} problem{'s' * (wrong > 1)} found" if wrong else "nothing wrong found"
+    return "\n".join([*lines, found_wrong])
