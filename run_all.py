@@ -72,7 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         print(listing(root))
         return 0
-    from asrlib.pipeline import RunLocked, StepFailed, with_advice
+    from asrlib.pipeline import with_advice
+    from asrlib.workplace import RunLocked, StepFailed
 
     try:
         return verify(root / args.verify) if args.verify else run_all(args, root)
@@ -91,10 +92,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_all(args: argparse.Namespace, root: Path) -> int:
-    from asrlib import cluster, pipeline, sweeps
+    from asrlib import cluster, pipeline, sweeps, workplace
 
     def say(text: str) -> None:
-        pipeline.log.info(text)
+        workplace.log.info(text)
         print(text, flush=True)
 
     file = sweeps.find_params(root, args.params)
@@ -116,7 +117,7 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
     steps = pipeline.plan(root, run, schema, values, names)
     if args.estimate:
         return show_estimate(root, schema, [sweeps.Member(run, values, steps)], redo)
-    with pipeline.work_in(root, run) as place:
+    with workplace.work_in(root, run) as place:
         say(f"params {file.name} → {run.path}")
         for name in redo:
             run.discard(name)

@@ -27,13 +27,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from asrlib import pipeline
 from asrlib.figures import duration
 from asrlib.mirror import Mirror, check_storage
 from asrlib.parameters import BadParameter
-from asrlib.pipeline import RunLocked, StepFailed, Workplace, locked, time_left, work_in
+from asrlib.pipeline import time_left
 from asrlib.report import write_index
 from asrlib.sweeps import IN_TURN, Engine, Failures, Member, Sweep, reasons, run_member, seconds_ahead
+from asrlib.workplace import RunLocked, StepFailed, Workplace, locked, log, work_in
 
 RETRIES = 3  # of a member whose worker is lost
 POLL_SECONDS = 0.5
@@ -369,8 +369,8 @@ def _work(member: Member, root: Path, command: str, token: Path | None, url: str
             mirror.fetch()
     try:
         with work_in(root, member.run) as place:
-            pipeline.log.info("[on %s]", machine)
-            run_member(member, place, pipeline.log.info, command, mirror.send if mirror else lambda: None)
+            log.info("[on %s]", machine)
+            run_member(member, place, log.info, command, mirror.send if mirror else lambda: None)
     except StepFailed as failure:
         if mirror:
             mirror.send()

@@ -28,19 +28,10 @@ from asrlib.parameters import (
     read_assignments,
     read_params_file,
 )
-from asrlib.pipeline import (
-    Step,
-    StepFailed,
-    Workplace,
-    expected_seconds,
-    first_to_run,
-    plan,
-    run_steps,
-    time_left,
-    work_in,
-)
+from asrlib.pipeline import Step, expected_seconds, first_to_run, plan, run_steps, time_left
 from asrlib.report import write_index
 from asrlib.runs import Run, read_json, write_json
+from asrlib.workplace import StepFailed, Workplace, work_in
 
 RUN_FOLDERS = {"metrics", "predictions", "tables", "figures", "rejected", "models", "checkpoints", "notebooks"}
 DIFFERS_BY_CHANCE = r"0x[0-9a-f]+|Request ID: [^)]*"  # in the messages of one and the same failure of the network
