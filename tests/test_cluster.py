@@ -130,12 +130,12 @@ def test_a_member_whose_worker_is_killed_goes_on_in_another_and_nothing_is_done_
     long, held = Run(run.path / "long"), set()
 
     def kill_the_worker():
-        wait_until(lambda: processes_in(long), 300)
+        wait_until(lambda: processes_in(long))
         ((kernel, worker),) = processes_in(long)
         held.update(file.path for file in psutil.Process(kernel).open_files())
-        wait_until((run.path / "short-3/.completed/00_first.json").exists, 300)  # the other worker did all the rest
+        wait_until((run.path / "short-3/.completed/00_first.json").exists)  # the other worker did all the rest
         os.kill(worker, signal.SIGKILL)
-        wait_until(lambda: len(processes_in(long)) == 2, 300)
+        wait_until(lambda: len(processes_in(long)) == 2)
         (run.path / "go").touch()
 
     killer = in_background(kill_the_worker)
@@ -191,7 +191,7 @@ def test_ctrl_c_ends_all_members_and_their_kernels(cluster, project, heeding_ctr
     kernels = []
 
     def press_ctrl_c():
-        wait_until(lambda: all(processes_in(member) for member in members), 300)
+        wait_until(lambda: all(processes_in(member) for member in members))
         kernels.extend(psutil.Process(kernel) for member in members for kernel, _ in processes_in(member))
         os.kill(os.getpid(), signal.SIGINT)
 

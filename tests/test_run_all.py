@@ -143,7 +143,7 @@ def trace(run):
     return steps
 
 
-def wait_until(condition, seconds=30.0):
+def wait_until(condition, seconds=300.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
