@@ -7,6 +7,8 @@
     python run_all.py baselines --engine ray                    members of a sweep side by side, on a cluster perhaps
     python run_all.py --list                                    params files and runs
     python run_all.py --verify reports/demo                     are its files and word errors what the run made?
+    python run_all.py --diff reports/demo reports/wider         what is different: parameters, code, results
+    python run_all.py --index                                   reports/index.html: all runs, in a table that sorts
 
 Called again, it skips what is unchanged and resumes what was interrupted.
 
@@ -58,9 +60,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--storage", metavar="URL", help="where Ray's machines keep the reports if they share none (s3://...)")
     add("--list", action="store_true", help="show params files and runs")
     add("--verify", type=Path, metavar="FOLDER", help="check a report's files and count its word errors again")
+    add("--diff", nargs=2, type=Path, metavar="FOLDER", help="say what is different between two runs")
+    add("--index", action="store_true", help="write reports/index.html, over all runs")
     add("--root", type=Path, default=ROOT, help="project folder (default: where run_all.py is)")
     args = parser.parse_args(argv)
-    if not args.params and not args.list and not args.verify:
+    if not any((args.params, args.list, args.verify, args.diff, args.index)):
         parser.error("which params file? --list shows them")
     return args
 
@@ -76,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     from asrlib.workplace import RunLocked, StepFailed
 
     try:
-        return verify(root / args.verify) if args.verify else run_all(args, root)
+        return look_at(args, root) if args.verify or args.diff or args.index else run_all(args, root)
     except (BadParameter, RunLocked) as refusal:
         print(refusal, file=sys.stderr)
         return 2
@@ -128,12 +132,20 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
     return 0
 
 
-def verify(folder: Path) -> int:
-    from asrlib import verification
+def look_at(args: argparse.Namespace, root: Path) -> int:
+    """What --verify, --diff and --index ask of runs that are there."""
+    from asrlib import pipeline, run_differences, runs_page, verification
 
-    found = verification.verify(folder)
-    print(verification.as_text(found))
-    return int(any(one.problems for one in found.values()))
+    if args.verify:
+        found = verification.verify(root / args.verify)
+        print(verification.as_text(found))
+        return int(any(one.problems for one in found.values()))
+    if args.diff:
+        defaults = Schema(pipeline.find_notebooks(root)).defaults
+        print(run_differences.differences(*(root / folder for folder in args.diff), defaults))
+        return 0
+    print(runs_page.write_runs_index(root / "reports"))
+    return 0
 
 
 def show_estimate(*planned: Any) -> int:
