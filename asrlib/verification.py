@@ -17,7 +17,7 @@ from asrlib.runs import Run, atomic_write, read_json
 CHECKSUMS = "checksums.sha256"
 WRITTEN_ALWAYS = {"index.html", "summary.txt", "params.json"}  # by every call of the run
 PASSING = {CHECKSUMS, "pipeline.log", "checkpoints", "metrics/estimate.json"}  # change without a result changing
-LEFT_OUT = ("models", "notebooks")  # of reports that are kept without them
+LEFT_OUT = ("models", "notebooks", "figures", "predictions")  # of reports kept small: figures are in the pages, too
 FIRST = 5  # problems of a kind are named
 
 
@@ -90,7 +90,8 @@ def _check_files(run: Run, found: Verification) -> None:
     same = len(kept) - len(missing) - len(changed)
     found.checked.append(f"{same} of {len(kept)} files have the sha256 they had when the run ended")
     if left_out:
-        found.checked.append(f"{len(left_out)} files of {' and '.join(LEFT_OUT)} are not here")
+        folders = sorted({name.split("/")[0] for name in left_out})
+        found.checked.append(f"{len(left_out)} files of {', '.join(folders)} are not here")
     lost = [name for name in missing if name not in left_out]
     for what, names in (("changed since", changed), ("missing", lost), ("not of this run", added)):
         if names:
