@@ -169,7 +169,8 @@ def one_layer(corpus: Corpus, model, processor, device: str, layout: str, method
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = 1
     twin = family_of(config).standard_model(config).eval()
-    some = corpus.excerpt(max(10.0, 1.2 * config.hidden_size / frames_per_second(config)))
+    longest = max(one.seconds for one in corpus)  # by so much an excerpt may be shorter than what is asked for
+    some = corpus.excerpt(max(10.0, 1.2 * config.hidden_size / frames_per_second(config)) + longest)
     how = {"device": device, "attention": method == "attended"}
     _, passing = warm(lambda: transcribe(twin, processor, some, device=device))
     statistics, collecting = warm(lambda: collect_statistics(twin, processor, some, some.seconds, **how))
