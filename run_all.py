@@ -20,6 +20,7 @@ not see those.
 """
 
 import argparse
+import os
 import shlex
 import signal
 import sys
@@ -96,6 +97,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_all(args: argparse.Namespace, root: Path) -> int:
+    if args.estimate:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: its profiler says what it cannot see
     from asrlib import cluster, pipeline, sweeps, workplace
 
     def say(text: str) -> None:
