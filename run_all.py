@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{with_advice(str(error))}\nThe same command, given again, resumes there.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command, given again, resumes here.", file=sys.stderr)
+        resumes = "Nothing was kept." if args.estimate else "The same command, given again, resumes here."
+        print(f"\nInterrupted. {resumes}", file=sys.stderr)
         return 130
 
 
@@ -156,8 +157,13 @@ def show_estimate(*planned: Any) -> int:
     from asrlib.cost_card import as_text
     from asrlib.estimate import estimate
 
-    print("measuring, which takes a minute or two on a CPU ...", file=sys.stderr, flush=True)
-    print(as_text(estimate(*planned)))
+    begin, screen = time.monotonic(), sys.stderr  # which libraries are kept from
+
+    def say(measured: str) -> None:
+        print(f"measuring {measured} ({time.monotonic() - begin:.0f} s)", file=screen, flush=True)
+
+    say("how long: a minute or two for a small model, ten and more for the published one on a CPU")
+    print(as_text(estimate(*planned, say=say)))
     return 0
 
 

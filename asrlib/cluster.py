@@ -90,7 +90,7 @@ def ray_address(engine: str) -> str | None:
     name, separator, address = engine.partition("://")
     if engine == "local":
         return None
-    if name != "ray" or (separator and not address):
+    if name != "ray" or (separator and address != "auto" and ":" not in address):
         raise BadParameter(f"--engine {engine!r} should be local, ray, ray://auto or ray://HOST:PORT")
     return {"": "local", "auto": "auto"}.get(address, engine)
 

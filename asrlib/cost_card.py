@@ -44,6 +44,8 @@ def as_text(estimates: list[dict]) -> str:
     first = estimates[0]
     where = f"{first['device']}, {first['threads']} thread{'s' * (first['threads'] > 1)}"
     lines = [f"what is expected on {where}; nothing has been run"]
+    if first["load"] > 1.5 * first["threads"]:
+        lines.append(f"Other work was going on (load {first['load']:.1f}): on a quiet machine it takes less.")
     for estimate in estimates:
         lines += ["", _line(estimate["run"], _known(estimate)), *_lines(estimate)]
     lines += ["", _line("in all", _known(in_all(estimates)))] if len(estimates) > 1 else []
@@ -65,7 +67,7 @@ def _lines(estimate: dict) -> Iterator[str]:
 
 
 def _line(what: str, amount: str, source: str = "") -> str:
-    return f"{what:<48}{amount:>14}  {source}".rstrip()
+    return f"{what:<56}{amount:>14}  {source}".rstrip()
 
 
 def _known(part: dict) -> str:
@@ -92,9 +94,19 @@ def estimated_steps(run: Run) -> dict[str, tuple[float, float]]:
     return pairs
 
 
+def beside(pairs: Mapping[str, tuple[float, float]]) -> str | None:
+    """`estimated 12 min 00 s (−16.7 %)`, to stand below the time that was taken; None of none."""
+    expected, taken = _sums(pairs)
+    return f"estimated {duration(expected)} ({change(taken, expected)})" if expected else None
+
+
 def compared(pairs: Mapping[str, tuple[float, float]]) -> str | None:
     """`estimated 12 min 00 s, took 10 min 00 s (−16.7 %)` of the steps together; None of none."""
-    expected, taken = (sum(pair[i] for pair in pairs.values()) for i in (0, 1))
+    expected, taken = _sums(pairs)
     if not expected:
         return None
     return f"estimated {duration(expected)}, took {duration(taken)} ({change(taken, expected)})"
+
+
+def _sums(pairs: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
+    return sum(pair[0] for pair in pairs.values()), sum(pair[1] for pair in pairs.values())

@@ -8,6 +8,7 @@ index page sets it beside what the run took.
 
 import io
 import math
+import os
 import re
 import time
 import warnings
@@ -129,9 +130,9 @@ STEPS: dict[str, Callable[["Workload"], list[Cost]]] = {
 class Workload:
     """The models and the speech of one run, and what work with them costs."""
 
-    def __init__(self, values: Mapping[str, Any], known: dict):
-        """`values` of every parameter; `known`: what was measured for other members of a sweep."""
-        self.p, self.known = SimpleNamespace(**values), known
+    def __init__(self, values: Mapping[str, Any], known: dict, say: Callable[[str], None] = lambda text: None):
+        """`values` of every parameter; `known`: what was measured for other members of a sweep; `say`: what is."""
+        self.p, self.known, self.say = SimpleNamespace(**values), known, say
         self.missing: dict[str, None] = {}  # what the estimate had to do without, in words
         self.memory: dict[str, dict] = {}  # of steps that train: {bytes, source}
         self.systems = [(name, self, "converted") for name in ("converted", "finetuned")]
@@ -143,6 +144,7 @@ class Workload:
         sizes = [f"{name}={value}" for name, value in model.config.to_dict().items() if not name.startswith("ctc_")]
         key = (measurement.__name__, self.p.corpus, *sizes, *how)
         if key not in self.known:
+            self.say(measurement.__name__.replace("_", " "))
             self.known[key] = measurement(speech, model, self.processor, *how)
         return self.known[key]
 
@@ -284,21 +286,29 @@ def _open(source: str, split: str) -> Corpus:
 # ---- runs and sweeps ---------------------------------------------------------------------------------------
 
 
-def estimate(root: Path, schema: Schema, runs: list[Member], redo: list[str], sweep: Sweep | None = None) -> list[dict]:
+def estimate(
+    root: Path,
+    schema: Schema,
+    runs: list[Member],
+    redo: list[str],
+    sweep: Sweep | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[dict]:
     """Of each of `runs`, and of what compares them as `sweep` asks; of `redo`, steps that run again even if unchanged.
+    `say` is told what is measured.
 
-    Each is kept in its run's metrics/estimate.json: {run, made, device, threads, dtype, seconds, whole, steps, memory,
-    cache, missing}, in seconds and bytes; `whole` is false where the sum lacks something, which `missing` names. Raises
-    BadParameter where a run could not begin.
+    Each is kept in its run's metrics/estimate.json: {run, made, load (processes that wished to work, over a minute),
+    device, threads, dtype, seconds, whole, steps, memory, cache, missing}, in seconds and bytes; `whole` is false where
+    the sum lacks something, which `missing` names. Raises BadParameter where a run could not begin.
     """
     known: dict = {}
     with _offline():
-        works = [Workload(schema.defaults | planned.values, known) for planned in runs]
+        works = [Workload(schema.defaults | planned.values, known, say) for planned in runs]
         estimates = [_estimate_one(root, planned, redo, work) for planned, work in zip(runs, works, strict=True)]
         if sweep is not None:
             finished = {planned.name: planned.steps[-1].fingerprint for planned in runs}  # as they will be
             steps = plan(root, sweep.run, schema, sweep.values, sweep.comparing, finished)
-            work = Workload(schema.defaults | sweep.values, known)
+            work = Workload(schema.defaults | sweep.values, known, say)
             work.systems = [(one.name, each, _last(one)) for one, each in zip(runs, works, strict=True)]
             estimates.append(_estimate_one(root, Member(sweep.run, sweep.values, steps), redo, work))
     return estimates
@@ -324,6 +334,7 @@ def _estimate_one(root: Path, planned: Member, redo: list[str], work: Workload) 
     found = {
         "run": planned.run.path.name,
         "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "load": os.getloadavg()[0],
         **measured_on(choose_device(work.p.device, None), work.p.precision),
         **in_all(steps.values()),
         "steps": steps,

@@ -280,14 +280,18 @@ def check_surroundings(values: dict[str, Any]) -> None:
     from asrlib.models.families import resolve_model
 
     unknown = f": choose from {'; '.join(RECIPES)}"
+    asked: dict[str, list[str]] = {}
     try:
         if values.get("model") and not values.get("architecture"):
             resolve_model(values["model"])
         if values.get("corpus"):
-            named = [values.get("train_split"), values.get("validation_split"), *values.get("eval_splits", [])]
-            check_splits(values["corpus"], filter(None, named))
+            asked = {"eval_splits": values.get("eval_splits", [])}
+            asked |= {name: [values[name]] for name in ("train_split", "validation_split") if values.get(name)}
+            check_splits(values["corpus"], [split for splits in asked.values() for split in splits])
     except (FileNotFoundError, ValueError) as error:
-        raise BadParameter(str(error)) from None
+        missing = re.search(r"no split '([^']*)'", str(error))
+        whose = [name for name, splits in asked.items() if missing and missing[1] in "+".join(splits).split("+")]
+        raise BadParameter(f"{' and '.join(whose)}: {error}" if whose else str(error)) from None
     device, cuda = values.get("device", "auto"), torch.cuda.is_available()
     if device.startswith("cuda") and not cuda:
         raise BadParameter(f"'device' is {device}, but torch finds no CUDA device here: use auto or cpu")

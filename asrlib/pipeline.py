@@ -256,7 +256,7 @@ def run_steps(
     from asrlib.report import write_index
     from asrlib.verification import write_checksums
 
-    run, start = place.run, first_to_run(place.run, steps)
+    run, start, called = place.run, first_to_run(place.run, steps), time.time()
     expected = [expected_seconds(place.root, run, steps[: index + 1]) for index in range(len(steps))]
     for index, (step, seconds) in enumerate(zip(steps, expected, strict=True)):
         begun = run.resumable(step.name) and run.started(step.name)["fingerprint"] == step.fingerprint
@@ -275,10 +275,10 @@ def run_steps(
         elapsed = duration(time.monotonic() - begin)
         write_index(run.path, command)
         say(f"{title} took {duration(seconds)} (elapsed {elapsed}{time_left(expected[index + 1 :])})")
-        write_checksums(run, ran=True)
+        write_checksums(run, called)
         after_step()
     if start == len(steps):
-        write_checksums(run, ran=False)
+        write_checksums(run, called)
 
 
 def expected_seconds(root: Path, run: Run, steps: list[Step]) -> float | None:

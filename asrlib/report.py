@@ -13,7 +13,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from asrlib import html
-from asrlib.cost_card import compared, estimated_steps
+from asrlib.cost_card import beside, compared, estimated_steps
 from asrlib.figures import (
     SYSTEMS,
     cache_comparison,
@@ -317,7 +317,7 @@ def write_index(run_dir: str | os.PathLike, command: str | None = None) -> Path:
         steps=steps,
         pages=pages,
         times={stem: duration(seconds) for stem, seconds in times.items()},
-        estimated={stem: compared({stem: pair}) for stem, pair in estimated.items()},
+        estimated={stem: beside({stem: pair}) for stem, pair in estimated.items()},
         estimate=compared(estimated),
         missing=[name for stem, (name, _) in steps.items() if stem not in times],
         total=duration(sum(times.values())),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from asrlib import html
-from asrlib.cost_card import compared, estimated_steps
+from asrlib.cost_card import beside, compared, estimated_steps
 from asrlib.figure_captions import caption_of, heading_of
 from asrlib.figures import duration, unbroken
 from asrlib.html import PAGES
@@ -69,7 +69,7 @@ def _progress(run: Run) -> dict:
         "left": [_left(run, stem) for stem in begun if not run.completed(stem)] if begun else ["not begun"],
         "seconds": sum(done.values()),
         "time": duration(sum(done.values())),
-        "estimated": compared(estimated_steps(run)),
+        "estimated": beside(estimated_steps(run)),
         "page": (run.path / "index.html").is_file(),
     }
 

@@ -134,8 +134,12 @@ def checked(
     chosen = {steps[known_step(step, steps, origin.get("steps", ""))] for step in only}
     values = schema.check(values, origin)
     check_width(schema.defaults | values)
-    check_surroundings(schema.defaults | values)
-    return values, [step for step in steps if step in chosen]
+    names = [step for step in steps if step in chosen]
+    every = schema.defaults | values
+    if names == ["00_baseline"] and not every.get("baseline_epochs"):  # it trains nothing
+        every |= {"train_split": None, "validation_split": None}
+    check_surroundings(every)
+    return values, names
 
 
 def read_sweep(root: Path, run: Run, file: Path, assignments: list[str], schema: Schema) -> Sweep:

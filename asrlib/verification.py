@@ -15,7 +15,6 @@ from asrlib.parameters import BadParameter
 from asrlib.runs import Run, atomic_write, read_json
 
 CHECKSUMS = "checksums.sha256"
-WRITTEN_ALWAYS = {"index.html", "summary.txt", "params.json"}  # by every call of the run
 PASSING = {CHECKSUMS, "pipeline.log", "checkpoints", "metrics/estimate.json"}  # change without a result changing
 LEFT_OUT = ("models", "notebooks", "figures", "predictions")  # of reports kept small: figures are in the pages, too
 FIRST = 5  # problems of a kind are named
@@ -29,16 +28,16 @@ class Verification:
     problems: list[str] = field(default_factory=list)
 
 
-def write_checksums(run: Run, ran: bool) -> None:
+def write_checksums(run: Run, since: float = 0.0) -> None:
     """Keep the sha256 of every file of the run, of a sweep without its members, which keep their own.
 
-    ran: was any step executed? If not, only what every call writes is looked at: calling the run again makes nothing
-    right that was changed by hand.
+    since: when the run was called, s since the epoch. Files not written after that keep the sha256 they had: calling a
+    run again makes nothing right that was changed by hand before.
     """
     kept = _kept(run)
-    names = _files(run) if ran or not kept else filter(lambda name: name in WRITTEN_ALWAYS, _files(run))
-    digests = {name: _sha256(run.path / name) for name in names}
-    digests = digests if ran else kept | digests
+    old = {name for name in _files(run) if name in kept and (run.path / name).stat().st_mtime < since}
+    digests = {name: kept[name] if name in old else _sha256(run.path / name) for name in _files(run)}
+    digests = digests if since == 0 else kept | digests
     with atomic_write(run.path / CHECKSUMS) as file:
         file.writelines(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
 
@@ -81,7 +80,7 @@ def _sha256(path: Path) -> str:
 def _check_files(run: Run, found: Verification) -> None:
     kept = _kept(run)
     if not kept:
-        found.checked.append(f"no {CHECKSUMS} was kept: its files are not checked")
+        found.problems.append(f"there is no {CHECKSUMS}: whether its files are what the run made cannot be told")
         return
     missing = sorted(name for name in kept if not (run.path / name).is_file())
     left_out = [name for name in missing if name.startswith(LEFT_OUT)]
@@ -104,7 +103,11 @@ def _check_errors(run: Run, found: Verification) -> None:
     from asrlib.evaluation import EvaluationResult, load_predictions, score
     from asrlib.significance import compare_errors
 
-    metrics = {name: _metrics(run, name) for name in ("baseline", "evaluate")}
+    try:
+        metrics = {name: _metrics(run, name) for name in ("baseline", "evaluate")}
+    except ValueError as error:
+        found.problems.append(str(error))
+        return
     said = {"baseline": metrics["baseline"].get("splits", {}), **metrics["evaluate"].get("systems", {})}
     scored: dict[tuple[str, str], EvaluationResult] = {}
     absent, equal = [], 0
@@ -159,5 +162,7 @@ def as_text(found: dict[str, Verification]) -> str:
     for name, one in found.items():
         lines += [name, *(f"  {text}" for text in one.checked), *(f"  WRONG  {text}" for text in one.problems)]
     wrong = sum(len(one.problems) for one in found.values())
-    found_wrong = f"{wrong} problem{'s' * (wrong > 1)} found" if wrong else "nothing wrong found"
-    return "\n".join([*lines, found_wrong])
+    if wrong:
+        again = "to make it again: run_all.py NAME --force, or --from the first step in question"
+        return "\n".join([*lines, f"{wrong} problem{'s' * (wrong > 1)} found; {again}"])
+    return "\n".join([*lines, "nothing wrong found in what is checked above"])

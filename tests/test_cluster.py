@@ -221,6 +221,10 @@ def test_an_engine_is_named_as_ray_names_its_clusters(engine, address):
     [
         (["four", "--engine", "rey"], "--engine 'rey' should be local, ray, ray://auto or ray://HOST:PORT"),
         (["four", "--engine", "ray://"], "--engine 'ray://' should be local, ray"),
+        (
+            ["four", "--engine", "ray://head"],
+            "--engine 'ray://head' should be local, ray, ray://auto or ray://HOST:PORT",
+        ),
         (["four", "--gpus", "1"], "--cpus, --gpus and --storage belong to --engine ray"),
         (["four", "--engine", "ray", "--cpus", "1.5"], "--cpus 1.5 should be a whole number, or a share of one"),
         (["four", "--engine", "ray", "--gpus", "-1"], "--gpus -1 should be a whole number, or a share of one"),

@@ -1,6 +1,8 @@
 """A report that was changed afterwards is found out; one that was not is not accused."""
 
+import os
 import subprocess
+import time
 
 import pytest
 from test_evaluation import babble
@@ -29,7 +31,7 @@ def finished(run):
     (run.models / "baseline" / "model.safetensors").write_bytes(b"weights")
     (run.path / "index.html").write_text("<p>")
     (run.path / "pipeline.log").write_text("begun")
-    write_checksums(run, ran=True)
+    write_checksums(run)
     return run
 
 
@@ -47,7 +49,7 @@ def with_metrics(run, change):
     metrics = read_json(run.path / "metrics" / "evaluate.json")
     change(metrics)
     write_json(run.path / "metrics" / "evaluate.json", metrics)
-    write_checksums(run, ran=True)
+    write_checksums(run)
 
 
 def test_what_was_not_touched_is_right_and_passing_files_may_change(run):
@@ -60,7 +62,7 @@ def test_what_was_not_touched_is_right_and_passing_files_may_change(run):
         "3 of 3 word error rates come out the same again",
         "2 paired tests come out the same again",
     ]
-    assert as_text(found).endswith("nothing wrong found")
+    assert as_text(found).endswith("nothing wrong found in what is checked above")
 
 
 def test_coreutils_read_the_checksums(run):
@@ -117,29 +119,37 @@ def test_what_a_kept_report_leaves_out_is_said_and_is_no_problem(run):
     assert found.problems == []
     assert "2 files of models, predictions are not here" in found.checked
     assert "without transcripts here, so not counted again: converted on test" in found.checked
+
+
+def test_without_checksums_or_with_damaged_metrics_it_is_not_called_right(run):
+    (run.metrics / "evaluate.json").write_text('{"systems": {')
+    assert any("evaluate.json is not valid JSON" in problem for problem in problems(run))
     (run.path / CHECKSUMS).unlink()
-    assert problems(run) == []
+    assert problems(run)[0].startswith("there is no checksums.sha256")
 
 
 def test_calling_a_finished_run_again_does_not_bless_what_was_changed_by_hand(run):
+    changed, removed = run.predictions / "baseline_test.jsonl", run.metrics / "baseline.json"
+    changed.write_text("")
+    os.utime(changed, (0, time.time() - 10))
+    removed.unlink()
     (run.path / "index.html").write_text("<p>written again")
-    (run.predictions / "baseline_test.jsonl").write_text("")
-    write_checksums(run, ran=False)
-    assert "changed since: predictions/baseline_test.jsonl" in problems(run)
+    write_checksums(run, since=time.time() - 5)
+    assert problems(run)[:2] == ["changed since: predictions/baseline_test.jsonl", "missing: metrics/baseline.json"]
 
 
 def test_members_of_a_sweep_are_verified_too(tmp_path, capsys):
     sweep = Run(tmp_path / "widths")
     write_json(sweep.path / "params.json", {"sweep": {"latent_dim": [4, 8]}})
     members = [finished(Run(sweep.path / f"latent_dim-{width}")) for width in (4, 8)]
-    write_checksums(sweep, ran=True)
+    write_checksums(sweep)
     assert call(tmp_path, "--verify", "widths") == 0
     (members[1].path / "index.html").unlink()
     capsys.readouterr()
     assert call(tmp_path, "--verify", "widths") == 1
     shown = capsys.readouterr().out.splitlines()
     assert shown[:2] == ["widths", "  1 of 1 files have the sha256 they had when the run ended"]
-    assert shown[-2:] == ["  WRONG  missing: index.html", "1 problem found"]
+    assert shown[-2] == "  WRONG  missing: index.html" and shown[-1].startswith("1 problem found; to make it again: ")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):

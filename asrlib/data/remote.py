@@ -206,7 +206,7 @@ def _read(url: str, part: str, read: Callable[[parquet.ParquetFile], T]) -> T:
             with storage.open(path, cache_type="none") as file:  # parquet knows which bytes it needs
                 return read(parquet.ParquetFile(file))
         except pyarrow.ArrowInvalid as error:
-            raise UnreadableShard(f"{part} of {url} is damaged: {one_line(error)} Bring it there again") from error
+            raise UnreadableShard(f"{part} of {url} is damaged: {one_line(error)} Copy it there again") from error
         except Exception as error:  # each kind of storage has its own
             last = error
     raise UnreadableShard(
