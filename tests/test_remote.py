@@ -230,7 +230,7 @@ def test_a_shard_cut_short_is_named(asrlib_cache):
     storage = fsspec.filesystem("memory")
     write(URL)
     storage.pipe_file(path, storage.cat_file(path)[:-1])
-    with pytest.raises(UnreadableShard, match=f"the footer of memory://{path} is damaged: .* Bring it there again"):
+    with pytest.raises(UnreadableShard, match=f"the footer of memory://{path} is damaged: .* Copy it there again"):
         open_corpus(URL, "train-clean-100")
 
 
