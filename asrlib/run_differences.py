@@ -53,13 +53,8 @@ def _shown(value: Any) -> str:
 
 
 def _made_with(run: Run) -> dict[str, str]:
-    metrics = {name: _metrics(run, name) for name in ("baseline", "benchmark")}
+    metrics = {name: run.metrics_so_far(name) for name in ("baseline", "benchmark")}
     return {name: value for name, value in provenance_of(run, metrics).items() if name != "finished"}
-
-
-def _metrics(run: Run, name: str) -> dict:
-    path = run.path / "metrics" / f"{name}.json"
-    return read_json(path) if path.is_file() else {}
 
 
 def _results(a: Run, b: Run) -> Iterator[str]:

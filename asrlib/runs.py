@@ -193,6 +193,10 @@ class Run:
         """Read metrics/<name>.json; MissingStep names the notebook that makes it."""
         return read_json(self.path / "metrics" / f"{name}.json")
 
+    def metrics_so_far(self, name: str) -> dict:
+        """The same; empty where it is not there yet."""
+        return self.read_metrics(name) if (self.path / "metrics" / f"{name}.json").is_file() else {}
+
     def require_model(self, name: str) -> Path:
         """Folder of models/<name>; MissingStep names the notebook that makes it."""
         folder = self.path / "models" / name

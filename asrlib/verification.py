@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from asrlib.parameters import BadParameter
-from asrlib.runs import Run, atomic_write, read_json
+from asrlib.runs import Run, atomic_write
 
 CHECKSUMS = "checksums.sha256"
 PASSING = {CHECKSUMS, "pipeline.log", "checkpoints", "metrics/estimate.json"}  # change without a result changing
@@ -104,7 +104,7 @@ def _check_errors(run: Run, found: Verification) -> None:
     from asrlib.significance import compare_errors
 
     try:
-        metrics = {name: _metrics(run, name) for name in ("baseline", "evaluate")}
+        metrics = {name: run.metrics_so_far(name) for name in ("baseline", "evaluate")}
     except ValueError as error:
         found.problems.append(str(error))
         return
@@ -140,11 +140,6 @@ def _check_errors(run: Run, found: Verification) -> None:
                 found.problems += [f"{name} on {split}: {text}" for text in different]
     if tests:
         found.checked.append(f"{tests} paired tests come out the same again")
-
-
-def _metrics(run: Run, name: str) -> dict:
-    path = run.path / "metrics" / f"{name}.json"
-    return read_json(path) if path.is_file() else {}
 
 
 def _different(said: dict, again: dict) -> list[str]:
