@@ -129,7 +129,7 @@ def attention_maps(weights: Mapping[str, np.ndarray], seconds: float, about: str
     with _style():
         fig, axes = _figure(4.4 * len(weights) + 0.8, 4.4, 1, len(weights), sharex=True, sharey=True)
         for ax, (name, weights_TT) in zip(axes[0], weights.items(), strict=True):
-            extent = (0, seconds, seconds, 0)
+            extent = [0, seconds, seconds, 0]
             image = ax.imshow(weights_TT, cmap="cividis", norm=shade, extent=extent, interpolation="nearest")
             ax.set(title=name, xlabel="attended to (s)")
             ax.grid(visible=False)

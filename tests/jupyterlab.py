@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
+from playwright.sync_api import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE = (  # JupyterLab asks for news, its newest release and the extensions there are
@@ -19,6 +20,10 @@ OFFLINE = (  # JupyterLab asks for news, its newest release and the extensions t
     "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
     "--LabApp.extension_manager=readonly",
 )
+SETTINGS = {
+    "notebook-extension/tracker": {"windowingMode": "none"},  # cells out of sight are there, too
+    "apputils-extension/notification": {"fetchNews": "false"},  # nor is its user asked about it
+}
 START_SECONDS = 60
 
 
@@ -26,13 +31,13 @@ START_SECONDS = 60
 def jupyterlab(project: Path) -> Iterator[str]:
     """A server on `project`/notebooks; gives the address of a notebook, to be filled in: url.format("explore").
 
-    It writes nothing outside of `project`, and listens on this machine alone. The page's own commands can be called
-    there, as `jupyterapp.commands.execute`.
+    It writes nothing outside of `project`, and listens on this machine alone.
     """
     own = project / "jupyter"
-    settings = own / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
-    settings.parent.mkdir(parents=True)
-    settings.write_text('{"windowingMode": "none"}')  # cells out of sight are there, too
+    for name, values in SETTINGS.items():
+        file = own / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values))
     folders = {name: str(own / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
     folders |= {"JUPYTER_RUNTIME_DIR": str(own / "runtime"), "JUPYTERLAB_SETTINGS_DIR": str(own / "settings")}
     folders |= {"JUPYTERLAB_WORKSPACES_DIR": str(own / "workspaces")}
@@ -58,6 +63,12 @@ def _address(server: subprocess.Popen, own: Path) -> str:
             break
         time.sleep(0.1)
     raise RuntimeError(f"JupyterLab did not start:\n{(own / 'log').read_text()}")
+
+
+def run_all_cells(page: Page) -> None:
+    """Of the notebook that is open; does not wait for them."""
+    page.get_by_text("(ipykernel) | Idle").wait_for()  # before that it would ask which kernel to take
+    page.evaluate("void jupyterapp.commands.execute('notebook:run-all-cells')")
 
 
 def copied_notebook(project: Path, name: str, **parameters) -> None:

@@ -11,7 +11,7 @@ from asrlib.data.corpus import Corpus, Utterance
 from asrlib.data.text import folded
 from asrlib.evaluation import transcribe
 from asrlib.explore.microphone import LONGEST, Microphone
-from asrlib.explore.panel import NAMED, Panel, failure, html, player, rows
+from asrlib.explore.panel import Panel, failure, html, player, rows
 from asrlib.explore.workbench import Workbench
 from asrlib.html import diff_transcripts
 from asrlib.models.families import frames_of
@@ -20,7 +20,7 @@ from asrlib.models.families import frames_of
 class OwnSpeechPanel(Panel):
     def __init__(self, bench: Workbench):
         self.bench = bench
-        self.upload = widgets.FileUpload(accept="audio/*", description="Upload audio", style=NAMED)
+        self.upload = widgets.FileUpload(accept="audio/*", description="Upload audio")
         self.microphone = Microphone(self.recorded, self.not_recorded)
         self.speech, self.transcripts = widgets.HBox(), widgets.HTML()
         self.samples_S: np.ndarray | None = None

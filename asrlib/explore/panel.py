@@ -60,9 +60,9 @@ class Panel(widgets.VBox):
         """Locks the controls until the block ends; an error ends it with one sentence in the panel."""
         were_locked = {control: control.disabled for control in self.controls.values()}
         self.busy, self.failure.value = True, ""
-        self.advance(doing, 0)
         for control in self.controls.values():
             control.disabled = True
+        self.advance(doing, 0)
         try:
             with progress_of_bars(self.advance):
                 yield
@@ -72,14 +72,14 @@ class Panel(widgets.VBox):
             self.failure.value = failure(f"{type(error).__name__}: {error}")
             raise
         finally:
-            self.busy, self.work.layout.visibility = False, "hidden"
             for control, was_locked in were_locked.items():
                 control.disabled = was_locked
+            self.busy, self.work.layout.visibility = False, "hidden"
 
     def advance(self, doing: str, share: float) -> None:
         """What is being done, and how much of it is done."""
-        self.doing.value, self.bar.value = Markup("{} …").format(doing), share
         self.work.layout.visibility = "visible"
+        self.doing.value, self.bar.value = Markup("{} …").format(doing), share
 
 
 @contextlib.contextmanager
