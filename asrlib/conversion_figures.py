@@ -127,10 +127,12 @@ def attention_maps(weights: Mapping[str, np.ndarray], seconds: float, about: str
     largest = max(float(np.quantile(one, 0.999)) for one in weights.values())
     shade = PowerNorm(0.5, vmin=0, vmax=largest)  # or little but the peaks would be seen
     with _style():
-        fig, axes = _figure(4.4 * len(weights) + 0.8, 4.4, 1, len(weights), sharex=True, sharey=True)
+        fig, axes = _figure(4 * len(weights) + 0.8, 4.3, 1, len(weights), sharex=True, sharey=True)
         for ax, (name, weights_TT) in zip(axes[0], weights.items(), strict=True):
             extent = [0, seconds, seconds, 0]
-            image = ax.imshow(weights_TT, cmap="cividis", norm=shade, extent=extent, interpolation="nearest")
+            image = ax.imshow(
+                weights_TT, cmap="cividis", norm=shade, extent=extent, aspect="auto", interpolation="nearest"
+            )
             ax.set(title=name, xlabel="attended to (s)")
             ax.grid(visible=False)
         axes[0, 0].set_ylabel("attending (s)")

@@ -226,7 +226,7 @@ def test_every_layer_and_head_is_shown_before_and_after_conversion(bench, attent
     assert (attention.layer.max, attention.head.max) == (1, 1)
     attention.layer.value, attention.head.value = 1, 1
     about = alternative(attention.map)
-    assert f"layer 1, head 1 in {bench.utterance.id}, MHA beside MLA, 2 numbers a frame" in about
+    assert f"layer 1, head 1 in {bench.utterance.id}, MHA beside MLA, latent_dim 2" in about
     first, second = (attention_of(model, bench.inputs())[1][1] for model in (bench.baseline, bench.converted))
     apart = (first - second).abs().sum(-1).mean().item() / 2
     assert f"On average {100 * apart:.1f} %" in about
@@ -234,7 +234,7 @@ def test_every_layer_and_head_is_shown_before_and_after_conversion(bench, attent
 
 def test_the_map_follows_the_conversion_and_the_utterance(bench, conversion, attention):
     conversion.latent_dim.value = 7
-    assert "7 numbers a frame" in alternative(attention.map)
+    assert "MLA, latent_dim 7" in alternative(attention.map)
     conversion.utterance.value = 1
     assert bench.utterances[1].id in alternative(attention.map)
 

@@ -42,7 +42,7 @@ class AttentionPanel(Panel):
         layer, head, utterance = self.layer.value, self.head.value, self.bench.utterance
         names = {"MHA": "MHA"}
         if "MLA" in self.weights:
-            names["MLA"] = f"MLA, {self.bench.converted.config.latent_dim[layer]} numbers a frame"
+            names["MLA"] = f"MLA, latent_dim {self.bench.converted.config.latent_dim[layer]}"
         weights = {name: self.weights[kind][layer][head].numpy() for kind, name in names.items()}
         about = f"layer {layer}, head {head} in {utterance.id}"
         self.map.value = html(as_image(attention_maps(weights, utterance.seconds, about)))

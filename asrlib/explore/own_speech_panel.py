@@ -11,7 +11,7 @@ from asrlib.data.corpus import Corpus, Utterance
 from asrlib.data.text import folded
 from asrlib.evaluation import transcribe
 from asrlib.explore.microphone import LONGEST, Microphone
-from asrlib.explore.panel import Panel, failure, html, player, rows
+from asrlib.explore.panel import Panel, html, player, rows
 from asrlib.explore.workbench import Workbench
 from asrlib.html import diff_transcripts
 from asrlib.models.families import frames_of
@@ -45,7 +45,7 @@ class OwnSpeechPanel(Panel):
         self._take_up(as_wave(samples_S, rate), "the recording")
 
     def not_recorded(self, reason: str) -> None:
-        self.failure.value = failure(f"nothing was recorded: {reason}")
+        self.fail(f"nothing was recorded: {reason}")
 
     def _take_up(self, content: bytes, name: str) -> None:
         self.samples_S, self.speech.children, self.transcripts.value = None, (), ""

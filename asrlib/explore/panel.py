@@ -10,6 +10,7 @@ import torch
 from IPython.display import display
 from markupsafe import Markup
 from tqdm import tqdm
+from transformers.utils import logging
 
 from asrlib.data.audio import as_wave
 
@@ -41,7 +42,7 @@ class Panel(widgets.VBox):
         self.doing = widgets.HTML()
         self.work = widgets.HBox([self.bar, self.doing])
         self.work.layout.visibility = "hidden"  # its room stays, or all below it would jump
-        self.failure = widgets.HTML()
+        self.failure = widgets.HTML(layout=widgets.Layout(display="none"))
         style = widgets.HTML(STYLE, layout=widgets.Layout(display="none"))
         super().__init__([*self.controls.values(), self.work, self.failure, *shown, style])
         self.add_class(type(self).__name__)
@@ -59,7 +60,8 @@ class Panel(widgets.VBox):
     def working(self, doing: str) -> Iterator[None]:
         """Locks the controls until the block ends; an error ends it with one sentence in the panel."""
         were_locked = {control: control.disabled for control in self.controls.values()}
-        self.busy, self.failure.value = True, ""
+        self.busy = True
+        self.fail("")
         for control in self.controls.values():
             control.disabled = True
         self.advance(doing, 0)
@@ -67,14 +69,19 @@ class Panel(widgets.VBox):
             with progress_of_bars(self.advance):
                 yield
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
-            self.failure.value = failure(str(error))
+            self.fail(str(error))
         except Exception as error:  # a defect: the log has its traceback
-            self.failure.value = failure(f"{type(error).__name__}: {error}")
+            self.fail(f"{type(error).__name__}: {error}")
             raise
         finally:
             for control, was_locked in were_locked.items():
                 control.disabled = was_locked
             self.busy, self.work.layout.visibility = False, "hidden"
+
+    def fail(self, sentence: str) -> None:
+        """Says why something does not work; an empty sentence, that all is well."""
+        said = html(Markup('<p class="error" role="alert">This does not work: {}</p>').format(sentence))
+        self.failure.value, self.failure.layout.display = (said, "") if sentence else ("", "none")
 
     def advance(self, doing: str, share: float) -> None:
         """What is being done, and how much of it is done."""
@@ -87,24 +94,24 @@ def progress_of_bars(advance: Callable[[str, float], None]) -> Iterator[None]:
     """Meanwhile bars of tqdm call `advance` with what they describe and the share that is done, and print nothing.
 
     The functions that panels call have their bars in a terminal. `tqdm.display` is what tqdm wants overloaded to show
-    them elsewhere; those functions make the bars themselves, so it is exchanged in the class.
+    them elsewhere; those functions make the bars themselves, so it is exchanged in the class. That of transformers, of
+    weights being loaded, would leave a dead widget.
     """
-    usual = tqdm.display
+    usual, of_transformers = tqdm.display, logging.is_progress_bar_enabled()
 
     def tell(bar: tqdm, msg=None, pos=None) -> None:
         if msg != "" and bar.total:  # the empty message clears a line
             advance(bar.desc.removesuffix(": ") or "working", bar.n / bar.total)
 
     tqdm.display = tell
+    logging.disable_progress_bar()
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the line breaks around bars
             yield
     finally:
         tqdm.display = usual
-
-
-def failure(sentence: str) -> Markup:
-    return html(Markup('<p class="error" role="alert">This does not work: {}</p>').format(sentence))
+        if of_transformers:
+            logging.enable_progress_bar()
 
 
 def html(pieces: Markup) -> Markup:
