@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import soxr
 from browser import launch, new_page
-from jupyterlab import copied_notebook, jupyterlab, run_all_cells
+from lab import copied_notebook, jupyterlab, run_all_cells
 from playwright.sync_api import Locator, Page, expect
 
 import asrlib
@@ -21,7 +21,7 @@ from asrlib.figures import size
 from asrlib.models.families import PRETRAINED
 
 SECONDS = 1000  # Playwright counts milliseconds
-PATIENCE = 30 * SECONDS
+PATIENCE = 60 * SECONDS
 WIDTH = 144  # of the shipped model
 
 expect.set_options(timeout=PATIENCE)
