@@ -75,7 +75,7 @@ class StreamingPanel(Panel):
             self.work.layout.visibility = "hidden"  # its place takes the bar of what was heard
             self.speech.children = [player(samples_S, autoplay=True)]
             for share, words in _as_spoken(recognition, samples_S, self.pace):
-                self.heard.value, self.text.value = share, html(Markup("<p>{}</p>").format(words))
+                self.heard.value, self.text.value = share, html(Markup("<p>{}</p>").format(folded(words)))
                 self.account.value = html(_account(recognition))
             said, heard = folded(utterance.text), folded(recognition.text)
             self.text.value = html(rows({"said": said, "heard": diff_transcripts(said, heard)}))
