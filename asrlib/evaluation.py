@@ -14,7 +14,8 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 
 import jiwer
@@ -29,7 +30,7 @@ from asrlib.attention.chunks import Chunks
 from asrlib.data.batches import CTCCollator, CTCDataset
 from asrlib.data.corpus import Corpus
 from asrlib.data.normalising import HeardSoFar
-from asrlib.data.text import folded
+from asrlib.data.text import folded, whisper_normalised
 from asrlib.models.families import frame_counts
 from asrlib.models.inference import choose_device, inference, padding_silenced
 from asrlib.out_of_memory import out_of_memory_explained
@@ -159,9 +160,15 @@ class EvaluationResult:
     alignments: list[list[jiwer.AlignmentChunk]] = field(repr=False)  # words of each utterance
 
     def as_metrics(self) -> dict:
-        by_utterance = ("predictions", "errors_N", "words_N", "alignments")
-        values = {name: value for name, value in self.__dict__.items() if name not in by_utterance}
+        values = {one.name: getattr(self, one.name) for one in fields(self) if one.repr}
+        values |= {"wer_normalised": self.wer_normalised}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @cached_property
+    def wer_normalised(self) -> float | None:
+        """WER after Whisper's English normaliser, which changes the number of words; None where it leaves none."""
+        texts = [[whisper_normalised(p[side]) for p in self.predictions] for side in ("reference", "hypothesis")]
+        return jiwer.wer(*texts) if any(texts[0]) else None
 
 
 def score(predictions: list[dict]) -> EvaluationResult:
@@ -205,9 +212,10 @@ def error_table(results: dict[tuple[str, str], EvaluationResult]) -> pd.DataFram
             "split": split,
             "system": system,
             "WER %": f"{100 * result.wer:.2f}",
-            "95 % interval": _in_per_cent(result.wer_interval),
-            "by speaker": _in_per_cent(result.wer_interval_by_speaker),
+            "95 % interval": in_per_cent(result.wer_interval),
+            "by speaker": in_per_cent(result.wer_interval_by_speaker),
             "CER %": f"{100 * result.cer:.2f}",
+            "WER % normalised": "–" if result.wer_normalised is None else f"{100 * result.wer_normalised:.2f}",
             "substitutions": result.substitutions,
             "deletions": result.deletions,
             "insertions": result.insertions,
@@ -232,9 +240,9 @@ def paired_table(paired: dict[str, dict[str, dict]]) -> pd.DataFrame:
                     "split": split,
                     "from → to": name.replace(" vs ", " → "),
                     "change, points": 100 * test["difference"],
-                    "95 % interval": _in_per_cent(test["interval"], "+.2f"),
+                    "95 % interval": in_per_cent(test["interval"], "+.2f"),
                     "p": _shown(test["p"]),
-                    "by speaker": _in_per_cent(by_speaker["interval"], "+.2f"),
+                    "by speaker": in_per_cent(by_speaker["interval"], "+.2f"),
                     "p by speaker": _shown(by_speaker["p"]),
                     "p matched pairs": _shown(test["matched_pairs"]["p"]),
                     "verdict": "no significant difference" if test["p"] > 0.05 else found,
@@ -247,7 +255,8 @@ def _shown(p: float | None) -> str:
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _in_per_cent(interval: Sequence[float] | None, form: str = ".2f") -> str:
+def in_per_cent(interval: Sequence[float] | None, form: str = ".2f") -> str:
+    """An interval of fractions, written in per cent or points."""
     return "–" if interval is None else " to ".join(format(100 * end, form) for end in interval)
 
 
@@ -285,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     a, b = (score(load_predictions(Path(name).absolute())) for name in (args.a, args.b))
     test = compare_errors(a, b)
-    lines = [f"{name}: {100 * one.wer:.2f} % ({_in_per_cent(one.wer_interval)})" for name, one in (("A", a), ("B", b))]
+    lines = [f"{name}: {100 * one.wer:.2f} % ({in_per_cent(one.wer_interval)})" for name, one in (("A", a), ("B", b))]
     for over, of in (("utterances", test), ("speakers", test["by_speaker"])):
         if of is not None:
             change = [100 * value for value in (of["difference"], *of["interval"])]

@@ -6,14 +6,11 @@ run folder's lock until then, so that no two kernels ever write to one run.
 
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ import nbformat
 from asrlib.dependencies import library_files
 from asrlib.figures import duration
 from asrlib.parameters import Schema
+from asrlib.provenance import commit, machine, versions
 from asrlib.runs import Run, atomic_write, files_fingerprint, fingerprint
 from asrlib.workplace import StepFailed, Workplace, log
 
@@ -152,6 +150,7 @@ def execute(step: Step, place: Workplace, title: str, pages: list[str]) -> float
         time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         parameters=step.parameters,
         versions=versions(),
+        machine=machine(),
         commit=commit(place.root),
     )
     return seconds
@@ -307,21 +306,3 @@ def time_left(expected: list[float | None]) -> str:
     if not known:
         return ""
     return f", {'about' if len(known) == len(expected) else 'more than'} {duration(sum(known))} left"
-
-
-def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for name in ("asrlib", "torch", "transformers", "datasets"):
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
-def commit(root: Path) -> str | None:
-    """`git describe` of the project, with -dirty where files differ from it; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

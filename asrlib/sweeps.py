@@ -324,9 +324,19 @@ def seconds_ahead(sweep: Sweep, members: list[Member], took: list[float], at_onc
         typical = mean(took) if took else None
         if known:
             ahead.append(typical if None in known else sum(known))
-    side_by_side = min(at_once, len(ahead))
-    ahead = [None if seconds is None else seconds / side_by_side for seconds in ahead]
-    return ahead + [sweep.run.seconds(name) for name in sweep.comparing]
+    comparison = plan_comparison(sweep)
+    left = comparison if ahead else comparison[first_to_run(sweep.run, comparison) :]
+    return _delays(ahead, at_once) + [sweep.run.seconds(step.name) for step in left]
+
+
+def _delays(durations: list[float | None], at_once: int) -> list[float | None]:
+    """By how much each delays the end, if one after the other is begun as soon as a place of `at_once` is free."""
+    places, delays = [0.0] * at_once, []
+    for seconds in durations:
+        end, first_free = max(places), places.index(min(places))
+        places[first_free] += seconds or 0.0
+        delays.append(None if seconds is None else max(places) - end)
+    return delays
 
 
 def _explain(failures: Failures) -> str:

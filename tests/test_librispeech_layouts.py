@@ -143,8 +143,9 @@ def test_a_shard_that_was_not_copied_to_its_end_is_named(tmp_path):
     write_hub(write_openslr(tmp_path) / "LibriSpeech", tmp_path / "hub", ["dev-clean"])
     shard = tmp_path / "hub" / "all" / "validation.clean" / "0001.parquet"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=f"{shard} cannot be read: .* Copy or download it again"):
-        open_corpus(tmp_path / "hub", "dev-clean")
+    for refuses in (check_splits, lambda hub, splits: open_corpus(hub, *splits)):
+        with pytest.raises(ValueError, match=f"{shard} cannot be read: .* Copy or download it again"):
+            refuses(tmp_path / "hub", ["dev-clean"])
 
 
 # ---- damaged audio -----------------------------------------------------------------------------------------

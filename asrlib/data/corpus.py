@@ -215,6 +215,10 @@ def check_splits(source: str | os.PathLike, splits: Iterable[str]) -> None:
         found = list(find_splits(path)) or [file.stem for file in path.iterdir() if file.suffix in (".jsonl", ".csv")]
     elif not path.exists() and not re.fullmatch(HUB_ID, str(source)):
         raise FileNotFoundError(f"there is no corpus at {path}")
+    if found == [] and any(path.glob("**/*.parquet")):
+        from asrlib.data.hub import check_shards
+
+        return check_shards(path, asked)
     missing = [split for split in asked if found and split not in found]
     if missing:
         raise ValueError(f"corpus {source} has no split {missing[0]!r}: it has {', '.join(sorted(found))}")

@@ -4,7 +4,10 @@
 special token (usually "|") stands for the space.
 """
 
+import json
+from functools import cache, lru_cache
 from itertools import pairwise
+from pathlib import Path
 
 
 def normalise_text(text: str, processor) -> str:
@@ -20,6 +23,21 @@ def normalise_text(text: str, processor) -> str:
 def folded(text: str) -> str:
     """As error rates see it: case and repeated white space do not count."""
     return " ".join(text.casefold().split())
+
+
+@lru_cache(1 << 16)  # references are counted once for every model
+def whisper_normalised(text: str) -> str:
+    """English as Whisper's authors compare it (Radford et al. 2022, appendix C): lower case, contractions written out,
+    numbers in digits, American spelling, no hesitations, no punctuation."""
+    return _whisper_normaliser()(text)
+
+
+@cache
+def _whisper_normaliser():
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+    spellings = Path(__file__).with_name("english_spellings.json")  # of openai-whisper, MIT licence
+    return EnglishTextNormalizer(json.loads(spellings.read_text(encoding="utf-8")))
 
 
 def unknown_characters(text: str, processor) -> list[str]:

@@ -129,6 +129,9 @@ def resolve_model(source: str | Path) -> str:
         return str(folder)
     if folder.is_dir():
         raise FileNotFoundError(f"{folder} holds no config.json: give a model folder made by save_pretrained")
+    run = folder.parent.parent
+    if folder.parent.name == "models" and (run.parent.parent / "params" / f"{run.name}.yaml").is_file():
+        raise FileNotFoundError(f"no model at {folder}: `python run_all.py {run.name}` makes it")
     if Path(source).is_absolute() or len(Path(source).parts) != 2:
         shipped = ", ".join(sorted(path.parent.name for path in PRETRAINED.glob("*/config.json")))
         raise FileNotFoundError(
