@@ -4,6 +4,7 @@ A kernel never outlives what it works for: it ends when this process ends, howev
 run folder's lock until then, so that no two kernels ever write to one run.
 """
 
+import hashlib
 import os
 import re
 import sys
@@ -25,6 +26,7 @@ from asrlib.workplace import StepFailed, Workplace, log
 
 ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 KERNEL_SHUTDOWN_SECONDS = 2.0  # then it is killed
+READ_BYTES = 1 << 20  # a file's content tells whether it changed, where it is no larger: copies and mounts change times
 ENGINE = "asrlib"  # name of our papermill engine
 
 
@@ -87,7 +89,7 @@ def plan(
 
 
 def _file_state(root: Path, value: Any) -> list | None:
-    """Name, size and time of the file or of the folder's entries that a parameter points to, if it does."""
+    """Names and contents of the file or the folder's files that a parameter points to; of large ones size and time."""
     if not isinstance(value, str) or not value or len(value) > 255:
         return None
     shipped = root / "asrlib" / "pretrained" / value
@@ -97,7 +99,12 @@ def _file_state(root: Path, value: Any) -> list | None:
     if not path.exists():
         return None
     files = sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path]
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return [(file.name, *_state_of(file)) for file in files]
+
+
+def _state_of(file: Path) -> tuple:
+    size, time_ns = (stat := file.stat()).st_size, stat.st_mtime_ns
+    return (hashlib.sha256(file.read_bytes()).hexdigest(),) if size <= READ_BYTES else (size, time_ns)
 
 
 def first_to_run(run: Run, steps: list[Step]) -> int:

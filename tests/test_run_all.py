@@ -366,7 +366,8 @@ CHANGES = {
     ),
     "what the third imports": (2, lambda project: (project / "asrlib" / "deeper.py").write_text("depth = 2")),
     "what none imports": (3, lambda project: (project / "asrlib" / "new.py").write_text("")),
-    "a file that a parameter points to": (0, lambda project: (project / "model.bin").write_text("other")),
+    "a file that a parameter points to": (0, lambda project: (project / "model.bin").write_text("two")),
+    "only its time": (3, lambda project: os.utime(project / "model.bin", (1, 1))),
 }
 
 
