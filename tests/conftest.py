@@ -8,6 +8,7 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):  # each would compile torch ag
 import pytest
 import tiny
 import torch
+from browser import browser, open_page, playwright  # noqa: F401 fixtures
 
 torch.set_num_threads(1)
 
