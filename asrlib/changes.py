@@ -156,7 +156,7 @@ def listening_table(results: Mapping[str, EvaluationResult], speech: "Corpus", p
             marked = diff_transcripts(folded(prediction["reference"]), folded(prediction["hypothesis"]))
             row[name] = Markup("{} <small>{} of {} words wrong</small>").format(marked, errors, words)
         rows.append(row)
-    return pd.DataFrame(rows, columns=["utterance", *results])
+    return pd.DataFrame(rows, columns=["utterance", *results], dtype=object)
 
 
 def extremes(table: pd.DataFrame, count: int = 12) -> pd.DataFrame:

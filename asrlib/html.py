@@ -262,8 +262,13 @@ def table_html(
         return Markup(' class="short"' if short else "")
 
     kinds = {column: attributes(column) for column in df.columns}
-    corner = Markup("<th>{}</th>").format(df.index.name or "") if index else ""
-    head = Markup("").join(Markup('<th scope="col"{}>{}</th>').format(kinds[c], c) for c in df.columns)
+
+    def head_of(name: Any, kind: str = "") -> Markup:
+        """A head without a name is none, to a screen reader."""
+        return Markup('<th scope="col"{}>{}</th>').format(kind, name) if name not in (None, "") else Markup("<td></td>")
+
+    corner = head_of(df.index.name) if index else ""
+    head = Markup("").join(head_of(c, kinds[c]) for c in df.columns)
     rows = []
     for label, *values in df.itertuples():
         first = Markup('<th scope="row">{}</th>').format(label) if index else ""
@@ -315,11 +320,11 @@ def diff_transcripts(reference: str, hypothesis: str) -> Markup:
 
 
 def audio_html(samples_S: "np.ndarray", name: str) -> Markup:
-    """A player with 16 kHz mono audio inside it, as MP3 of some 3 KB a second, which every browser plays."""
+    """A player with 16 kHz mono audio inside it, as MP3 of 3 KB a second, which every browser plays."""
     import soundfile
 
     file = io.BytesIO()
-    soundfile.write(file, samples_S, SAMPLE_RATE, format="MP3", bitrate_mode="VARIABLE", compression_level=0.9)
+    soundfile.write(file, samples_S, SAMPLE_RATE, format="MP3", bitrate_mode="CONSTANT", compression_level=0.9)
     data = base64.b64encode(file.getvalue()).decode()
     player = '<audio controls preload="metadata" aria-label="audio of {}" src="data:audio/mpeg;base64,{}"></audio>'
     return Markup(player).format(name, data)
