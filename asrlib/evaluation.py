@@ -206,19 +206,16 @@ def score(predictions: list[dict]) -> EvaluationResult:
 
 
 def error_table(results: dict[tuple[str, str], EvaluationResult]) -> pd.DataFrame:
-    """One row per (split, system), error rates in per cent."""
+    """One row per (split, system): rates in per cent with their 95 % intervals, over utterances and over speakers."""
     rows = [
         {
             "split": split,
             "system": system,
-            "WER %": f"{100 * result.wer:.2f}",
-            "95 % interval": in_per_cent(result.wer_interval),
+            "WER %": f"{100 * result.wer:.2f} ({in_per_cent(result.wer_interval)})",
             "by speaker": in_per_cent(result.wer_interval_by_speaker),
             "CER %": f"{100 * result.cer:.2f}",
-            "WER % normalised": "–" if result.wer_normalised is None else f"{100 * result.wer_normalised:.2f}",
-            "substitutions": result.substitutions,
-            "deletions": result.deletions,
-            "insertions": result.insertions,
+            "normalised WER %": "–" if result.wer_normalised is None else f"{100 * result.wer_normalised:.2f}",
+            "sub / del / ins": f"{result.substitutions} / {result.deletions} / {result.insertions}",
             "words": result.words,
             "utterances": result.utterances,
             "speakers": result.speakers,
@@ -233,17 +230,16 @@ def paired_table(paired: dict[str, dict[str, dict]]) -> pd.DataFrame:
     rows = []
     for split, tests in paired.items():
         for name, test in tests.items():
-            by_speaker = test["by_speaker"] or {"interval": None, "p": None}
+            of_speakers = test["by_speaker"]
             found = "worse" if test["difference"] > 0 else "better"
             rows.append(
                 {
                     "split": split,
-                    "from → to": name.replace(" vs ", " → "),
-                    "change, points": 100 * test["difference"],
-                    "95 % interval": in_per_cent(test["interval"], "+.2f"),
+                    "from → to": name.replace(" vs ", " → ").replace("finetuned", "fine-tuned"),
+                    "change, points": f"{100 * test['difference']:+.2f} ({in_per_cent(test['interval'], '+.2f')})",
                     "p": _shown(test["p"]),
-                    "by speaker": in_per_cent(by_speaker["interval"], "+.2f"),
-                    "p by speaker": _shown(by_speaker["p"]),
+                    "by speaker": in_per_cent(of_speakers["interval"], "+.2f") if of_speakers else "–",
+                    "p by speaker": _shown(of_speakers["p"] if of_speakers else None),
                     "p matched pairs": _shown(test["matched_pairs"]["p"]),
                     "verdict": "no significant difference" if test["p"] > 0.05 else found,
                 }

@@ -105,7 +105,7 @@ def test_a_figure_that_the_transcripts_do_not_give_is_named_even_where_the_hashe
 def test_one_changed_transcript_is_one_problem_of_figures_and_one_of_the_file(run):
     path = run.predictions / "baseline_test.jsonl"
     rows = load_predictions(path)
-    write_predictions(path, [rows[0] | {"hypothesis": "something else"}, *rows[1:]])
+    write_predictions(path, [rows[0] | {"hypothesis": "word " * 40}, *rows[1:]])
     file, figures = problems(run)
     assert file == "changed since: predictions/baseline_test.jsonl"
     assert re.match(
