@@ -212,13 +212,12 @@ def error_table(results: dict[tuple[str, str], EvaluationResult]) -> pd.DataFram
             "split": split,
             "system": system,
             "WER %": f"{100 * result.wer:.2f} ({in_per_cent(result.wer_interval)})",
-            "by speaker": in_per_cent(result.wer_interval_by_speaker),
+            "over speakers": f"{in_per_cent(result.wer_interval_by_speaker)} ({result.speakers})",
             "CER %": f"{100 * result.cer:.2f}",
             "normalised WER %": "–" if result.wer_normalised is None else f"{100 * result.wer_normalised:.2f}",
             "sub / del / ins": f"{result.substitutions} / {result.deletions} / {result.insertions}",
             "words": result.words,
             "utterances": result.utterances,
-            "speakers": result.speakers,
         }
         for (split, system), result in results.items()
     ]
@@ -238,8 +237,8 @@ def paired_table(paired: dict[str, dict[str, dict]]) -> pd.DataFrame:
                     "from → to": name.replace(" vs ", " → ").replace("finetuned", "fine-tuned"),
                     "change, points": f"{100 * test['difference']:+.2f} ({in_per_cent(test['interval'], '+.2f')})",
                     "p": _shown(test["p"]),
-                    "by speaker": in_per_cent(of_speakers["interval"], "+.2f") if of_speakers else "–",
-                    "p by speaker": _shown(of_speakers["p"] if of_speakers else None),
+                    "over speakers": in_per_cent(of_speakers["interval"], "+.2f") if of_speakers else "–",
+                    "p over speakers": _shown(of_speakers["p"] if of_speakers else None),
                     "p matched pairs": _shown(test["matched_pairs"]["p"]),
                     "verdict": "no significant difference" if test["p"] > 0.05 else found,
                 }

@@ -258,7 +258,7 @@ def table_html(
     def attributes(column: str) -> Markup:
         if pd.api.types.is_numeric_dtype(df[column]):
             return Markup(' class="n"')
-        short = not callable(formats.get(column)) and df[column].astype(str).str.len().max() <= 24
+        short = not callable(formats.get(column)) and df[column].astype(str).str.len().max() <= 26
         return Markup(' class="short"' if short else "")
 
     kinds = {column: attributes(column) for column in df.columns}
