@@ -26,11 +26,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from asrlib.attention.chunks import Chunks
+from asrlib.command_line import add_debug, sentence, tell
 from asrlib.data.batches import CTCCollator, CTCDataset
-from asrlib.data.corpus import Corpus
+from asrlib.data.corpus import Corpus, check_corpus
 from asrlib.data.normalising import HeardSoFar
 from asrlib.data.text import folded
-from asrlib.models.families import frame_counts
+from asrlib.models.families import check_loaded, frame_counts
 from asrlib.models.inference import choose_device, inference, padding_silenced
 from asrlib.out_of_memory import out_of_memory_explained
 from asrlib.runs import atomic_write, resolve
@@ -62,6 +63,8 @@ def transcribe(
     device. With `chunks` they are what a stream would give, whose cache is held in that format. Raises UnusableAudio
     where an utterance cannot be decoded, torch.OutOfMemoryError where a batch is too large, with what to lower.
     """
+    check_loaded(model, processor)
+    check_corpus(corpus)
     device = choose_device(device, model)
     limits = {"batch_seconds": batch_seconds, "precision": precision}
     dataset = CTCDataset(corpus, processor)
@@ -282,9 +285,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m asrlib.evaluation", description="Compares transcripts, by words.")
     parser.add_argument("a", metavar="A.jsonl", help="transcripts as `evaluate` and the notebooks keep them")
     parser.add_argument("b", metavar="B.jsonl", help="another model's, of the same utterances")
+    add_debug(parser)
     args = parser.parse_args(argv)
-    a, b = (score(load_predictions(Path(name).absolute())) for name in (args.a, args.b))
-    test = compare_errors(a, b)
+    try:
+        a, b = (score(load_predictions(Path(name).absolute())) for name in (args.a, args.b))
+        test = compare_errors(a, b)
+    except Exception as error:
+        tell(sentence(error), error, args.debug)
+        return 1
     lines = [f"{name}: {100 * one.wer:.2f} % ({_in_per_cent(one.wer_interval)})" for name, one in (("A", a), ("B", b))]
     for over, of in (("utterances", test), ("speakers", test["by_speaker"])):
         if of is not None:
