@@ -138,6 +138,13 @@ def load_predictions(path: str | Path) -> list[dict]:
     return predictions
 
 
+# ---- metrics of one's own ---------------------------------------------------------------------------------
+
+# Beside word and character errors: name → what it makes of transcripts as `transcribe` gives them, a number. Each is in
+# the tables, in metrics/*.json and in what --verify counts again. EXTENDING.md has one worked out.
+METRICS: dict[str, Callable[[list[dict]], float]] = {}
+
+
 # ---- word errors -------------------------------------------------------------------------------------------
 
 
@@ -156,14 +163,15 @@ class EvaluationResult:
     utterances: int
     speakers: int
     seconds_audio: float
+    others: dict[str, float]  # by METRICS
     predictions: list[dict] = field(repr=False)
     errors_N: np.ndarray = field(repr=False)  # word errors of each utterance, in the order of predictions
     words_N: np.ndarray = field(repr=False)  # reference words of each utterance
     alignments: list[list[jiwer.AlignmentChunk]] = field(repr=False)  # words of each utterance
 
     def as_metrics(self) -> dict:
-        by_utterance = ("predictions", "errors_N", "words_N", "alignments")
-        values = {name: value for name, value in self.__dict__.items() if name not in by_utterance}
+        apart = ("predictions", "errors_N", "words_N", "alignments", "others")
+        values = {name: value for name, value in self.__dict__.items() if name not in apart} | self.others
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
@@ -194,6 +202,7 @@ def score(predictions: list[dict]) -> EvaluationResult:
         utterances=len(predictions),
         speakers=len(of_speakers_G2),
         seconds_audio=sum(p["seconds"] for p in predictions),
+        others={name: metric(predictions) for name, metric in METRICS.items()},
         predictions=predictions,
         errors_N=errors_N,
         words_N=words_N,
@@ -211,6 +220,7 @@ def error_table(results: dict[tuple[str, str], EvaluationResult]) -> pd.DataFram
             "95 % interval": _in_per_cent(result.wer_interval),
             "by speaker": _in_per_cent(result.wer_interval_by_speaker),
             "CER %": f"{100 * result.cer:.2f}",
+            **{name: f"{value:.4g}" for name, value in result.others.items()},
             "substitutions": result.substitutions,
             "deletions": result.deletions,
             "insertions": result.insertions,
