@@ -33,7 +33,16 @@ BESIDE_PARAMETERS = ("sweep", "steps")  # what a params file may say at its top,
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string and takes the last of two equal keys: here a float, and an error."""
+    """YAML 1.1 reads 1e-4 as a string and takes the last of two equal keys: here a float, and an error. And what JSON
+    writes as two escapes, as programs write emoji, is one character."""
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        value = super().construct_scalar(node)
+        try:
+            return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            message = f"{value!r} holds half a character"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]
@@ -57,7 +66,12 @@ def read_yaml(text: str, where: str) -> Any:
 
 def read_params_file(path: Path) -> dict[str, Any]:
     """The flat mapping in a params file; an empty file sets nothing."""
-    values = read_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadParameter(f"{path} is not text in UTF-8 (see its byte {error.start}): save it as such") from None
+    values = read_yaml(text, str(path))
+    values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise BadParameter(f"{path} should be one flat mapping of `name: value`")
     return values
@@ -70,6 +84,8 @@ def read_assignments(assignments: Iterable[str]) -> dict[str, Any]:
         name, equals, text = assignment.partition("=")
         if not (name and equals):
             raise BadParameter(f"{assignment!r} (in --set) should be name=value")
+        if name in values:
+            raise BadParameter(f"{name!r} (in --set) is given twice: give one value")
         values[name] = read_yaml(text, f"the value of {name!r} (in --set)")
     return values
 
@@ -223,15 +239,24 @@ def known_step(name: Any, steps: list[str], where: str) -> int:
 
 
 def check_width(values: dict[str, Any]) -> None:
-    """Refuse a latent wider than the model allows, where that can be known without a download."""
-    if values.get("latent_dim") is None or values.get("cache_cut") is not None or not values.get("model"):
+    """Refuse a latent wider or narrower than the model allows, where that can be known without a download."""
+    latent_dim, cache_cut = values.get("latent_dim"), values.get("cache_cut")
+    if (latent_dim is None and cache_cut is None) or not values.get("model"):
         return
     if values.get("architecture"):  # a new model is made
         hidden_size = values["hidden_size"]
     else:
         hidden_size = model_width(values["model"], values.get("revision"))
-    if hidden_size is not None:
-        check_latent_dim(values["latent_dim"], values.get("layout") or "joint", hidden_size)
+    if hidden_size is None:
+        return
+    if cache_cut is not None:
+        from asrlib.conversion.convert import latent_dim_for
+
+        try:
+            latent_dim = latent_dim_for(cache_cut, hidden_size)
+        except ValueError as error:
+            raise BadParameter(str(error)) from None
+    check_latent_dim(latent_dim, values.get("layout") or "joint", hidden_size)
 
 
 def check_latent_dim(latent_dim: int, layout: str, hidden_size: int) -> None:
@@ -264,7 +289,10 @@ def model_width(source: str, revision: str | None = None) -> int | None:
         if not isinstance(cached, str):
             return None
         config = Path(cached)
-    return read_json(config).get("hidden_size")
+    try:
+        return read_json(config).get("hidden_size")
+    except (ValueError, AttributeError):  # damaged, as `check_surroundings` will say
+        return None
 
 
 def check_surroundings(values: dict[str, Any]) -> None:
@@ -275,26 +303,30 @@ def check_surroundings(values: dict[str, Any]) -> None:
     """
     import torch
 
+    from asrlib.attention.kinds import attention_kind
     from asrlib.conversion.recipes import RECIPES
     from asrlib.data.corpus import check_splits
-    from asrlib.models.families import resolve_model
+    from asrlib.models.families import check_folder, resolve_model
+    from asrlib.models.inference import choose_device
 
     unknown = f": choose from {'; '.join(RECIPES)}"
     asked: dict[str, list[str]] = {}
     try:
         if values.get("model") and not values.get("architecture"):
-            resolve_model(values["model"])
+            model = Path(resolve_model(values["model"]))
+            if model.is_dir():
+                check_folder(model)
         if values.get("corpus"):
             asked = {"eval_splits": values.get("eval_splits", [])}
             asked |= {name: [values[name]] for name in ("train_split", "validation_split") if values.get(name)}
             check_splits(values["corpus"], [split for splits in asked.values() for split in splits])
-    except (FileNotFoundError, ValueError) as error:
+        attention_kind(values.get("attention", "mha"))
+        choose_device(values.get("device", "auto"))
+    except (OSError, ValueError) as error:
         missing = re.search(r"no split '([^']*)'", str(error))
         whose = [name for name, splits in asked.items() if missing and missing[1] in "+".join(splits).split("+")]
         raise BadParameter(f"{' and '.join(whose)}: {error}" if whose else str(error)) from None
     device, cuda = values.get("device", "auto"), torch.cuda.is_available()
-    if device.startswith("cuda") and not cuda:
-        raise BadParameter(f"'device' is {device}, but torch finds no CUDA device here: use auto or cpu")
     for name in ("precision", "baseline_precision"):
         if values.get(name) == "fp16" and (device == "cpu" or not cuda):
             raise BadParameter(f"{name!r} is fp16, which needs a CUDA device: use bf16 or fp32")

@@ -37,6 +37,7 @@ ADVICE = {  # by how the operating system, or Rust's library, puts it
     ("Permission denied", "Read-only file system", "Operation not permitted"): (
         "Nothing can be written there: make the folder writable, or work in a copy of the project."
     ),
+    ("Not a directory", "File exists"): "Where a folder should be, a file is in the way: move it.",
 }
 
 

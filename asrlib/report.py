@@ -362,19 +362,25 @@ def _index_figures(run: Run, table: pd.DataFrame, done: Container[str]) -> list[
     return [html.figure_html(path) for path in paths if path.is_file()]
 
 
-def _data_facts(metrics: dict[str, dict]) -> list[str]:
+def _data_facts(metrics: dict[str, dict]) -> list[Markup]:
     """What the word errors are those of: the model, then one line per split."""
     before = metrics["baseline"]
     named = (
-        [f"model {before['model']}, {before['parameters'] / 1e6:.2f} M parameters, corpus {before['corpus']}"]
+        [
+            Markup("model {}, {:.2f} M parameters, corpus {}").format(
+                html.isolated(before["model"]), before["parameters"] / 1e6, html.isolated(before["corpus"])
+            )
+        ]
         if before.get("corpus")
         else []
     )
     scores = metrics["evaluate"].get("systems", {}).get("baseline") or before.get("splits", {})
     lines = []
     for split, s in scores.items():
-        line = f"{split}: {s['utterances']:,} utterances, {s['words']:,} words, {duration(s['seconds_audio'])}"
+        line = Markup("{}: {:,} utterances, {:,} words, {}").format(
+            html.isolated(split), s["utterances"], s["words"], duration(s["seconds_audio"])
+        )
         if zeroed := before.get("attention_zeroed", {}).get(split):
-            line += f"; WER of the baseline with its attention set to zero {percent(zeroed['wer'])}"
-        lines.append(unbroken(line))
+            line += unbroken(f"; WER of the baseline with its attention set to zero {percent(zeroed['wer'])}")
+        lines.append(line)
     return named + lines

@@ -100,6 +100,8 @@ def find_params(root: Path, name: str) -> Path:
     for path in (root / "params" / f"{name}.yaml", Path(name)):
         if path.suffix in (".yaml", ".yml") and path.is_file():
             return path
+    if Path(name).is_file():
+        raise BadParameter(f"{name} is no params file: those end in .yaml")
     known = sorted(path.stem for path in (root / "params").glob("*.yaml"))
     proposal = nearest(name, known) or f": there are {', '.join(known)}"
     raise BadParameter(f"there is no params file {name!r}{proposal}")

@@ -225,6 +225,7 @@ def test_impossible_calls_are_refused_before_anything_starts(project, monkeypatc
         ("steps: 00_first", "'steps' (in mine.yaml) should be a list of steps"),
         ("- epochs", "should be one flat mapping"),
         ("epochs: [", "is not valid YAML"),
+        (r'layout: "\ud83c"', "holds half a character"),
         ("latent_dmi: 1\nepochs: x", "did you mean 'latent_dim'?\nparameter 'epochs' (in mine.yaml) is 'x'"),
     ],
 )

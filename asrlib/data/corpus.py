@@ -29,6 +29,7 @@ from asrlib.runs import atomic_write, resolve
 UNKNOWN_SPEAKER = "unknown"
 HUB_ID = r"[\w.-]+/[\w.-]+(:[\w.-]+)?"  # owner/name, owner/name:configuration
 URL = r"[a-z][a-z0-9+.-]*://.*"  # s3://bucket/folder: not stored here, but streamed
+LONGEST_NAME = 200  # bytes; file systems end at 255, and more is put around it
 HELD_BYTES = 1 << 29  # audio as it is encoded, of streamed speech, in the memory of each process
 
 
@@ -67,6 +68,13 @@ class Rejected:
     id: str
     reason: str
     where: str
+
+
+def check_corpus(corpus: Any) -> None:
+    """Raises TypeError where `corpus` is none: the name of one, perhaps."""
+    if not isinstance(corpus, Corpus):
+        shown = repr(corpus) if isinstance(corpus, str | os.PathLike) else f"a {type(corpus).__name__}"
+        raise TypeError(f"a corpus is wanted, not {shown}: asrlib.open_corpus(source, split) opens one")
 
 
 @dataclass(frozen=True, repr=False)
@@ -170,8 +178,7 @@ def open_corpus(source: str | os.PathLike, split: str | None = None, revision: s
         return open_remote(str(source), split)
 
     path = resolve(source)
-    manifests = [path, *(path / f"{split or 'train'}{suffix}" for suffix in (".jsonl", ".csv"))]
-    if manifest := next(filter(Path.is_file, manifests), None):
+    if manifest := _manifest(path, split or "train"):
         from asrlib.data.manifest import open_manifest
 
         return open_manifest(manifest, split)
@@ -209,19 +216,43 @@ def check_splits(source: str | os.PathLike, splits: Iterable[str]) -> None:
         from asrlib.data.synthetic import SPLITS
 
         found = list(SPLITS)
-    elif path.is_dir():
-        from asrlib.data.librispeech import find_splits
+    elif path.exists():
+        from asrlib.data.manifest import read_manifest
 
-        found = list(find_splits(path)) or [file.stem for file in path.iterdir() if file.suffix in (".jsonl", ".csv")]
-    elif not path.exists() and not re.fullmatch(HUB_ID, str(source)):
+        listed = {split: _manifest(path, split) for split in asked}
+        for split, manifest in listed.items():
+            if manifest is not None:
+                read_manifest(manifest, split)
+        asked = [split for split, manifest in listed.items() if manifest is None]
+        found = _splits_in(path) if asked else None
+    elif not re.fullmatch(HUB_ID, str(source)):
         raise FileNotFoundError(f"there is no corpus at {path}")
-    if found == [] and any(path.glob("**/*.parquet")):
-        from asrlib.data.hub import check_shards
-
-        return check_shards(path, asked)
-    missing = [split for split in asked if found and split not in found]
+    missing = [split for split in asked if found is not None and split not in found]
     if missing:
         raise ValueError(f"corpus {source} has no split {missing[0]!r}: it has {', '.join(sorted(found))}")
+
+
+def _manifest(path: Path, split: str) -> Path | None:
+    """The manifest at `path`, or for `split` in that folder, if there is one."""
+    return next(filter(Path.is_file, [path, path / f"{split}.jsonl", path / f"{split}.csv"]), None)
+
+
+def _splits_in(folder: Path) -> list[str] | None:
+    """The splits of a folder, None where only opening tells; FileNotFoundError where it holds no speech."""
+    from asrlib.data.librispeech import AUDIO_SUFFIXES, find_splits
+
+    if found := [*find_splits(folder), *(file.stem for file in folder.iterdir() if file.suffix in (".jsonl", ".csv"))]:
+        return found
+    from asrlib.data.hub import holds_tables
+
+    if holds_tables(folder):
+        return None
+    audio = next((file for file in folder.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES), None)
+    transcripts = f", and nothing says what is said in {audio.relative_to(folder)}" if audio else ""
+    raise FileNotFoundError(
+        f"{folder} holds no corpus{transcripts}: give SPLIT/SPEAKER/CHAPTER/*.trans.txt beside audio, SPLIT.csv, "
+        "SPLIT.jsonl, or parquet files"
+    )
 
 
 def parts_of(split: str) -> list[str]:
@@ -229,6 +260,9 @@ def parts_of(split: str) -> list[str]:
     parts = split.split("+")
     if not all(parts) or len(set(parts)) < len(parts):
         raise ValueError(f"split is {split!r}: join different splits like train-clean-100+train-clean-360")
+    for part in parts:
+        if "/" in part or part.startswith(".") or min(part) < " " or len(part.encode()) > LONGEST_NAME:
+            raise ValueError(f"split {part!r} cannot name files, as it must: give it a short name without slashes")
     return parts
 
 
