@@ -142,7 +142,7 @@ def load_predictions(path: str | Path) -> list[dict]:
 
 
 def normalised_wer(predictions: list[dict]) -> float | None:
-    """WER in per cent after Whisper's English normaliser, which changes how many words there are; None if it leaves none."""
+    """WER in per cent after Whisper's English normaliser, which changes the number of words; None if it leaves none."""
     references, hypotheses = (
         [whisper_normalised(prediction[side]) for prediction in predictions] for side in ("reference", "hypothesis")
     )
