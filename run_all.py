@@ -33,6 +33,7 @@ from asrlib.command_line import add_debug, sentence, tell
 from asrlib.parameters import (
     BadParameter,
     Schema,
+    check_model,
     known_step,
     read_assignments,
     read_params_file,
@@ -154,6 +155,8 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
         redo = steps_to_redo(args, sweep.step_names)
         if args.estimate:
             return show_estimate(root, schema, sweep.members, redo, sweep)
+        for member in sweep.members:
+            check_model(schema.defaults | member.values)
         with cluster.engine_of(args.engine, root / "reports", args.cpus, args.gpus, args.storage) as engine:
             sweeps.run_sweep(sweep, redo, say, command_of(args), engine)
         return 0
@@ -166,6 +169,7 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
     steps = pipeline.plan(root, run, schema, values, names)
     if args.estimate:
         return show_estimate(root, schema, [sweeps.Member(run, values, steps)], redo)
+    check_model(schema.defaults | values)
     with workplace.work_in(root, run) as place:
         say(f"params {file.name} → {run.path}")
         for name in redo:
@@ -239,8 +243,8 @@ def run_name(name: str | None, file: Path) -> str:
         raise BadParameter(f"--name {name!r} should be one folder name, without slashes or control characters")
     if len(name.encode()) > LONGEST_NAME:
         raise BadParameter(f"--name {name!r} is too long for a folder: give it at most {LONGEST_NAME} bytes")
-    if name.startswith(".") or name == "examples":
-        raise BadParameter(f"--name {name!r} is taken: name the run otherwise, without a leading dot")
+    if name.startswith((".", "-")) or name == "examples":
+        raise BadParameter(f"--name {name!r} is taken: name the run otherwise, without a leading dot or dash")
     return name
 
 

@@ -306,16 +306,14 @@ def check_surroundings(values: dict[str, Any]) -> None:
     from asrlib.attention.kinds import attention_kind
     from asrlib.conversion.recipes import RECIPES
     from asrlib.data.corpus import check_splits
-    from asrlib.models.families import check_folder, resolve_model
+    from asrlib.models.families import resolve_model
     from asrlib.models.inference import choose_device
 
     unknown = f": choose from {'; '.join(RECIPES)}"
     asked: dict[str, list[str]] = {}
     try:
         if values.get("model") and not values.get("architecture"):
-            model = Path(resolve_model(values["model"]))
-            if model.is_dir():
-                check_folder(model)
+            resolve_model(values["model"])
         if values.get("corpus"):
             asked = {"eval_splits": values.get("eval_splits", [])}
             asked |= {name: [values[name]] for name in ("train_split", "validation_split") if values.get(name)}
@@ -350,6 +348,23 @@ def check_surroundings(values: dict[str, Any]) -> None:
     weights = [values.get(name) for name in ("ctc_weight", "kl_weight", "hidden_weight")]
     if None not in weights and not any(weights):
         raise BadParameter("'ctc_weight', 'kl_weight' and 'hidden_weight' are all 0: there is nothing to learn from")
+
+
+def check_model(values: Mapping[str, Any]) -> None:
+    """Refuses a model folder in which something is missing or cut short, of which an estimate would take the config.
+
+    Raises BadParameter.
+    """
+    from asrlib.models.families import check_folder, resolve_model
+
+    if not values.get("model") or values.get("architecture"):
+        return
+    folder = Path(resolve_model(values["model"]))
+    try:
+        if folder.is_dir():
+            check_folder(folder)
+    except OSError as error:
+        raise BadParameter(str(error)) from None
 
 
 def _check_processes(values: dict[str, Any], gpus: int) -> None:

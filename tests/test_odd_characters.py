@@ -47,6 +47,7 @@ NAMES = [
     unicodedata.normalize("NFD", "éé") + "n" * 180,
 ]
 SPOKEN = dict(zip(NAMES, TEXTS, strict=True))
+LISTED = SPOKEN | {"two\nlines": "say\r\nit"}  # which a line of a LibriSpeech folder cannot hold
 TURNED = "\u202eabc"  # what follows would be read from right to left
 
 
@@ -67,6 +68,7 @@ def rows_of(folder: str) -> list[dict]:
     """Each file is named in another composition of its accents than it has on the disk."""
     paths = [unicodedata.normalize("NFC", f"{folder}/{name}.wav") for name in NAMES]
     rows = [{"audio": p, "text": t, "id": n, "speaker": n} for p, n, t in zip(paths, NAMES, TEXTS, strict=True)]
+    rows += [{"audio": paths[0], "text": LISTED[id], "id": id, "speaker": id} for id in LISTED.keys() - SPOKEN.keys()]
     return [*rows, {"audio": paths[0], "text": "日本 <i>", "id": "<u>no\nsuch</u>", "speaker": TURNED}]
 
 
@@ -118,8 +120,8 @@ def test_every_kind_of_corpus_keeps_texts_ids_and_speakers_as_they_are(tmp_path,
         write_audio(tmp_path / "a b")
         {"jsonl": write_jsonl, "csv": write_csv}[kind](tmp_path / f"test.{kind}", rows_of("a b"))
     corpus = open_corpus(tmp_path, "test")
-    found = {u.id: u.text for u in corpus}
-    assert {name: found.get(name) for name in NAMES} == SPOKEN
+    found = {u.id: u.text for u in corpus if u.speaker != TURNED}
+    assert found == (LISTED if kind in ("jsonl", "csv") else SPOKEN)
     assert not corpus.rejected and all(len(u.audio()) == 19_200 for u in corpus)
     speakers = [u.speaker for u in corpus][: len(NAMES)]
     assert speakers == ["it's <b>שלום"] * len(NAMES) if kind == "tree" else speakers == NAMES
@@ -175,12 +177,27 @@ SPLIT = "tést 🎉 #1"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, own_model) -> Path:
-    """The run folder of a pipeline on such speech, in a project of such a name: read, converted, trained, evaluated."""
+def project(tmp_path_factory) -> Path:
     project = tmp_path_factory.mktemp("odd") / "it's a <b> “project” 100%"
     for name in ("notebooks", "asrlib"):
         shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "run_all.py", project)
+    (project / "params").mkdir()
+    return project
+
+
+def run_all(project: Path, name: str, values: dict) -> Path:
+    """The folder of a run of that name."""
+    (project / "params" / "odd.yaml").write_text(json.dumps(values), encoding="utf-8")  # emoji as two escapes
+    command = [sys.executable, "run_all.py", "odd", "--name", name]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return project / "reports" / name
+
+
+@pytest.fixture(scope="module")
+def run(project, own_model) -> Path:
+    """Of a pipeline on such speech, in a project of such a name: read, converted, trained, evaluated."""
     speech = project / "spëech & more"
     write_tree(speech / "train")
     write_audio(speech / "clips")
@@ -197,19 +214,14 @@ def run(tmp_path_factory, own_model) -> Path:
         "epochs": 1,
         "device": "cpu",
     }
-    (project / "params").mkdir()
-    (project / "params" / "odd.yaml").write_text(json.dumps(values), encoding="utf-8")
-    command = [sys.executable, "run_all.py", "odd", "--name", "שלום <i>"]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return project / "reports" / "שלום <i>"
+    return run_all(project, "שלום <i>", values)
 
 
 def test_predictions_are_of_the_texts_as_they_are(run):
     for system in ("baseline", "converted", "finetuned"):
         rows = load_predictions(run / "predictions" / f"{system}_{SPLIT}.jsonl")
-        assert {row["id"]: row["reference"] for row in rows} == SPOKEN
-        assert [row["speaker"] for row in rows] == NAMES
+        assert {row["id"]: row["reference"] for row in rows} == LISTED
+        assert [row["speaker"] for row in rows] == [row["id"] for row in rows]
 
 
 def test_what_the_model_cannot_write_is_rejected_with_its_reason(run):
@@ -239,3 +251,14 @@ def test_it_is_verified_and_listed(run, capsys):
     soup = BeautifulSoup((run.parent / "index.html").read_text(encoding="utf-8"), "html.parser")
     link = soup.select_one("th a")
     assert link.text == "שלום <i>" and link["dir"] == "auto" and "<" not in link["href"] and " " not in link["href"]
+
+
+def test_speech_in_parquet_files_trains_and_is_evaluated_likewise(project, own_model):
+    tables = project / "-tables [x]"
+    tables.mkdir()
+    for split in ("train", "validation", "test"):
+        write_parquet(tables / f"{split}.parquet")
+    values = {"steps": ["00_baseline"], "model": str(own_model), "corpus": tables.name, "eval_splits": ["test"]}
+    run = run_all(project, "it's\u202e #1", values | {"baseline_epochs": 1, "device": "cpu"})
+    rows = load_predictions(run / "predictions" / "baseline_test.jsonl")
+    assert {row["id"]: row["reference"] for row in rows} == SPOKEN

@@ -203,6 +203,7 @@ CALLS = [  # words, what is said, exit status
     (["finished", "--force", "--from", "00_baseline"], "--force asks for every step again, --from for some", 2),
     (["finished", "--name", "a/b"], "--name 'a/b' should be one folder name, without slashes", 2),
     (["finished", "--name", ".."], "--name '..' is taken", 2),
+    (["finished", "--name=-rf"], "--name '-rf' is taken: name the run otherwise, without a leading dot or dash", 2),
     (["finished", "--name", "two\nlines"], r"--name 'two\nlines' should be one folder name", 2),
     (["finished", "--name", "n" * 300], "is too long for a folder: give it at most 200 bytes", 2),
     (["finished", "--engine", "ray"], "--engine ray is for the members of a sweep, which finished.yaml is not", 2),

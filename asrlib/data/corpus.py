@@ -247,7 +247,8 @@ def _splits_in(folder: Path) -> list[str] | None:
 
     if holds_tables(folder):
         return None
-    audio = next((file for file in folder.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES), None)
+    files = (file for depth in range(1, 5) for file in folder.glob("*/" * (depth - 1) + "*"))  # as deep as it may lie
+    audio = next((file for file in files if file.suffix.lower() in AUDIO_SUFFIXES), None)
     transcripts = f", and nothing says what is said in {audio.relative_to(folder)}" if audio else ""
     raise FileNotFoundError(
         f"{folder} holds no corpus{transcripts}: give SPLIT/SPEAKER/CHAPTER/*.trans.txt beside audio, SPLIT.csv, "
