@@ -305,7 +305,7 @@ def check_surroundings(values: dict[str, Any]) -> None:
 
     from asrlib.attention.kinds import attention_kind
     from asrlib.conversion.recipes import RECIPES
-    from asrlib.data.corpus import check_splits
+    from asrlib.data.splits import check_splits
     from asrlib.models.families import resolve_model
     from asrlib.models.inference import choose_device
 

@@ -9,7 +9,8 @@ import pytest
 import soundfile
 from speech import make_processor
 
-from asrlib.data.corpus import check_splits, open_corpus
+from asrlib.data.corpus import open_corpus
+from asrlib.data.splits import check_splits
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "LibriSpeech"
 ORIGINALS = {"dev-clean": 38, "test-clean": 6}  # utterances

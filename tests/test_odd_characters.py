@@ -20,7 +20,8 @@ from test_run_all import call
 
 import asrlib
 from asrlib import html
-from asrlib.data.corpus import check_splits, open_corpus
+from asrlib.data.corpus import open_corpus
+from asrlib.data.splits import check_splits
 from asrlib.data.text import folded, label_ids, normalise_text
 from asrlib.evaluation import load_predictions, score
 

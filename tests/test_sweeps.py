@@ -160,7 +160,7 @@ def test_values_that_vary_are_combined(project):
     ],
 )
 def test_impossible_sweeps_are_refused_before_anything_starts(project, monkeypatch, capsys, text, words, message):
-    write_json(project / "tiny" / "config.json", {"hidden_size": 8})
+    write_json(project / "tiny" / "config.json", {"model_type": "wav2vec2-conformer", "hidden_size": 8})
     params(project, "mine", text)
     monkeypatch.chdir(project)
     assert call(project, "mine", *words) == 2

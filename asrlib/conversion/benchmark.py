@@ -47,7 +47,8 @@ from asrlib.conversion.rows import (
     write_row,
 )  # fmt: skip
 from asrlib.conversion.statistics import Statistics, collect_statistics
-from asrlib.data.corpus import Corpus, check_splits, open_usable
+from asrlib.data.corpus import Corpus, open_usable
+from asrlib.data.splits import check_splits
 from asrlib.evaluation import EvaluationResult, score, transcribe
 from asrlib.models.families import attention_modules, frames_of
 from asrlib.models.inference import choose_device, zero_attention
