@@ -291,7 +291,7 @@ def model_width(source: str, revision: str | None = None) -> int | None:
         config = Path(cached)
     try:
         return read_json(config).get("hidden_size")
-    except (ValueError, AttributeError):  # damaged, as `check_surroundings` will say
+    except (ValueError, AttributeError):  # damaged, as `check_model` will say
         return None
 
 
@@ -350,21 +350,29 @@ def check_surroundings(values: dict[str, Any]) -> None:
         raise BadParameter("'ctc_weight', 'kl_weight' and 'hidden_weight' are all 0: there is nothing to learn from")
 
 
-def check_model(values: Mapping[str, Any]) -> None:
-    """Refuses a model folder in which something is missing or cut short, of which an estimate would take the config.
-
-    Raises BadParameter.
+def check_model(values: Mapping[str, Any], steps: Iterable[str]) -> None:
+    """Refuses a model folder in which something is missing or cut short, of which an estimate would take the config;
+    and a model of which `steps` cannot be run. Raises BadParameter.
     """
-    from asrlib.models.families import check_folder, resolve_model
+    from transformers import AutoConfig
+
+    from asrlib.models.families import check_folder, family_of, resolve_model
 
     if not values.get("model") or values.get("architecture"):
         return
     folder = Path(resolve_model(values["model"]))
+    if not folder.is_dir():
+        return
     try:
-        if folder.is_dir():
-            check_folder(folder)
-    except OSError as error:
+        check_folder(folder)
+        config = AutoConfig.from_pretrained(folder)
+        family = family_of(config)
+    except (OSError, ValueError) as error:
         raise BadParameter(str(error)) from None
+    if "01_convert" in steps and family.is_latent(config):
+        raise BadParameter(f"'model' is {values['model']}, which is latent already: give the one it was converted from")
+    if "01_convert" in steps and values.get("convert_to") == "gqa" and family.to_grouped is None:
+        raise BadParameter(f"'convert_to' is gqa, which a {config.model_type} cannot be made: use mla")
 
 
 def _check_processes(values: dict[str, Any], gpus: int) -> None:
