@@ -30,14 +30,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from asrlib.command_line import add_debug, sentence, tell
-from asrlib.parameters import (
-    BadParameter,
-    Schema,
-    check_model,
-    known_step,
-    read_assignments,
-    read_params_file,
-)
+from asrlib.parameters import BadParameter, Schema, known_step, read_assignments, read_params_file
+from asrlib.preflight import check_model
 from asrlib.runs import Run, write_json
 
 ROOT = Path(__file__).resolve().parent
