@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo quick full smoke baseline baselines_small lab test lint format example clean python
+.PHONY: help demo quick full smoke baseline baselines_small lab test lint format parameters example clean python
 
 help: ## show this list
 	@awk -F ': ## ' '/^[a-z_]+: ## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,10 @@ format: .venv/.installed
 	.venv/bin/python -m nbstripout --keep-id notebooks/*.ipynb
 	.venv/bin/python -m ruff check --fix-only .
 	.venv/bin/python -m ruff format .
+
+parameters: ## write PARAMETERS.md anew, from the notebooks
+parameters: .venv/.installed
+	.venv/bin/python -m asrlib.parameter_table --write
 
 example: ## keep a run: make example RUN=demo copies its pages, tables and figures to reports/examples
 example:

@@ -25,19 +25,17 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from asrlib.parameters import (
-    BadParameter,
-    Schema,
-    known_step,
-    read_assignments,
-    read_params_file,
-)
+from asrlib.command_line import add_debug, sentence, tell
+from asrlib.parameters import BadParameter, Schema, known_step, read_assignments, read_params_file
+from asrlib.preflight import check_model
 from asrlib.runs import Run, write_json
 
 ROOT = Path(__file__).resolve().parent
+LONGEST_NAME = 200  # bytes of a run folder's name; file systems end at 255
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -64,37 +62,71 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--diff", nargs=2, type=Path, metavar="FOLDER", help="say what is different between two runs")
     add("--index", action="store_true", help="write reports/index.html, over all runs")
     add("--root", type=Path, default=ROOT, help="project folder (default: where run_all.py is)")
+    add_debug(parser)
     args = parser.parse_args(argv)
-    if not any((args.params, args.list, args.verify, args.diff, args.index)):
-        parser.error("which params file? --list shows them")
+    check_together(args, parser.error)
     return args
+
+
+def check_together(args: argparse.Namespace, refuse: Callable[[str], NoReturn]) -> None:
+    """Refuse options that contradict each other, or would have no effect."""
+
+    def given(**options: Any) -> list[str]:
+        return [f"--{name}" for name, value in options.items() if value not in (None, False, [], "local")]
+
+    looks = given(list=args.list, verify=args.verify, diff=args.diff, index=args.index)
+    of_a_sweep = given(engine=args.engine, cpus=args.cpus, gpus=args.gpus, storage=args.storage)
+    of_a_run = given(set=args.set, name=args.name, **{"from": args.start}, force=args.force, estimate=args.estimate)
+    if not (args.params or looks):
+        refuse("which params file? --list shows them")
+    if len(looks) > 1:
+        refuse(f"{' and '.join(looks)} ask for different things: give one of them")
+    if looks and args.params:
+        refuse(f"{looks[0]} runs nothing, and {args.params!r} is to be run: give one of them")
+    if looks and of_a_run + of_a_sweep:
+        refuse(f"{(of_a_run + of_a_sweep)[0]} belongs to a params file that is to be run: leave it out with {looks[0]}")
+    if args.force and args.start:
+        refuse("--force asks for every step again, --from for some of them: give one of them")
+    if args.estimate and of_a_sweep:
+        refuse(f"{of_a_sweep[0]} says where members run, and --estimate starts none: give one of them")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done · 1 a step failed · 2 refused before anything started · 130 interrupted."""
     args = parse(argv)
-    root = args.root.resolve()
+    try:
+        return do(args, args.root.resolve())
+    except KeyboardInterrupt:
+        resumes = "The same command, given again, resumes here." if starts_something(args) else "Nothing was kept."
+        print(f"\nInterrupted. {resumes}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return end(error, args)
+
+
+def do(args: argparse.Namespace, root: Path) -> int:
     if args.list:
         print(listing(root))
         return 0
+    return run_all(args, root) if args.params else look_at(args, root)
+
+
+def starts_something(args: argparse.Namespace) -> bool:
+    return bool(args.params) and not args.estimate
+
+
+def end(error: Exception, args: argparse.Namespace) -> int:
+    """Say what went wrong, in a sentence; the exit status."""
     from asrlib.pipeline import with_advice
     from asrlib.workplace import RunLocked, StepFailed
 
-    try:
-        return look_at(args, root) if args.verify or args.diff or args.index else run_all(args, root)
-    except (BadParameter, RunLocked) as refusal:
-        print(refusal, file=sys.stderr)
+    if isinstance(error, BadParameter | RunLocked):
+        tell(str(error), error, args.debug)
         return 2
-    except StepFailed as failure:
-        print(f"{failure}\nThe same command, given again, resumes there.", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"{with_advice(str(error))}\nThe same command, given again, resumes there.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        resumes = "Nothing was kept." if args.estimate else "The same command, given again, resumes here."
-        print(f"\nInterrupted. {resumes}", file=sys.stderr)
-        return 130
+    said = str(error) if isinstance(error, StepFailed) else with_advice(sentence(error))
+    resumes = isinstance(error, StepFailed | OSError) and starts_something(args)
+    tell(f"{said}\nThe same command, given again, resumes there." if resumes else said, error, args.debug)
+    return 1
 
 
 def run_all(args: argparse.Namespace, root: Path) -> int:
@@ -106,8 +138,10 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
         workplace.log.info(text)
         print(text, flush=True)
 
-    file = sweeps.find_params(root, args.params)
     notebooks = pipeline.find_notebooks(root)
+    if not notebooks:
+        raise BadParameter(f"{root} is no project folder: it holds no notebooks/NN_*.ipynb, see --root")
+    file = sweeps.find_params(root, args.params)
     schema = Schema(notebooks)
     run = Run(root / "reports" / run_name(args.name, file))
     if "sweep" in read_params_file(file):
@@ -115,16 +149,21 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
         redo = steps_to_redo(args, sweep.step_names)
         if args.estimate:
             return show_estimate(root, schema, sweep.members, redo, sweep)
+        for member in sweep.members:
+            check_model(schema.defaults | member.values, [step.name for step in member.steps])
         with cluster.engine_of(args.engine, root / "reports", args.cpus, args.gpus, args.storage) as engine:
             sweeps.run_sweep(sweep, redo, say, command_of(args), engine)
         return 0
-    if args.engine != "local":
-        raise BadParameter(f"--engine {args.engine} is for the members of a sweep, which {file.name} is not")
+    asked = {"engine": args.engine, "cpus": args.cpus, "gpus": args.gpus, "storage": args.storage}
+    for option, value in asked.items():
+        if value not in (None, "local"):
+            raise BadParameter(f"--{option} {value} is for the members of a sweep, which {file.name} is not")
     values, names = read_values(file, args.set, schema, list(notebooks))
     redo = steps_to_redo(args, names)
     steps = pipeline.plan(root, run, schema, values, names)
     if args.estimate:
         return show_estimate(root, schema, [sweeps.Member(run, values, steps)], redo)
+    check_model(schema.defaults | values, names)
     with workplace.work_in(root, run) as place:
         say(f"params {file.name} → {run.path}")
         for name in redo:
@@ -194,10 +233,12 @@ def run_name(name: str | None, file: Path) -> str:
     name = name or file.stem
     if name == "auto":
         name = f"{file.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if Path(name).name != name:
-        raise BadParameter(f"--name {name!r} should be one folder name, without slashes")
-    if name.startswith(".") or name == "examples":
-        raise BadParameter(f"--name {name!r} is taken: name the run otherwise, without a leading dot")
+    if Path(name).name != name or min(name) < " ":
+        raise BadParameter(f"--name {name!r} should be one folder name, without slashes or control characters")
+    if len(name.encode()) > LONGEST_NAME:
+        raise BadParameter(f"--name {name!r} is too long for a folder: give it at most {LONGEST_NAME} bytes")
+    if name.startswith((".", "-")) or name == "examples":
+        raise BadParameter(f"--name {name!r} is taken: name the run otherwise, without a leading dot or dash")
     return name
 
 

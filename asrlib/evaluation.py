@@ -26,11 +26,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from asrlib.attention.chunks import Chunks
+from asrlib.command_line import add_debug, sentence, tell
 from asrlib.data.batches import CTCCollator, CTCDataset
-from asrlib.data.corpus import Corpus
+from asrlib.data.corpus import Corpus, check_corpus
 from asrlib.data.normalising import HeardSoFar
-from asrlib.data.text import folded
-from asrlib.models.families import frame_counts
+from asrlib.data.text import folded, whisper_normalised
+from asrlib.models.families import check_loaded, frame_counts
 from asrlib.models.inference import choose_device, inference, padding_silenced
 from asrlib.out_of_memory import out_of_memory_explained
 from asrlib.runs import atomic_write, resolve
@@ -62,6 +63,8 @@ def transcribe(
     device. With `chunks` they are what a stream would give, whose cache is held in that format. Raises UnusableAudio
     where an utterance cannot be decoded, torch.OutOfMemoryError where a batch is too large, with what to lower.
     """
+    check_loaded(model, processor)
+    check_corpus(corpus)
     device = choose_device(device, model)
     limits = {"batch_seconds": batch_seconds, "precision": precision}
     dataset = CTCDataset(corpus, processor)
@@ -135,6 +138,22 @@ def load_predictions(path: str | Path) -> list[dict]:
     return predictions
 
 
+# ---- metrics of one's own ---------------------------------------------------------------------------------
+
+
+def normalised_wer(predictions: list[dict]) -> float | None:
+    """WER in per cent after Whisper's English normaliser, which changes the number of words; None if it leaves none."""
+    references, hypotheses = (
+        [whisper_normalised(prediction[side]) for prediction in predictions] for side in ("reference", "hypothesis")
+    )
+    return 100 * jiwer.wer(references, hypotheses) if any(references) else None
+
+
+# Beside word and character errors: name → what it makes of transcripts as `transcribe` gives them, a number. Each is in
+# the tables, in metrics/*.json and in what --verify counts again. EXTENDING.md has another one worked out.
+METRICS: dict[str, Callable[[list[dict]], float | None]] = {"normalised WER %": normalised_wer}
+
+
 # ---- word errors -------------------------------------------------------------------------------------------
 
 
@@ -153,14 +172,15 @@ class EvaluationResult:
     utterances: int
     speakers: int
     seconds_audio: float
+    others: dict[str, float | None]  # by METRICS
     predictions: list[dict] = field(repr=False)
     errors_N: np.ndarray = field(repr=False)  # word errors of each utterance, in the order of predictions
     words_N: np.ndarray = field(repr=False)  # reference words of each utterance
     alignments: list[list[jiwer.AlignmentChunk]] = field(repr=False)  # words of each utterance
 
     def as_metrics(self) -> dict:
-        by_utterance = ("predictions", "errors_N", "words_N", "alignments")
-        values = {name: value for name, value in self.__dict__.items() if name not in by_utterance}
+        apart = ("predictions", "errors_N", "words_N", "alignments", "others")
+        values = {name: value for name, value in self.__dict__.items() if name not in apart} | self.others
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
@@ -191,6 +211,7 @@ def score(predictions: list[dict]) -> EvaluationResult:
         utterances=len(predictions),
         speakers=len(of_speakers_G2),
         seconds_audio=sum(p["seconds"] for p in predictions),
+        others={name: metric(predictions) for name, metric in METRICS.items()},
         predictions=predictions,
         errors_N=errors_N,
         words_N=words_N,
@@ -199,21 +220,18 @@ def score(predictions: list[dict]) -> EvaluationResult:
 
 
 def error_table(results: dict[tuple[str, str], EvaluationResult]) -> pd.DataFrame:
-    """One row per (split, system), error rates in per cent."""
+    """One row per (split, system): rates in per cent with their 95 % intervals, over utterances and over speakers."""
     rows = [
         {
             "split": split,
             "system": system,
-            "WER %": f"{100 * result.wer:.2f}",
-            "95 % interval": _in_per_cent(result.wer_interval),
-            "by speaker": _in_per_cent(result.wer_interval_by_speaker),
+            "WER %": f"{100 * result.wer:.2f} ({in_per_cent(result.wer_interval)})",
+            "over speakers": f"{in_per_cent(result.wer_interval_by_speaker)} ({result.speakers})",
             "CER %": f"{100 * result.cer:.2f}",
-            "substitutions": result.substitutions,
-            "deletions": result.deletions,
-            "insertions": result.insertions,
+            **{name: "–" if value is None else f"{value:.4g}" for name, value in result.others.items()},
+            "sub / del / ins": f"{result.substitutions} / {result.deletions} / {result.insertions}",
             "words": result.words,
             "utterances": result.utterances,
-            "speakers": result.speakers,
         }
         for (split, system), result in results.items()
     ]
@@ -225,17 +243,16 @@ def paired_table(paired: dict[str, dict[str, dict]]) -> pd.DataFrame:
     rows = []
     for split, tests in paired.items():
         for name, test in tests.items():
-            by_speaker = test["by_speaker"] or {"interval": None, "p": None}
+            of_speakers = test["by_speaker"]
             found = "worse" if test["difference"] > 0 else "better"
             rows.append(
                 {
                     "split": split,
-                    "from → to": name.replace(" vs ", " → "),
-                    "change, points": 100 * test["difference"],
-                    "95 % interval": _in_per_cent(test["interval"], "+.2f"),
+                    "from → to": name.replace(" vs ", " → ").replace("finetuned", "fine-tuned"),
+                    "change, points": f"{100 * test['difference']:+.2f} ({in_per_cent(test['interval'], '+.2f')})",
                     "p": _shown(test["p"]),
-                    "by speaker": _in_per_cent(by_speaker["interval"], "+.2f"),
-                    "p by speaker": _shown(by_speaker["p"]),
+                    "over speakers": in_per_cent(of_speakers["interval"], "+.2f") if of_speakers else "–",
+                    "p over speakers": _shown(of_speakers["p"] if of_speakers else None),
                     "p matched pairs": _shown(test["matched_pairs"]["p"]),
                     "verdict": "no significant difference" if test["p"] > 0.05 else found,
                 }
@@ -247,7 +264,8 @@ def _shown(p: float | None) -> str:
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _in_per_cent(interval: Sequence[float] | None, form: str = ".2f") -> str:
+def in_per_cent(interval: Sequence[float] | None, form: str = ".2f") -> str:
+    """An interval of fractions, written in per cent or points."""
     return "–" if interval is None else " to ".join(format(100 * end, form) for end in interval)
 
 
@@ -282,10 +300,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m asrlib.evaluation", description="Compares transcripts, by words.")
     parser.add_argument("a", metavar="A.jsonl", help="transcripts as `evaluate` and the notebooks keep them")
     parser.add_argument("b", metavar="B.jsonl", help="another model's, of the same utterances")
+    add_debug(parser)
     args = parser.parse_args(argv)
-    a, b = (score(load_predictions(Path(name).absolute())) for name in (args.a, args.b))
-    test = compare_errors(a, b)
-    lines = [f"{name}: {100 * one.wer:.2f} % ({_in_per_cent(one.wer_interval)})" for name, one in (("A", a), ("B", b))]
+    try:
+        a, b = (score(load_predictions(Path(name).absolute())) for name in (args.a, args.b))
+        test = compare_errors(a, b)
+    except Exception as error:
+        tell(sentence(error), error, args.debug)
+        return 1
+    lines = [f"{name}: {100 * one.wer:.2f} % ({in_per_cent(one.wer_interval)})" for name, one in (("A", a), ("B", b))]
     for over, of in (("utterances", test), ("speakers", test["by_speaker"])):
         if of is not None:
             change = [100 * value for value in (of["difference"], *of["interval"])]

@@ -85,11 +85,17 @@ def _style():
 
 
 def _png(fig: "Figure", alt: str | None) -> bytes:
-    buffer = io.BytesIO()
-    about = {"Description": alt or fig.get_label(), "Software": None}
+    """In 256 colours, chosen for the figure: a quarter of the bytes, and no difference to be seen."""
+    from PIL import Image, PngImagePlugin
+
+    drawn, small, about = io.BytesIO(), io.BytesIO(), PngImagePlugin.PngInfo()
+    about.add_itxt("Description", alt or fig.get_label())
     with _style():  # ticks are made while drawing
-        fig.savefig(buffer, format="png", dpi=DPI, metadata=about)
-    return buffer.getvalue()
+        fig.savefig(drawn, format="png", dpi=DPI)
+    with Image.open(drawn) as image:
+        few = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(small, "PNG", optimize=True, dpi=(DPI, DPI), pnginfo=about)
+    return small.getvalue()
 
 
 def save_figure(fig: "Figure", path: Path, alt: str | None = None) -> None:
@@ -234,8 +240,10 @@ def wer_vs_cache(table: pd.DataFrame) -> "Figure":
                 size=9,
             )
         ax.axvline(50, color=GREY, lw=1, ls="--", zorder=0)
-        note = " half: a joint latent\n is exact here"
-        ax.text(50, 0.02, note, transform=ax.get_xaxis_transform(), size=7.5, color=GREY, va="bottom")
+        note = "half: a joint latent\nis exact here"
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        at_foot = {"transform": ax.get_xaxis_transform(), "va": "bottom"}
+        ax.text(51, 0.02, note, size=7.5, color=GREY, bbox=white, zorder=4, **at_foot)
         ax.set(xlim=(0, 106), xlabel="K/V cache (% of the baseline's)", ylabel="word error rate (%)")
         ax.set_ylim(bottom=0)
         named = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))

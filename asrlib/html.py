@@ -2,20 +2,26 @@
 
 A page opens from disk with the network off: style and figures are inside it, it has no script, and its
 content security policy forbids the browser to run or to fetch any. Whatever comes from data (transcripts,
-names) is escaped.
+names) is escaped, and what of it is written from right to left does not reorder what stands beside it.
 """
 
+import ast
 import base64
+import io
 import re
-from collections.abc import Callable, Iterable, Mapping
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
+from asrlib.data.audio import SAMPLE_RATE
+from asrlib.data.text import folded
 from asrlib.runs import atomic_write, resolve
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
     from bs4 import BeautifulSoup
     from nbformat import NotebookNode
@@ -34,6 +40,9 @@ PAGES = {
 }
 
 Format = str | Callable[[Any], str]
+
+# Unicode's classes of right-to-left letters, and of marks that turn the direction of what follows them.
+TURNS = {"R", "AL", "RLE", "RLO", "RLI", "LRE", "LRO", "LRI", "FSI"}
 
 
 # ---- pages -------------------------------------------------------------------------------------------------
@@ -123,7 +132,7 @@ def _gather_parameters(node: "NotebookNode") -> None:
         return [cell for cell in node.cells if tag in cell.metadata.get("tags", [])]
 
     injected = tagged("injected-parameters")
-    given = {p.name: p.default for cell in injected for p in PythonTranslator.inspect(cell)}
+    given = {name: value for cell in injected for name, value in _assigned(cell.source)}
     for cell in tagged("parameters"):
         defaults = PythonTranslator.inspect(cell)
         cell.metadata["parameter_rows"] = [
@@ -137,6 +146,14 @@ def _gather_parameters(node: "NotebookNode") -> None:
         ]
         if given.keys() <= {p.name for p in defaults}:  # everything injected is in the table
             node.cells = [c for c in node.cells if c not in injected]
+
+
+def _assigned(source: str) -> Iterator[tuple[str, str]]:
+    """Names and literals of what papermill injected, which writes é as \\xe9."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign):
+            literal = ast.get_source_segment(source, node.value)
+            yield node.targets[0].id, repr(ast.literal_eval(literal)) if "\\" in literal else literal
 
 
 def _tidy_outputs(cell: "NotebookNode") -> None:
@@ -234,6 +251,16 @@ def _list_sections(soup: "BeautifulSoup") -> None:
 # ---- pieces that notebooks display -------------------------------------------------------------------------
 
 
+def turns(text: str) -> bool:
+    """Is some of `text` written from right to left?"""
+    return not text.isascii() and any(unicodedata.bidirectional(character) in TURNS for character in text)
+
+
+def isolated(value: Any) -> Markup:
+    """`value` escaped, in an element of its own direction where its neighbours would be reordered otherwise."""
+    return Markup("<bdi>{}</bdi>").format(value) if turns(str(value)) else escape(value)
+
+
 def table_html(
     df: "pd.DataFrame", caption: str = "", formats: Mapping[str, Format] | None = None, index: bool = True
 ) -> Markup:
@@ -255,16 +282,24 @@ def table_html(
     def attributes(column: str) -> Markup:
         if pd.api.types.is_numeric_dtype(df[column]):
             return Markup(' class="n"')
-        short = not callable(formats.get(column)) and df[column].astype(str).str.len().max() <= 24
+        short = not callable(formats.get(column)) and df[column].astype(str).str.len().max() <= 26
         return Markup(' class="short"' if short else "")
 
     kinds = {column: attributes(column) for column in df.columns}
-    corner = Markup("<th>{}</th>").format(df.index.name or "") if index else ""
-    head = Markup("").join(Markup('<th scope="col"{}>{}</th>').format(kinds[c], c) for c in df.columns)
+
+    def head_of(name: Any, kind: str = "") -> Markup:
+        """A head without a name is none, to a screen reader."""
+        if name in (None, ""):
+            return Markup("<td></td>")
+        return Markup('<th scope="col"{}>{}</th>').format(kind, isolated(name))
+
+    corner = head_of(df.index.name) if index else ""
+    head = Markup("").join(head_of(c, kinds[c]) for c in df.columns)
     rows = []
     for label, *values in df.itertuples():
-        first = Markup('<th scope="row">{}</th>').format(label) if index else ""
-        cells = (Markup("<td{}>{}</td>").format(kinds[c], text(c, v)) for c, v in zip(df.columns, values, strict=True))
+        first = Markup('<th scope="row">{}</th>').format(isolated(label)) if index else ""
+        shown = ((column, text(column, value)) for column, value in zip(df.columns, values, strict=True))
+        cells = (Markup("<td{}>{}</td>").format(kinds[column], isolated(cell)) for column, cell in shown)
         rows.append(Markup("<tr>{}{}</tr>").format(first, Markup("").join(cells)))
     return Markup(
         '<div class="table" tabindex="0" role="region" aria-label="{}"><table>{}<thead><tr>{}{}</tr></thead>'
@@ -290,11 +325,14 @@ def display_table(
 
 def diff_transcripts(reference: str, hypothesis: str) -> Markup:
     """The reference as it was heard: deleted words struck through, inserted ones underlined, and
-    a substituted word struck through before what was heard instead. Readable without colour and escaped."""
+    a substituted word struck through before what was heard instead. Readable without colour and escaped.
+
+    Words are told apart as error rates do: case and the composition of accents do not count.
+    """
     import jiwer
 
-    aligned = jiwer.process_words(reference, hypothesis)
-    said, heard = aligned.references[0], aligned.hypotheses[0]
+    aligned = jiwer.process_words(folded(reference), folded(hypothesis))
+    said, heard = reference.split(), hypothesis.split()
     words = []
     for chunk in aligned.alignments[0]:
         left = said[chunk.ref_start_idx : chunk.ref_end_idx]
@@ -308,7 +346,19 @@ def diff_transcripts(reference: str, hypothesis: str) -> Markup:
         else:
             pair = '<span class="sub" title="substituted"><del>{}</del> <ins>{}</ins></span>'
             words += [Markup(pair).format(*both) for both in zip(left, right, strict=True)]
-    return Markup('<span class="diff">{}</span>').format(Markup(" ").join(words))
+    direction = Markup(' dir="auto"') if turns(reference + hypothesis) else ""
+    return Markup('<span class="diff"{}>{}</span>').format(direction, Markup(" ").join(words))
+
+
+def audio_html(samples_S: "np.ndarray", name: str) -> Markup:
+    """A player with 16 kHz mono audio inside it, as MP3 of 3 KB a second, which every browser plays."""
+    import soundfile
+
+    file = io.BytesIO()
+    soundfile.write(file, samples_S, SAMPLE_RATE, format="MP3", bitrate_mode="CONSTANT", compression_level=0.9)
+    data = base64.b64encode(file.getvalue()).decode()
+    player = '<audio controls preload="metadata" aria-label="audio of {}" src="data:audio/mpeg;base64,{}"></audio>'
+    return Markup(player).format(name, data)
 
 
 def figure_html(png: Path) -> Markup:

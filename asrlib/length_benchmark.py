@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
 
 from asrlib.benchmark import best_symbols, inputs_of_each, measured_on, peak_memory_bytes, take_turns
+from asrlib.command_line import add_debug, sentence, tell
 from asrlib.data.corpus import SAMPLE_RATE, Corpus, Utterance
 from asrlib.figures import IN_BLOCKS
 from asrlib.models.families import family_of, load
@@ -192,7 +193,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="a .json")
+    add_debug(parser)
     args = parser.parse_args(argv)
+    try:
+        sys.stdout.write(_report(args))
+    except Exception as error:
+        tell(sentence(error), error, args.debug)
+        return 1
+    return 0
+
+
+def _report(args: argparse.Namespace) -> str:
     systems = random_recognisers(args.size, args.latents)
     corpus = noise(max(args.seconds))
     processor = load("synthetic-conformer")[1]
@@ -211,8 +222,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, row in measured["systems"].items()
     ]
     table = pd.DataFrame(rows).to_string(index=False, float_format="{:.2f}".format)
-    sys.stdout.write(f"{args.size}, {measured['device']}, {measured['threads']} threads\n{table}\n")
-    return 0
+    return f"{args.size}, {measured['device']}, {measured['threads']} threads\n{table}\n"
 
 
 def noise(seconds: float, count: int = 1, split: str = "all") -> Corpus:

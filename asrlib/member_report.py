@@ -4,6 +4,7 @@ Everything is computed from a `Comparison`. There error rates are fractions; sho
 """
 
 from collections.abc import Iterable, Sequence
+from urllib.parse import quote
 
 import pandas as pd
 from markupsafe import Markup
@@ -112,7 +113,7 @@ def link(entry: Entry) -> Markup:
     """Its name, as a link from a page of the sweep to its own index page where there is one."""
     if not (entry.run.path / "index.html").is_file():
         return breakable(entry.name)
-    return Markup('<a href="{}/index.html">{}</a>').format(entry.run.path.name, breakable(entry.name))
+    return Markup('<a href="{}/index.html">{}</a>').format(quote(entry.run.path.name), breakable(entry.name))
 
 
 def links_html(found: Comparison) -> Markup:

@@ -1,6 +1,10 @@
-"""What values a parameter may have, beyond its type: the schema's limits, by name."""
+"""What values a parameter may have, beyond its type: the schema's limits, by name.
+
+The docstring of a validator is the limit in words, as PARAMETERS.md shows it.
+"""
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +23,7 @@ def one_of(*choices: str) -> AfterValidator:
             raise ValueError(f"should be one of {', '.join(choices)}{nearest(str(value), choices)}")
         return value
 
+    check.__doc__ = f"one of {', '.join(choices)}"
     return AfterValidator(check)
 
 
@@ -32,13 +37,35 @@ def numbers(more_than: float, null: bool = False) -> AfterValidator:
                 raise ValueError(f"should hold numbers above {more_than:g}{' or null' if null else ''}, not {value!r}")
         return values
 
+    check.__doc__ = f"numbers above {more_than:g}{' or null' if null else ''}"
     return AfterValidator(check)
 
 
 def some_of(*choices: str) -> AfterValidator:
     """Of a list."""
     one = one_of(*choices)
-    return AfterValidator(lambda values: [one.func(value) for value in values])
+
+    def check(values: list) -> list:
+        return [one.func(value) for value in values]
+
+    check.__doc__ = f"some of {', '.join(choices)}"
+    return AfterValidator(check)
+
+
+def check_device(value: str) -> str:
+    """auto, cpu, mps, cuda or cuda:N"""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        raise ValueError(f"should be auto, cpu, mps, cuda or cuda:N{nearest(value, ('auto', 'cpu', 'mps', 'cuda'))}")
+    return value
+
+
+def in_words(limit: Any) -> str:
+    """What one of LIMITS says, as `more than 0, less than 1`."""
+    if isinstance(limit, AfterValidator):
+        return limit.func.__doc__
+    names = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than", "min_length": "items: at least"}
+    found = [(name, getattr(one, name)) for one in limit.metadata for name in names if hasattr(one, name)]
+    return ", ".join(f"{names[name]} {value}" for name, value in found)
 
 
 AT_LEAST_ONE, POSITIVE, NOT_NEGATIVE = Field(ge=1), Field(gt=0), Field(ge=0)
@@ -96,6 +123,7 @@ LIMITS: dict[str, Any] = {
     "ctc_weight": NOT_NEGATIVE,
     "kl_weight": NOT_NEGATIVE,
     "hidden_weight": NOT_NEGATIVE,
+    "calibration_seconds": POSITIVE,
     "ranks": one_of("uniform", "energy", "sensitivity"),
     "rank_multiple": AT_LEAST_ONE,
     "trainable": one_of("attention", "latent", "all"),
@@ -111,6 +139,6 @@ LIMITS: dict[str, Any] = {
     "precision": PRECISION,
     "training_processes": AT_LEAST_ONE,
     "training_strategy": one_of("ddp", "fsdp"),
-    "device": Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"),
+    "device": AfterValidator(check_device),
     "seed": NOT_NEGATIVE,
 }

@@ -15,7 +15,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from asrlib.parameter_limits import LIMITS, nearest
-from asrlib.runs import read_json, resolve
 
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
 TYPES |= {"List": list, "Dict": dict, "Optional": Optional}
@@ -33,7 +32,16 @@ BESIDE_PARAMETERS = ("sweep", "steps")  # what a params file may say at its top,
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string and takes the last of two equal keys: here a float, and an error."""
+    """YAML 1.1 reads 1e-4 as a string and takes the last of two equal keys: here a float, and an error. And what JSON
+    writes as two escapes, as programs write emoji, is one character."""
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        value = super().construct_scalar(node)
+        try:
+            return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            message = f"{value!r} holds half a character"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]
@@ -57,7 +65,12 @@ def read_yaml(text: str, where: str) -> Any:
 
 def read_params_file(path: Path) -> dict[str, Any]:
     """The flat mapping in a params file; an empty file sets nothing."""
-    values = read_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadParameter(f"{path} is not text in UTF-8 (see its byte {error.start}): save it as such") from None
+    values = read_yaml(text, str(path))
+    values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise BadParameter(f"{path} should be one flat mapping of `name: value`")
     return values
@@ -70,6 +83,8 @@ def read_assignments(assignments: Iterable[str]) -> dict[str, Any]:
         name, equals, text = assignment.partition("=")
         if not (name and equals):
             raise BadParameter(f"{assignment!r} (in --set) should be name=value")
+        if name in values:
+            raise BadParameter(f"{name!r} (in --set) is given twice: give one value")
         values[name] = read_yaml(text, f"the value of {name!r} (in --set)")
     return values
 
@@ -220,134 +235,3 @@ def known_step(name: Any, steps: list[str], where: str) -> int:
         proposal = nearest(str(name), steps) or f": steps are {', '.join(steps)}"
         raise BadParameter(f"unknown step {name!r} (in {where}){proposal}")
     return steps.index(name)
-
-
-def check_width(values: dict[str, Any]) -> None:
-    """Refuse a latent wider than the model allows, where that can be known without a download."""
-    if values.get("latent_dim") is None or values.get("cache_cut") is not None or not values.get("model"):
-        return
-    if values.get("architecture"):  # a new model is made
-        hidden_size = values["hidden_size"]
-    else:
-        hidden_size = model_width(values["model"], values.get("revision"))
-    if hidden_size is not None:
-        check_latent_dim(values["latent_dim"], values.get("layout") or "joint", hidden_size)
-
-
-def check_latent_dim(latent_dim: int, layout: str, hidden_size: int) -> None:
-    """Raises BadParameter where a latent of this width makes no sense in a model of width `hidden_size`."""
-    if latent_dim > 2 * hidden_size:
-        raise BadParameter(
-            f"latent_dim {latent_dim} is wider than the keys and values it replaces: this model allows "
-            f"at most 2·d = {2 * hidden_size}"
-        )
-    if layout == "split" and latent_dim < 2:
-        raise BadParameter("a split latent needs latent_dim of at least 2: one number for keys, one for values")
-
-
-def model_width(source: str, revision: str | None = None) -> int | None:
-    """hidden_size of a model folder, a shipped model, or a hub model that was downloaded before; None where
-    only a download would tell."""
-    folder = resolve(source)
-    if not (folder / "config.json").is_file():
-        from asrlib.models.families import resolve_model  # costs the import of torch
-
-        try:
-            folder = Path(resolve_model(source))
-        except FileNotFoundError:
-            return None
-    config = folder / "config.json"
-    if not config.is_file():
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(source, "config.json", revision=revision)
-        if not isinstance(cached, str):
-            return None
-        config = Path(cached)
-    return read_json(config).get("hidden_size")
-
-
-def check_surroundings(values: dict[str, Any]) -> None:
-    """Refuses what would fail in the middle of a run for what this machine has: model, splits, device, precision.
-
-    Reads no audio and no weights, and nothing from a network but the names of the files where the corpus is a URL: a
-    hub id is taken on trust. Raises BadParameter.
-    """
-    import torch
-
-    from asrlib.conversion.recipes import RECIPES
-    from asrlib.data.corpus import check_splits
-    from asrlib.models.families import resolve_model
-
-    unknown = f": choose from {'; '.join(RECIPES)}"
-    asked: dict[str, list[str]] = {}
-    try:
-        if values.get("model") and not values.get("architecture"):
-            resolve_model(values["model"])
-        if values.get("corpus"):
-            asked = {"eval_splits": values.get("eval_splits", [])}
-            asked |= {name: [values[name]] for name in ("train_split", "validation_split") if values.get(name)}
-            check_splits(values["corpus"], [split for splits in asked.values() for split in splits])
-    except (FileNotFoundError, ValueError) as error:
-        missing = re.search(r"no split '([^']*)'", str(error))
-        whose = [name for name, splits in asked.items() if missing and missing[1] in "+".join(splits).split("+")]
-        raise BadParameter(f"{' and '.join(whose)}: {error}" if whose else str(error)) from None
-    device, cuda = values.get("device", "auto"), torch.cuda.is_available()
-    if device.startswith("cuda") and not cuda:
-        raise BadParameter(f"'device' is {device}, but torch finds no CUDA device here: use auto or cpu")
-    for name in ("precision", "baseline_precision"):
-        if values.get(name) == "fp16" and (device == "cpu" or not cuda):
-            raise BadParameter(f"{name!r} is fp16, which needs a CUDA device: use bf16 or fp32")
-    _check_processes(values, torch.cuda.device_count() if cuda and device != "cpu" else 0)
-    if values.get("architecture") and not values.get("baseline_epochs", True):
-        raise BadParameter("'architecture' asks for a new model, whose weights are random: say 'baseline_epochs' too")
-    if values.get("architecture"):
-        _check_new_model(values)
-    forbidden = "attended" if values.get("convert_to") == "gqa" else "mean"
-    if values.get("method") == forbidden:
-        raise BadParameter(f"'method' is {forbidden}, which cannot convert to {values.get('convert_to', 'mla')}")
-    for seconds in values.get("benchmark_seconds", []):
-        if not isinstance(seconds, float | int) or seconds <= 0:
-            raise BadParameter(f"'benchmark_seconds' holds {seconds!r}: each should be a number of seconds above 0")
-    for cut in values.get("analysis_cuts", []):
-        if not isinstance(cut, float) or not 0 < cut < 1:
-            raise BadParameter(f"'analysis_cuts' holds {cut!r}: a cut lies between 0 and 1 (0.75 keeps a quarter)")
-    for name in values.get("analysis_methods", []):
-        if name not in RECIPES:
-            raise BadParameter(f"'analysis_methods' holds {name!r}{nearest(str(name), RECIPES) or unknown}")
-    weights = [values.get(name) for name in ("ctc_weight", "kl_weight", "hidden_weight")]
-    if None not in weights and not any(weights):
-        raise BadParameter("'ctc_weight', 'kl_weight' and 'hidden_weight' are all 0: there is nothing to learn from")
-
-
-def _check_processes(values: dict[str, Any], gpus: int) -> None:
-    """`gpus` is how many of them training may use; 0: it runs on the CPU."""
-    count, config = values.get("training_processes", 1), values.get("accelerate_config")
-    if config is not None and not resolve(config).is_file():
-        raise BadParameter(f"'accelerate_config' is {config}, which is no file: `accelerate config` writes one")
-    if config is not None and count > 1:
-        raise BadParameter(f"'training_processes' is {count}, but 'accelerate_config' says how many: give one of them")
-    if 0 < gpus < count:
-        raise BadParameter(f"'training_processes' is {count}, but each needs a GPU and here are {gpus}")
-    if values.get("training_strategy") != "fsdp":
-        return
-    if not gpus or (count == 1 and config is None):
-        raise BadParameter("'training_strategy' is fsdp, which needs GPUs and 'training_processes' above 1: use ddp")
-    if "fp16" in (values.get("precision"), values.get("baseline_precision")):
-        raise BadParameter("'training_strategy' is fsdp, which is not provided for fp16: use bf16 or fp32")
-
-
-def _check_new_model(values: dict[str, Any]) -> None:
-    from huggingface_hub.errors import StrictDataclassError
-
-    from asrlib.models.scratch import SIZES, new_config, new_processor
-
-    speeds = values.get("speeds", [])
-    if any(not isinstance(speed, float | int) or speed <= 0 for speed in speeds):
-        raise BadParameter(f"'speeds' is {speeds!r}: each should be a number above 0 (1.1 is 10 % faster)")
-    features = {name: values[name] for name in ("mel_bins", "frame_shift_ms") if name in values}
-    sizes = {name: values[name] for name in SIZES if name in values}
-    try:
-        new_config(values["architecture"], new_processor(values["architecture"], **features), **sizes)
-    except (ValueError, StrictDataclassError) as error:
-        raise BadParameter(f"no such model can be made: {error}") from None

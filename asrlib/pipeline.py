@@ -4,16 +4,14 @@ A kernel never outlives what it works for: it ends when this process ends, howev
 run folder's lock until then, so that no two kernels ever write to one run.
 """
 
+import hashlib
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,13 @@ import nbformat
 from asrlib.dependencies import library_files
 from asrlib.figures import duration
 from asrlib.parameters import Schema
+from asrlib.provenance import commit, machine, versions
 from asrlib.runs import Run, atomic_write, files_fingerprint, fingerprint
 from asrlib.workplace import StepFailed, Workplace, log
 
 ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 KERNEL_SHUTDOWN_SECONDS = 2.0  # then it is killed
+READ_BYTES = 1 << 20  # a file's content tells whether it changed, where it is no larger: copies and mounts change times
 ENGINE = "asrlib"  # name of our papermill engine
 
 
@@ -37,6 +37,7 @@ ADVICE = {  # by how the operating system, or Rust's library, puts it
     ("Permission denied", "Read-only file system", "Operation not permitted"): (
         "Nothing can be written there: make the folder writable, or work in a copy of the project."
     ),
+    ("Not a directory", "File exists"): "Where a folder should be, a file is in the way: move it.",
 }
 
 
@@ -89,7 +90,7 @@ def plan(
 
 
 def _file_state(root: Path, value: Any) -> list | None:
-    """Name, size and time of the file or of the folder's entries that a parameter points to, if it does."""
+    """Names and contents of the file or the folder's files that a parameter points to; of large ones size and time."""
     if not isinstance(value, str) or not value or len(value) > 255:
         return None
     shipped = root / "asrlib" / "pretrained" / value
@@ -99,7 +100,12 @@ def _file_state(root: Path, value: Any) -> list | None:
     if not path.exists():
         return None
     files = sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path]
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return [(file.name, *_state_of(file)) for file in files]
+
+
+def _state_of(file: Path) -> tuple:
+    size, time_ns = (stat := file.stat()).st_size, stat.st_mtime_ns
+    return (hashlib.sha256(file.read_bytes()).hexdigest(),) if size <= READ_BYTES else (size, time_ns)
 
 
 def first_to_run(run: Run, steps: list[Step]) -> int:
@@ -152,6 +158,7 @@ def execute(step: Step, place: Workplace, title: str, pages: list[str]) -> float
         time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         parameters=step.parameters,
         versions=versions(),
+        machine=machine(),
         commit=commit(place.root),
     )
     return seconds
@@ -307,21 +314,3 @@ def time_left(expected: list[float | None]) -> str:
     if not known:
         return ""
     return f", {'about' if len(known) == len(expected) else 'more than'} {duration(sum(known))} left"
-
-
-def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for name in ("asrlib", "torch", "transformers", "datasets"):
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
-def commit(root: Path) -> str | None:
-    """`git describe` of the project, with -dirty where files differ from it; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

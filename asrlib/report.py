@@ -34,6 +34,7 @@ from asrlib.figures import (
 )
 from asrlib.html import PAGES, diff_transcripts, display_table, render_notebook, table_html
 from asrlib.members import ATTENTION, asked_steps, is_member, is_sweep
+from asrlib.provenance import parameters_of, provenance_of
 from asrlib.runs import STEP_OF_METRICS, Run, atomic_write, read_json
 
 __all__ = [  # what notebooks call
@@ -361,41 +362,25 @@ def _index_figures(run: Run, table: pd.DataFrame, done: Container[str]) -> list[
     return [html.figure_html(path) for path in paths if path.is_file()]
 
 
-def _data_facts(metrics: dict[str, dict]) -> list[str]:
+def _data_facts(metrics: dict[str, dict]) -> list[Markup]:
     """What the word errors are those of: the model, then one line per split."""
     before = metrics["baseline"]
     named = (
-        [f"model {before['model']}, {before['parameters'] / 1e6:.2f} M parameters, corpus {before['corpus']}"]
+        [
+            Markup("model {}, {:.2f} M parameters, corpus {}").format(
+                html.isolated(before["model"]), before["parameters"] / 1e6, html.isolated(before["corpus"])
+            )
+        ]
         if before.get("corpus")
         else []
     )
-    scores = metrics["evaluate"].get("systems", {}).get("baseline") or metrics["baseline"].get("splits", {})
-    return named + [
-        f"{split}: {s['utterances']:,} utterances, {s['words']:,} words, {duration(s['seconds_audio'])}"
-        for split, s in scores.items()
-    ]
-
-
-def parameters_of(run: Run) -> dict[str, str]:
-    """What the run was asked for: params.json, otherwise what its steps say they were given."""
-    path = run.path / "params.json"
-    if path.is_file():
-        given = read_json(path)
-    else:
-        given = {k: v for step in PAGES for k, v in (run.completed(step) or {}).get("parameters", {}).items()}
-    return {name: str(value) for name, value in given.items()}
-
-
-def provenance_of(run: Run, metrics: dict[str, dict]) -> dict[str, str]:
-    """When, with which code and on what the run was made, as its last completed step says."""
-    markers = [marker for step in PAGES if (marker := run.completed(step))]
-    last = markers[-1] if markers else {}
-    benchmark = metrics["benchmark"]
-    facts = {
-        "finished": last.get("time"),
-        "commit": last.get("commit"),
-        "versions": ", ".join(f"{name} {number}" for name, number in last.get("versions", {}).items()),
-        "timed on": "{device}, {threads} threads, {dtype}".format(**benchmark) if benchmark else None,
-        "base model": metrics["baseline"].get("model"),
-    }
-    return {name: str(value) for name, value in facts.items() if value}
+    scores = metrics["evaluate"].get("systems", {}).get("baseline") or before.get("splits", {})
+    lines = []
+    for split, s in scores.items():
+        line = Markup("{}: {:,} utterances, {:,} words, {}").format(
+            html.isolated(split), s["utterances"], s["words"], duration(s["seconds_audio"])
+        )
+        if zeroed := before.get("attention_zeroed", {}).get(split):
+            line += unbroken(f"; WER of the baseline with its attention set to zero {percent(zeroed['wer'])}")
+        lines.append(line)
+    return named + lines

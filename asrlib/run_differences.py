@@ -12,7 +12,8 @@ import pandas as pd
 from asrlib.figures import change, size
 from asrlib.members import is_sweep
 from asrlib.parameters import BadParameter
-from asrlib.report import comparison_table, provenance_of
+from asrlib.provenance import provenance_of
+from asrlib.report import comparison_table
 from asrlib.runs import Run, read_json
 
 MISSING = "–"

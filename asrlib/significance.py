@@ -84,7 +84,7 @@ def paired_bootstrap(a: "EvaluationResult", b: "EvaluationResult", by_speaker: b
     and Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP 2004).
     by_speaker: draw speakers with all their utterances. Raises ValueError where ids or references differ.
     """
-    order = _pairing(a, b)
+    order = pairing(a, b)
     columns_N3 = np.stack([a.errors_N, b.errors_N[order], a.words_N], axis=1)
     sums_R3 = resample_sums(sums_by_speaker(columns_N3, a.predictions) if by_speaker else columns_N3)
     differences_R = _ratio(sums_R3[:, 1] - sums_R3[:, 0], sums_R3[:, 2])
@@ -110,7 +110,7 @@ def matched_pairs(a: "EvaluationResult", b: "EvaluationResult") -> dict:
     """
     segments = [
         segment
-        for i, j in enumerate(_pairing(a, b))
+        for i, j in enumerate(pairing(a, b))
         for segment in _segments(_by_word(a.alignments[i]), _by_word(b.alignments[j]))
     ]
     differences = np.array([theirs - ours for ours, theirs in segments], dtype=float)
@@ -120,7 +120,7 @@ def matched_pairs(a: "EvaluationResult", b: "EvaluationResult") -> dict:
     return {"segments": len(segments), "mean": mean, "z": z, "p": math.erfc(abs(z) / math.sqrt(2))}
 
 
-def _pairing(a: "EvaluationResult", b: "EvaluationResult") -> list[int]:
+def pairing(a: "EvaluationResult", b: "EvaluationResult") -> list[int]:
     """For each utterance of `a` its place in `b`."""
     of_b = {p["id"]: i for i, p in enumerate(b.predictions)}
     ids = [p["id"] for p in a.predictions]

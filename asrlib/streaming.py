@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from time import perf_counter
 
@@ -27,9 +28,18 @@ from asrlib.attention.cache import kv_cache_bytes
 from asrlib.attention.chunks import Chunks
 from asrlib.attention.formats import cache_format
 from asrlib.attention.memory import LayerMemory, SideBySide, StreamMemory
+from asrlib.command_line import add_debug, sentence, tell
 from asrlib.data.audio import SAMPLE_RATE, UnusableAudio, read_pieces
 from asrlib.data.normalising import RunningNormaliser
-from asrlib.models.families import attention_modules, family_of, frame_counts, frames_of, frames_per_second, load
+from asrlib.models.families import (
+    attention_modules,
+    check_loaded,
+    family_of,
+    frame_counts,
+    frames_of,
+    frames_per_second,
+    load,
+)
 
 CHUNK_MS = 320.0
 LEFT_SECONDS = 10.0
@@ -301,6 +311,10 @@ def stream(
     what attention keeps. Memory does not grow with the recording, unless `left_seconds` is None.
     Raises ValueError where the model cannot stream, UnusableAudio where a piece is no such audio.
     """
+    check_loaded(model, processor)
+    if isinstance(audio_chunks, str | PathLike):
+        name = str(audio_chunks)
+        raise TypeError(f"pieces of audio are wanted, not {name!r}: asrlib.data.audio.read_pieces makes them of a file")
     recognition = Recognition(model, processor, chunks_of(model.config, chunk_ms, left_seconds, lookahead_ms), cache)
     for samples_S in audio_chunks:
         yield from recognition.hear(samples_S)
@@ -334,6 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--left", type=float, default=LEFT_SECONDS, metavar="SECONDS", help="looked back; inf: all")
     parser.add_argument("--lookahead", type=float, default=0.0, metavar="MS")
     parser.add_argument("--cache", default="float32", help="float32, bfloat16, float16, int8 or int4")
+    add_debug(parser)
     args = parser.parse_args(argv)
     try:
         if not args.file.is_file():
@@ -351,8 +366,12 @@ def main(argv: list[str] | None = None) -> int:
             took.append(perf_counter() - began)
         for text in recognition.finish():
             shown = _show(text, shown)
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"{args.file}: {error}\n" if isinstance(error, UnusableAudio) else f"{error}\n")
+    except KeyboardInterrupt:
+        sys.stderr.write("\nInterrupted.\n")
+        return 130
+    except Exception as error:
+        where = f"{args.file}: " if isinstance(error, UnusableAudio) else ""
+        tell(where + sentence(error), error, args.debug)
         return 1
     seconds = perf_counter() - started
     sys.stdout.write(f"\n\n{_account(recognition.streams, heard / SAMPLE_RATE, seconds, max(took))}\n")

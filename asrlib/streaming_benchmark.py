@@ -29,6 +29,7 @@ from asrlib.attention.kinds import KINDS, LinearAttention, absorbing_pays
 from asrlib.attention.memory import StreamMemory
 from asrlib.attention.relative import sinusoids
 from asrlib.benchmark import measured_on, peak_memory_bytes, take_turns
+from asrlib.command_line import add_debug, sentence, tell
 from asrlib.models.encoder import SpeechEncoderConfig, SpeechEncoderForCTC
 from asrlib.models.families import attention_modules, family_of, frames_per_second
 from asrlib.models.inference import choose_device, inference
@@ -324,13 +325,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--forms", action="store_true", help="time absorbed and expanded latents instead")
     parser.add_argument("--out", type=Path, help="a .csv")
+    add_debug(parser)
     args = parser.parse_args(argv)
+    try:
+        sys.stdout.write(_report(args))
+    except Exception as error:
+        tell(sentence(error), error, args.debug)
+        return 1
+    return 0
+
+
+def _report(args: argparse.Namespace) -> str:
     if args.forms:
         table = benchmark_forms(**SIZES[args.size], repeats=args.repeats, device=args.device)
         if args.out:
             table.to_csv(args.out, index=False)
-        sys.stdout.write(f"{table.to_string(index=False, float_format='{:.3f}'.format)}\n")
-        return 0
+        return f"{table.to_string(index=False, float_format='{:.3f}'.format)}\n"
     systems = random_encoders(**SIZES[args.size])
     how = {"recompute_seconds": args.recompute, "lookahead_ms": args.lookahead, "precision": args.precision}
     table = benchmark_steps(systems, args.chunk, args.left, args.repeats, args.device, args.cache, **how)
@@ -339,8 +349,7 @@ def main(argv: list[str] | None = None) -> int:
     table["millions"] = table["multiplications"] / 1e6
     columns = ["chunk_ms", "left_seconds", "system", "ms", "ms_low", "ms_high", "rtfx", "millions", "cache_bytes"]
     shown = table[[*columns, "position_bytes", "peak_memory_bytes"]]
-    sys.stdout.write(f"{args.size}, {table.attrs}\n{shown.to_string(index=False, float_format='{:.1f}'.format)}\n")
-    return 0
+    return f"{args.size}, {table.attrs}\n{shown.to_string(index=False, float_format='{:.1f}'.format)}\n"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from asrlib.figures import duration, unbroken
 from asrlib.html import PAGES
 from asrlib.member_report import headline, how_to_read, ranking_html
 from asrlib.members import Comparison, compare_members, entries_of
-from asrlib.report import parameters_of, provenance_of, step_times
+from asrlib.provenance import parameters_of, provenance_of
+from asrlib.report import step_times
 from asrlib.runs import Run, read_json
 
 FIRST_FIGURES = 2  # stand above the list of members, the others below

@@ -18,17 +18,9 @@ from statistics import mean
 from typing import Any
 
 from asrlib.figures import duration
-from asrlib.parameters import (
-    BadParameter,
-    Schema,
-    check_surroundings,
-    check_width,
-    known_step,
-    nearest,
-    read_assignments,
-    read_params_file,
-)
+from asrlib.parameters import BadParameter, Schema, known_step, nearest, read_assignments, read_params_file
 from asrlib.pipeline import Step, expected_seconds, first_to_run, plan, run_steps, time_left
+from asrlib.preflight import check_surroundings, check_width
 from asrlib.report import write_index
 from asrlib.runs import Run, read_json, write_json
 from asrlib.workplace import StepFailed, Workplace, work_in
@@ -100,6 +92,8 @@ def find_params(root: Path, name: str) -> Path:
     for path in (root / "params" / f"{name}.yaml", Path(name)):
         if path.suffix in (".yaml", ".yml") and path.is_file():
             return path
+    if Path(name).is_file():
+        raise BadParameter(f"{name} is no params file: those end in .yaml")
     known = sorted(path.stem for path in (root / "params").glob("*.yaml"))
     proposal = nearest(name, known) or f": there are {', '.join(known)}"
     raise BadParameter(f"there is no params file {name!r}{proposal}")
@@ -324,9 +318,19 @@ def seconds_ahead(sweep: Sweep, members: list[Member], took: list[float], at_onc
         typical = mean(took) if took else None
         if known:
             ahead.append(typical if None in known else sum(known))
-    side_by_side = min(at_once, len(ahead))
-    ahead = [None if seconds is None else seconds / side_by_side for seconds in ahead]
-    return ahead + [sweep.run.seconds(name) for name in sweep.comparing]
+    comparison = plan_comparison(sweep)
+    left = comparison if ahead else comparison[first_to_run(sweep.run, comparison) :]
+    return _delays(ahead, at_once) + [sweep.run.seconds(step.name) for step in left]
+
+
+def _delays(durations: list[float | None], at_once: int) -> list[float | None]:
+    """By how much each delays the end, if one after the other is begun as soon as a place of `at_once` is free."""
+    places, delays = [0.0] * at_once, []
+    for seconds in durations:
+        end, first_free = max(places), places.index(min(places))
+        places[first_free] += seconds or 0.0
+        delays.append(None if seconds is None else max(places) - end)
+    return delays
 
 
 def _explain(failures: Failures) -> str:

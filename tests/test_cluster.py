@@ -148,7 +148,9 @@ def test_a_member_whose_worker_is_killed_goes_on_in_another_and_nothing_is_done_
     assert str(long.path / ".lock") in held, "until the kernel is gone"
     used = {Run(run.path / name).read_metrics("first")["gpu"] for name in names}
     assert used <= {"0", "1"}, "each member has one GPU"
-    lines = capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr()
+    assert shown.err == "", "not a word of Ray's own"
+    lines = shown.out.splitlines()
     assert lines[1] == "on Ray, 1 machine: 2 members at once, each with 1 CPU and 1 GPU"
     told = [line for line in lines if line.startswith("[2/4] long")]
     assert told[0].startswith("[2/4] long: [on ") and told[1] == "[2/4] long: [1/2] 00_first ..."

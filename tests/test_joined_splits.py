@@ -6,7 +6,8 @@ import pytest
 import soundfile
 from speech import tone
 
-from asrlib.data.corpus import check_splits, open_corpus
+from asrlib.data.corpus import open_corpus
+from asrlib.data.splits import check_splits
 
 
 def write_split(folder: Path, ids: list[str]) -> None:

@@ -9,7 +9,8 @@ import pytest
 import soundfile
 from speech import make_processor
 
-from asrlib.data.corpus import check_splits, open_corpus
+from asrlib.data.corpus import open_corpus
+from asrlib.data.splits import check_splits
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "LibriSpeech"
 ORIGINALS = {"dev-clean": 38, "test-clean": 6}  # utterances
@@ -143,8 +144,9 @@ def test_a_shard_that_was_not_copied_to_its_end_is_named(tmp_path):
     write_hub(write_openslr(tmp_path) / "LibriSpeech", tmp_path / "hub", ["dev-clean"])
     shard = tmp_path / "hub" / "all" / "validation.clean" / "0001.parquet"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=f"{shard} cannot be read: .* Copy or download it again"):
-        open_corpus(tmp_path / "hub", "dev-clean")
+    for refuses in (check_splits, lambda hub, splits: open_corpus(hub, *splits)):
+        with pytest.raises(ValueError, match=f"{shard} cannot be read: .* Copy or download it again"):
+            refuses(tmp_path / "hub", ["dev-clean"])
 
 
 # ---- damaged audio -----------------------------------------------------------------------------------------

@@ -486,3 +486,12 @@ def test_a_split_model_saved_before_there_were_widths_for_keys_loads_as_it_was(s
     assert [layer.latent_kv.ranks for layer in attention_modules(model)] == [(3, 4)] * LAYERS
     with torch.no_grad():
         assert torch.equal(model(**tiny.padded_batch()).logits, saved[1]["split"](**tiny.padded_batch()).logits)
+
+
+def test_a_model_that_another_params_file_makes_is_told_with_its_command(tmp_path):
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "mine.yaml").touch()
+    with pytest.raises(FileNotFoundError, match=r"reports/mine/models/baseline: `python run_all.py mine` makes it"):
+        resolve_model(tmp_path / "reports/mine/models/baseline")
+    with pytest.raises(FileNotFoundError, match="reports/other/models/baseline: give a folder"):
+        resolve_model(tmp_path / "reports/other/models/baseline")

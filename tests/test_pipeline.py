@@ -119,6 +119,19 @@ def test_killed_in_the_middle_of_training_it_reaches_the_same_metrics(project, s
     assert histories[0] == histories[1]
 
 
+def test_a_run_repeated_from_nothing_has_the_same_transcripts_and_metrics_to_the_last_digit(project, smoke):
+    done = run_all(project, "smoke", "--name", "again")
+    assert done.returncode == 0, done.stdout + done.stderr
+    again = project / "reports" / "again"
+    for metrics in ("baseline", "convert", "analyze", "finetune", "evaluate"):
+        first, second = (without_times(read_json(run / "metrics" / f"{metrics}.json")) for run in (smoke, again))
+        assert first == second, metrics
+    transcripts = sorted(path.name for path in (smoke / "predictions").iterdir())
+    assert len(transcripts) == 6
+    for name in transcripts:
+        assert (smoke / "predictions" / name).read_bytes() == (again / "predictions" / name).read_bytes()
+
+
 def killed_in(project: Path, name: str, step: str, *more: str) -> None:
     """Starts the run called `name`, and kills it and its kernel when it is at `step`."""
     process = subprocess.Popen(

@@ -15,16 +15,9 @@ import pytest
 
 import run_all
 from asrlib.figures import duration
-from asrlib.parameters import (
-    LIMITS,
-    BadParameter,
-    Schema,
-    check_latent_dim,
-    check_surroundings,
-    read_assignments,
-    read_params_file,
-)
+from asrlib.parameters import LIMITS, BadParameter, Schema, read_assignments, read_params_file
 from asrlib.pipeline import find_notebooks, first_to_run, plan, time_left
+from asrlib.preflight import check_latent_dim, check_surroundings
 from asrlib.runs import Run, project_root, read_json, write_json
 
 ROOT = project_root(Path(__file__).parent)
@@ -225,6 +218,7 @@ def test_impossible_calls_are_refused_before_anything_starts(project, monkeypatc
         ("steps: 00_first", "'steps' (in mine.yaml) should be a list of steps"),
         ("- epochs", "should be one flat mapping"),
         ("epochs: [", "is not valid YAML"),
+        (r'layout: "\ud83c"', "holds half a character"),
         ("latent_dmi: 1\nepochs: x", "did you mean 'latent_dim'?\nparameter 'epochs' (in mine.yaml) is 'x'"),
     ],
 )
@@ -366,7 +360,8 @@ CHANGES = {
     ),
     "what the third imports": (2, lambda project: (project / "asrlib" / "deeper.py").write_text("depth = 2")),
     "what none imports": (3, lambda project: (project / "asrlib" / "new.py").write_text("")),
-    "a file that a parameter points to": (0, lambda project: (project / "model.bin").write_text("other")),
+    "a file that a parameter points to": (0, lambda project: (project / "model.bin").write_text("two")),
+    "only its time": (3, lambda project: os.utime(project / "model.bin", (1, 1))),
 }
 
 

@@ -9,7 +9,7 @@ from asrlib.attention.kinds import KINDS
 from asrlib.attention.latent import LatentKV
 from asrlib.models.encoder import BLOCKS, SpeechEncoderConfig, SpeechEncoderForCTC
 from asrlib.models.families import attention_modules
-from asrlib.models.scratch import ARCHITECTURES, PRESETS, SIZES, new_config, new_model, new_processor
+from asrlib.models.scratch import PRESETS, SIZES, architectures, new_config, new_model, new_processor
 
 MIB = 2**20
 SMALL = dict(hidden_size=32, num_layers=2, num_heads=4, depthwise_kernel=7, subsampling_channels=8)
@@ -17,7 +17,7 @@ SMALL = dict(hidden_size=32, num_layers=2, num_heads=4, depthwise_kernel=7, subs
 
 @pytest.fixture(scope="module")
 def processors():
-    return {name: new_processor(name) for name in ARCHITECTURES}
+    return {name: new_processor(name) for name in architectures()}
 
 
 # ---- published caches: a thousand frames of float32 --------------------------------------------------------

@@ -160,7 +160,7 @@ def test_values_that_vary_are_combined(project):
     ],
 )
 def test_impossible_sweeps_are_refused_before_anything_starts(project, monkeypatch, capsys, text, words, message):
-    write_json(project / "tiny" / "config.json", {"hidden_size": 8})
+    write_json(project / "tiny" / "config.json", {"model_type": "wav2vec2-conformer", "hidden_size": 8})
     params(project, "mine", text)
     monkeypatch.chdir(project)
     assert call(project, "mine", *words) == 2
@@ -392,6 +392,20 @@ def test_members_that_were_never_timed_are_expected_to_be_like_the_others(projec
     assert seconds_ahead(sweep, sweep.members, [10.0]) == [10.0, 7.0, 2.0]
     known.run.mark_completed("00_first", known.steps[0].fingerprint, seconds=7.0, parameters={})
     assert seconds_ahead(sweep, sweep.members, [10.0]) == [10.0, 2.0], "what is finished takes no time"
+    for member in sweep.members:
+        member.run.mark_completed("00_first", member.steps[0].fingerprint, seconds=7.0, parameters={})
+    assert seconds_ahead(sweep, sweep.members, []) == [2.0], "the comparison is of others"
+    sweep.run.mark_completed("02_compare", plan_comparison(sweep)[0].fingerprint, seconds=2.0, parameters={})
+    assert seconds_ahead(sweep, sweep.members, []) == []
+
+
+def test_members_side_by_side_delay_the_end_by_what_the_others_do_not_cover(project):
+    sweep = sweep_of(project, "widths")
+    sweep.run.mark_completed("02_compare", "another", seconds=2.0, parameters={})
+    for member, seconds in zip(sweep.members, (4.0, 7.0), strict=True):
+        member.run.mark_completed("00_first", "another", seconds=seconds, parameters={})
+    assert seconds_ahead(sweep, sweep.members, [], at_once=2) == [4.0, 3.0, 2.0]
+    assert seconds_ahead(sweep, sweep.members, [], at_once=1) == [4.0, 7.0, 2.0]
 
 
 def test_the_list_shows_how_many_members_are_done(project, capsys):

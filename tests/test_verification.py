@@ -1,6 +1,7 @@
 """A report that was changed afterwards is found out; one that was not is not accused."""
 
 import os
+import re
 import subprocess
 import time
 
@@ -8,7 +9,7 @@ import pytest
 from test_evaluation import babble
 from test_run_all import call
 
-from asrlib.evaluation import score, write_predictions
+from asrlib.evaluation import load_predictions, score, write_predictions
 from asrlib.runs import Run, read_json, write_json
 from asrlib.significance import compare_errors
 from asrlib.verification import CHECKSUMS, as_text, verify, write_checksums
@@ -99,6 +100,17 @@ def test_a_figure_that_the_transcripts_do_not_give_is_named_even_where_the_hashe
     assert problems(run) == [
         f"finetuned on test: {name} is {said['false']} in the metrics, but {said['true']} by the transcripts"
     ]
+
+
+def test_one_changed_transcript_is_one_problem_of_figures_and_one_of_the_file(run):
+    path = run.predictions / "baseline_test.jsonl"
+    rows = load_predictions(path)
+    write_predictions(path, [rows[0] | {"hypothesis": "word " * 40}, *rows[1:]])
+    file, figures = problems(run)
+    assert file == "changed since: predictions/baseline_test.jsonl"
+    assert re.match(
+        r"baseline on test: wer is [\d.]+ in the metrics, but [\d.]+ by the transcripts; different too: ", figures
+    )
 
 
 def test_a_test_that_the_transcripts_do_not_give_is_named(run):

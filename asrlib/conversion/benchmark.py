@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 
 import asrlib
 from asrlib.attention.cache import cached_numbers
+from asrlib.command_line import add_debug, sentence, tell
 from asrlib.conversion.recipes import RECIPES, Recipe, names_in, percents, reachable
 from asrlib.conversion.rows import (
     BASELINE,
@@ -46,7 +47,8 @@ from asrlib.conversion.rows import (
     write_row,
 )  # fmt: skip
 from asrlib.conversion.statistics import Statistics, collect_statistics
-from asrlib.data.corpus import Corpus, check_splits, open_usable
+from asrlib.data.corpus import Corpus, open_usable
+from asrlib.data.splits import check_splits
 from asrlib.evaluation import EvaluationResult, score, transcribe
 from asrlib.models.families import attention_modules, frames_of
 from asrlib.models.inference import choose_device, zero_attention
@@ -294,11 +296,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", metavar="FOLDER", help="keeps rows, transcripts and table, and resumes (default: print only)")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add("--seed", type=int, default=0, help="of the choice of utterances (default: 0)")
+    add_debug(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done · 2 refused before anything was measured · 130 interrupted, what there is was printed."""
+    """Exit status: 0 done · 2 refused before anything was measured · 1 failed, and 130 interrupted: what there is is
+    printed."""
     args = parse(argv)
     rows: list[Row] = []
     with warnings.catch_warnings():
@@ -306,11 +310,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             for row in _asked_for(args):
                 rows.append(row)
-        except (OSError, ValueError) as refusal:
-            if rows:  # no longer a matter of what was asked for
-                raise
-            print(refusal, file=sys.stderr)  # noqa: T201
-            return 2
+        except Exception as error:
+            tell(sentence(error), error, args.debug)
+            status = 1 if rows else 2  # after the first row it is no longer a matter of what was asked for
         except KeyboardInterrupt:
             resumes = ". The same command, given again, resumes here" if args.out else ""
             print(f"\nInterrupted{resumes}.", file=sys.stderr)  # noqa: T201

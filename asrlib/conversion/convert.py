@@ -14,7 +14,7 @@ from asrlib.conversion.factorize import METHODS, NEEDS_STATISTICS, Decomposition
 from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity, smallest_rank
 from asrlib.conversion.sequential import convert_in_sequence
 from asrlib.conversion.statistics import LayerStatistics, Statistics
-from asrlib.models.families import attention_modules, family_of, frame_counts, is_latent
+from asrlib.models.families import attention_modules, check_loaded, family_of, frame_counts, is_latent
 from asrlib.models.inference import inference, on_cpu, padding_silenced
 
 Candidates = tuple[Decomposition | AttendedDecomposition, ...]  # of one layer
@@ -67,6 +67,7 @@ def _candidates(model, index: int, layout: str, method: str, statistics: LayerSt
 
 
 def _check_convertible(model: PreTrainedModel, layout: str, method: str) -> None:
+    check_loaded(model)
     if is_latent(model.config):
         raise ValueError(
             f"the model is latent already ({model.config.model_type}): convert the one it came from, or what "

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from asrlib.conversion.factorize import InputMoments, Moments
 from asrlib.data.batches import CTCCollator, CTCDataset
-from asrlib.data.corpus import SAMPLE_RATE, Corpus
-from asrlib.models.families import attention_modules, frame_counts
+from asrlib.data.corpus import SAMPLE_RATE, Corpus, check_corpus
+from asrlib.models.families import attention_modules, check_loaded, frame_counts
 from asrlib.models.inference import attention_weights, choose_device, inference, padding_silenced
 from asrlib.out_of_memory import out_of_memory_explained
 
@@ -282,6 +282,8 @@ def collect_statistics(
     `models.inference.choose_device`; the model ends where it was. `attention`: also what attention makes of the inputs,
     which the method `attended` needs. 24 layers of width 1024 take 0.3 GB, with attention's 16 heads 3.6 GB.
     """
+    check_loaded(model, processor)
+    check_corpus(corpus)
     if "test" in corpus.split:
         raise ValueError(f"calibration on {corpus.split!r} would spoil the test: give a training split")
     home, device = choose_device(None, model), choose_device(device, model)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from asrlib.command_line import add_debug, sentence, tell
 from asrlib.data.corpus import open_corpus
 from asrlib.data.download import LIBRISPEECH_MD5, LIBRISPEECH_URL, prepare_librispeech
 
@@ -40,6 +41,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--url", default=LIBRISPEECH_URL, help="of the folder with the archives (default: %(default)s)")
     add("--keep", action="store_true", help="keep the archives, as DIR/SPLIT.tar.gz; one there already is kept anyway")
+    add_debug(prepare)
     return parser.parse_args(argv)
 
 
@@ -50,12 +52,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         prepare_librispeech(root, args.splits, args.url, args.keep)
         corpora = [open_corpus(root, split) for split in dict.fromkeys(args.splits)]
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
     except KeyboardInterrupt:
         sys.stderr.write("\nInterrupted. The same command, given again, resumes here.\n")
         return 130
+    except Exception as error:
+        tell(sentence(error), error, args.debug)
+        return 1
     for corpus in corpora:
         rejected = f", {len(corpus.rejected):,} rejected" if corpus.rejected else ""
         sys.stdout.write(f"{corpus.split}: {len(corpus):,} utterances, {corpus.hours:.2f} hours{rejected}\n")

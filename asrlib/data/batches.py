@@ -209,7 +209,11 @@ class CTCCollator:
             return_tensors="pt",
         )
         labels = self.processor.tokenizer(
-            [item["text"] for item in items], padding=True, add_special_tokens=False, return_tensors="pt"
+            [item["text"] for item in items],
+            padding=True,
+            add_special_tokens=False,
+            split_special_tokens=True,  # a text may hold <s> or <pad>, letter by letter
+            return_tensors="pt",
         )
         batch = {
             self.name: inputs[self.name],

@@ -29,6 +29,7 @@ from asrlib.runs import atomic_write, resolve
 UNKNOWN_SPEAKER = "unknown"
 HUB_ID = r"[\w.-]+/[\w.-]+(:[\w.-]+)?"  # owner/name, owner/name:configuration
 URL = r"[a-z][a-z0-9+.-]*://.*"  # s3://bucket/folder: not stored here, but streamed
+LONGEST_NAME = 200  # bytes; file systems end at 255, and more is put around it
 HELD_BYTES = 1 << 29  # audio as it is encoded, of streamed speech, in the memory of each process
 
 
@@ -67,6 +68,13 @@ class Rejected:
     id: str
     reason: str
     where: str
+
+
+def check_corpus(corpus: Any) -> None:
+    """Raises TypeError where `corpus` is none: the name of one, perhaps."""
+    if not isinstance(corpus, Corpus):
+        shown = repr(corpus) if isinstance(corpus, str | os.PathLike) else f"a {type(corpus).__name__}"
+        raise TypeError(f"a corpus is wanted, not {shown}: asrlib.open_corpus(source, split) opens one")
 
 
 @dataclass(frozen=True, repr=False)
@@ -170,8 +178,7 @@ def open_corpus(source: str | os.PathLike, split: str | None = None, revision: s
         return open_remote(str(source), split)
 
     path = resolve(source)
-    manifests = [path, *(path / f"{split or 'train'}{suffix}" for suffix in (".jsonl", ".csv"))]
-    if manifest := next(filter(Path.is_file, manifests), None):
+    if manifest := manifest_of(path, split or "train"):
         from asrlib.data.manifest import open_manifest
 
         return open_manifest(manifest, split)
@@ -194,30 +201,9 @@ def open_corpus(source: str | os.PathLike, split: str | None = None, revision: s
     )
 
 
-def check_splits(source: str | os.PathLike, splits: Iterable[str]) -> None:
-    """Raises FileNotFoundError or ValueError where `open_corpus` is sure to fail, as far as can be told at a glance.
-
-    That is without the hub, but what is at a URL is listed.
-    """
-    asked = [part for split in splits for part in parts_of(split)]
-    if re.match(URL, str(source)):
-        from asrlib.data.remote import check_remote
-
-        return check_remote(str(source), asked)
-    path, found = resolve(source), None
-    if source == "synthetic":
-        from asrlib.data.synthetic import SPLITS
-
-        found = list(SPLITS)
-    elif path.is_dir():
-        from asrlib.data.librispeech import find_splits
-
-        found = list(find_splits(path)) or [file.stem for file in path.iterdir() if file.suffix in (".jsonl", ".csv")]
-    elif not path.exists() and not re.fullmatch(HUB_ID, str(source)):
-        raise FileNotFoundError(f"there is no corpus at {path}")
-    missing = [split for split in asked if found and split not in found]
-    if missing:
-        raise ValueError(f"corpus {source} has no split {missing[0]!r}: it has {', '.join(sorted(found))}")
+def manifest_of(path: Path, split: str) -> Path | None:
+    """The manifest at `path`, or for `split` in that folder, if there is one."""
+    return next(filter(Path.is_file, [path, path / f"{split}.jsonl", path / f"{split}.csv"]), None)
 
 
 def parts_of(split: str) -> list[str]:
@@ -225,6 +211,9 @@ def parts_of(split: str) -> list[str]:
     parts = split.split("+")
     if not all(parts) or len(set(parts)) < len(parts):
         raise ValueError(f"split is {split!r}: join different splits like train-clean-100+train-clean-360")
+    for part in parts:
+        if "/" in part or part.startswith(".") or min(part) < " " or len(part.encode()) > LONGEST_NAME:
+            raise ValueError(f"split {part!r} cannot name files, as it must: give it a short name without slashes")
     return parts
 
 

@@ -97,6 +97,16 @@ def find_shards(folder: Path) -> dict[tuple[str, str], list[Path]]:
     return group_shards(path for depth in DEPTHS for path in folder.resolve().glob(f"{depth}*.parquet"))
 
 
+def check_shards(folder: Path, splits: Iterable[str]) -> None:
+    """Raises FileNotFoundError for a split that `folder` has not, ValueError for a shard of one that is cut short."""
+    if _saved_to_disk(folder):
+        return
+    shards = find_shards(folder)
+    for split in splits:
+        for path in choose_split(shards, split, folder)[1]:
+            _check_footer(path)
+
+
 def group_shards(paths: Iterable[P]) -> dict[tuple[str, str], list[P]]:
     """(configuration, split) → its parquet files, from names like clean/train.100-00000-of-00014.parquet,
     clean/train.100/0000.parquet, test.clean-00000-of-00001.parquet or train.parquet."""

@@ -1,7 +1,8 @@
 """LibriSpeech as OpenSLR's archives unpack it, and folders in that layout."""
 
 import os
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -44,23 +45,41 @@ def _is_split(folder: Path) -> bool:
 
 def _librispeech_rows(folder: Path) -> Iterator[Row | Rejected]:
     for chapter in sorted(folder.glob("*/*/")):
-        audio: dict[str, Path] = {}
+        audio: dict[str, Path] = {}  # by id; ids that differ in how accents are composed are one
         texts: dict[str, tuple[str, str]] = {}  # id → text, where
-        for path in sorted(chapter.glob("[!.]*")):
-            if path.suffix.lower() in AUDIO_SUFFIXES:
-                if (first := audio.setdefault(path.stem, path)) != path:
-                    yield Rejected(path.stem, f"the same utterance as {first.name}", str(path))
-            elif path.name.endswith(".trans.txt"):
+        files = sorted(chapter.glob("*"))
+        for path in files:
+            if (
+                path.suffix.lower() in AUDIO_SUFFIXES
+                and (first := audio.setdefault(_composed(path.stem), path)) != path
+            ):
+                yield Rejected(path.stem, f"the same utterance as {first.name}", str(path))
+        spaced = sorted((id for id in audio if any(map(str.isspace, id))), key=len, reverse=True)
+        for path in files:
+            if path.name.endswith(".trans.txt") and not path.name.startswith("."):
                 for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-                    id, text, *_ = [*line.decode("utf-8-sig", "surrogateescape").split(None, 1), "", ""]
+                    id, text = _id_and_text(line.decode("utf-8-sig", "surrogateescape"), spaced)
                     where = f"{path}:{number}"
                     if id and (first := texts.setdefault(id, (text, where))[1]) != where:
                         yield Rejected(id, f"a second transcript, the first is at {first}", where)
         for id in sorted(audio.keys() | texts.keys()):
-            if id not in texts:
-                yield Rejected(id, "audio without transcript", str(audio[id]))
-            elif id not in audio:
+            if id in audio and id in texts:
+                yield Row(audio[id].stem, texts[id][0], chapter.parent.name, str(audio[id]), partial(bytes, audio[id]))
+            elif id in texts:
                 yield Rejected(id, "transcript without audio", texts[id][1])
-            else:
-                source = partial(bytes, audio[id])
-                yield Row(id, texts[id][0], chapter.parent.name, str(audio[id]), source)
+            elif not id.startswith("."):  # where no transcript is of it, it is another system's, as ._ID.flac
+                yield Rejected(id, "audio without transcript", str(audio[id]))
+
+
+def _composed(id: str) -> str:
+    return unicodedata.normalize("NFC", id)
+
+
+def _id_and_text(line: str, spaced: Iterable[str]) -> tuple[str, str]:
+    """Of a line "ID TEXT"; no ID where it is blank. `spaced`: the IDs that have a space in them, longest first."""
+    for id in spaced:
+        end = next((end for end in range(len(line), 0, -1) if _composed(line[:end]) == id), None)
+        if end is not None and not line[end : end + 1].strip():
+            return id, line[end:]
+    id, text, *_ = [*line.split(None, 1), "", ""]
+    return _composed(id), text

@@ -3,11 +3,13 @@
 import csv
 import json
 import os
+import unicodedata
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from asrlib.data.corpus import UNKNOWN_SPEAKER, Corpus, Rejected, Row, gather, named
+from asrlib.data.text import COMPOSITIONS
 
 
 def open_manifest(path: str | os.PathLike, split: str | None = None) -> Corpus:
@@ -18,10 +20,18 @@ def open_manifest(path: str | os.PathLike, split: str | None = None) -> Corpus:
     nobody tests on what was trained on. Raises ValueError naming missing columns or splits.
     """
     path = Path(path)
+    rows = read_manifest(path, split)
+    return gather(path.stem, split or path.stem, _manifest_rows(path, rows))
+
+
+def read_manifest(path: Path, split: str | None = None) -> list[tuple[int, dict | str]]:
+    """Line number and row of each utterance of `split`, or what is wrong with the line; raises as `open_manifest`."""
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
     if path.suffix.lower() not in readers:
         raise ValueError(f"{path} is no manifest: expected a .jsonl or .csv file")
     rows = list(readers[path.suffix.lower()](path))
+    if not rows:
+        raise ValueError(f"{path} lists nothing: give a row for each utterance, with the columns audio and text")
     columns = {str(name): None for _, row in rows if isinstance(row, dict) for name in row}  # in order
     missing = [name for name in ("audio", "text") if name not in columns]
     if missing:
@@ -38,7 +48,7 @@ def open_manifest(path: str | os.PathLike, split: str | None = None) -> Corpus:
             f"{path} is one split, {path.stem!r}, and {split!r} was asked for: add a column `split`, or give a folder "
             f"of {path.stem}{path.suffix} and {split}{path.suffix}"
         )
-    return gather(path.stem, split or path.stem, _manifest_rows(path, rows))
+    return rows
 
 
 def _manifest_rows(manifest: Path, rows: list[tuple[int, dict | str]]) -> Iterator[Row | Rejected]:
@@ -50,12 +60,18 @@ def _manifest_rows(manifest: Path, rows: list[tuple[int, dict | str]]) -> Iterat
             yield Rejected(named(row.get("id"), f"line {line}"), "no audio path", where)
         else:
             id = named(row.get("id"), row["audio"])
-            audio = manifest.parent / row["audio"]
-            if not os.path.exists(audio):
+            audio = _find(manifest.parent, row["audio"])
+            if audio is None:
                 yield Rejected(id, f"audio file not found: {row['audio']}", where)
             else:
                 speaker = named(row.get("speaker"), UNKNOWN_SPEAKER)
                 yield Row(id, row.get("text"), speaker, str(audio), partial(bytes, audio))
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    """The file of that name; of another composition of its accents, as file systems and programs change them."""
+    names = [name] if name.isascii() else [name, *(unicodedata.normalize(form, name) for form in COMPOSITIONS)]
+    return next((folder / one for one in names if os.path.exists(folder / one)), None)
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict | str]]:

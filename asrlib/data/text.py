@@ -4,22 +4,46 @@
 special token (usually "|") stands for the space.
 """
 
+import json
+import unicodedata
+from functools import cache, lru_cache
 from itertools import pairwise
+from pathlib import Path
+
+COMPOSITIONS = ("NFC", "NFD")  # é as one character, or as e and an accent: the same text in Unicode's view
 
 
 def normalise_text(text: str, processor) -> str:
-    """Fit each character to the vocabulary's case, make every run of white space one space.
+    """Fit each character to the vocabulary's case and accents, make every run of white space one space.
 
-    LibriSpeech is upper case, many vocabularies are lower case. A character that fits neither way is
-    left as it is, for `unknown_characters` to name.
+    LibriSpeech is upper case, many vocabularies are lower case. Accents are part of their letters, or characters of
+    their own, whichever way more of the text is known. A character that fits no way is left as it is, for
+    `unknown_characters` to name.
     """
     known = _characters(processor)
-    return " ".join("".join(_fit(character, known) for character in text).split())
+    forms = [text] if text.isascii() else [unicodedata.normalize(form, text) for form in COMPOSITIONS]
+    spelt = [" ".join("".join(_fit(character, known) for character in form).split()) for form in forms]
+    return min(spelt, key=lambda form: len(set(form) - known))
 
 
 def folded(text: str) -> str:
-    """As error rates see it: case and repeated white space do not count."""
-    return " ".join(text.casefold().split())
+    """As error rates see it: case, repeated white space and how accents are composed do not count."""
+    return " ".join(unicodedata.normalize("NFC", text.casefold()).split())
+
+
+@lru_cache(1 << 16)  # references are counted once for every model
+def whisper_normalised(text: str) -> str:
+    """English as Whisper's authors compare it (Radford et al. 2022, appendix C): lower case, contractions written out,
+    numbers in digits, American spelling, no hesitations, no punctuation."""
+    return _whisper_normaliser()(text)
+
+
+@cache
+def _whisper_normaliser():
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+    spellings = Path(__file__).with_name("english_spellings.json")  # of openai-whisper, MIT licence
+    return EnglishTextNormalizer(json.loads(spellings.read_text(encoding="utf-8")))
 
 
 def unknown_characters(text: str, processor) -> list[str]:
@@ -28,8 +52,8 @@ def unknown_characters(text: str, processor) -> list[str]:
 
 
 def label_ids(text: str, processor) -> list[int]:
-    """Token ids of normalised text, without begin or end marks."""
-    return _tokenizer(processor)(text, add_special_tokens=False).input_ids
+    """Token ids of normalised text, without begin or end marks; what looks like a special token, as <s>, is spelt."""
+    return _tokenizer(processor)(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
 def ctc_length(ids: list[int]) -> int:

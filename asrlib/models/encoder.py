@@ -133,16 +133,16 @@ class SpeechEncoderConfig(PreTrainedConfig):
 
 def to_latent(config: SpeechEncoderConfig, **latent) -> SpeechEncoderConfig:
     """The config of the latent twin; `latent` are latent_dim, latent_layout and latent_key_dim."""
-    return SpeechEncoderConfig(**_settings(config), attention="mla_simple", **latent)
+    return type(config)(**_settings(config), attention="mla_simple", **latent)
 
 
 def to_standard(config: SpeechEncoderConfig) -> SpeechEncoderConfig:
-    return SpeechEncoderConfig(**_settings(config), attention="mha")
+    return type(config)(**_settings(config), attention="mha")
 
 
 def to_grouped(config: SpeechEncoderConfig, kv_heads: int) -> SpeechEncoderConfig:
     """The config of the twin with grouped-query attention."""
-    return SpeechEncoderConfig(**_settings(config) | {"num_key_value_heads": kv_heads}, attention="gqa")
+    return type(config)(**_settings(config) | {"num_key_value_heads": kv_heads}, attention="gqa")
 
 
 def _settings(config: SpeechEncoderConfig) -> dict:
@@ -337,7 +337,6 @@ class SpeechEncoderForCTC(PreTrainedModel):
     main_input_name = "input_features"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ("ConformerBlock", "BranchformerBlock")
 
     def __init__(self, config: SpeechEncoderConfig):
         super().__init__(config)
@@ -345,6 +344,7 @@ class SpeechEncoderForCTC(PreTrainedModel):
         self.register_buffer("feature_std", torch.ones(config.num_mel_bins))
         self.subsampling = Subsampling(config)
         block = BLOCKS[config.encoder]
+        self._no_split_modules = {block.__name__}
         self.layers = nn.ModuleList(block(config, layer) for layer in range(config.num_hidden_layers))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()

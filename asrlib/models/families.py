@@ -1,8 +1,10 @@
 """Model families: what conversion and evaluation must know of an architecture, and how models are loaded.
 
-A new family is one file beside this one and one line in `FAMILIES`.
+A new family is one file beside this one, which registers its classes with transformers, and one line in `FAMILIES`
+(with its import). EXTENDING.md has one worked out.
 """
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoModelForCTC,
@@ -129,6 +131,9 @@ def resolve_model(source: str | Path) -> str:
         return str(folder)
     if folder.is_dir():
         raise FileNotFoundError(f"{folder} holds no config.json: give a model folder made by save_pretrained")
+    run = folder.parent.parent
+    if folder.parent.name == "models" and (run.parent.parent / "params" / f"{run.name}.yaml").is_file():
+        raise FileNotFoundError(f"no model at {folder}: `python run_all.py {run.name}` makes it")
     if Path(source).is_absolute() or len(Path(source).parts) != 2:
         shipped = ", ".join(sorted(path.parent.name for path in PRETRAINED.glob("*/config.json")))
         raise FileNotFoundError(
@@ -136,6 +141,41 @@ def resolve_model(source: str | Path) -> str:
             f"model ({shipped})"
         )
     return str(source)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises OSError where `folder` holds no whole model, as far as can be told without reading its weights."""
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, TypeError, KeyError):
+        raise OSError(
+            f"cannot load {folder}: its config.json is not a valid JSON object with a model_type: get the file again"
+        ) from None
+    if not (folder / "vocab.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no vocab.json, the model's characters: get the tokenizer's files too")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights and not list(folder.glob("*.bin")):
+        raise FileNotFoundError(
+            f"cannot load {folder}: it holds no file named model.safetensors or pytorch_model.bin: get the weights too"
+        )
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):  # reads its header, which says how long the file should be
+                pass
+        except SafetensorError as error:
+            raise OSError(f"cannot load {folder}: {_reason(error)}") from None
+
+
+def check_loaded(model, processor=None) -> None:
+    """Raises TypeError where `model` is not a model, or `processor` not what goes with one: `load` gives the two."""
+    if not isinstance(model, nn.Module):
+        shown = repr(model) if isinstance(model, str | Path) else f"a {type(model).__name__}"
+        raise TypeError(f"a model is wanted, not {shown}: model, processor = asrlib.load(...) gives one")
+    if processor is not None and not hasattr(processor, "feature_extractor"):
+        raise TypeError(
+            f"a processor is wanted beside the model, not a {type(processor).__name__}: "
+            "model, processor = asrlib.load(...) gives one"
+        )
 
 
 def load(source: str | Path, revision: str | None = None) -> tuple[PreTrainedModel, Wav2Vec2Processor]:
@@ -146,8 +186,8 @@ def load(source: str | Path, revision: str | None = None) -> tuple[PreTrainedMod
     where it is truncated.
     """
     name = resolve_model(source)
-    if Path(name).is_dir() and not (Path(name) / "vocab.json").is_file():
-        raise FileNotFoundError(f"{name} holds no vocab.json, the model's characters: get the tokenizer's files too")
+    if Path(name).is_dir():
+        check_folder(Path(name))
     # Else transformers, behind its caller's back, has a server convert a hub's .bin, and fetches the weights once more.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     try:

@@ -14,13 +14,24 @@ from asrlib.models.families import attention_modules
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_device(device: str | None, model: nn.Module) -> torch.device:
-    """`auto` is the accelerator where there is one, else the CPU; None is where the model already is."""
+def choose_device(device: str | None, model: nn.Module | None = None) -> torch.device:
+    """`auto` is the accelerator where there is one, else the CPU; None is where the model already is.
+
+    Raises ValueError where there is no such device here.
+    """
     if device is None:
         return next(model.parameters()).device
     if device == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"'device' is {device}, which is none: use auto, cpu, mps, cuda or cuda:N") from None
+    found = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(chosen.type, 1)
+    if (chosen.index or 0) >= found:
+        few = f"{found} CUDA devices" if found else f"no {chosen.type.upper()} device"
+        raise ValueError(f"'device' is {device}, but torch finds {few} here: use auto or cpu")
+    return chosen
 
 
 @contextmanager

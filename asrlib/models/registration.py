@@ -9,11 +9,14 @@ registration needs may be half there.
 
 import sys
 from importlib import import_module
+from pathlib import Path
 
-MODEL_MODULES = (
-    "asrlib.models.wav2vec2_conformer",
-    "asrlib.models.encoder",
-)  # each registers its classes when it is imported
+WITHOUT_CLASSES = {"__init__", "families", "inference", "registration", "scratch"}
+MODEL_MODULES = [  # the other files beside this one: each registers its classes when it is imported
+    f"asrlib.models.{file.stem}"
+    for file in sorted(Path(__file__).parent.glob("*.py"))
+    if file.stem not in WITHOUT_CLASSES
+]
 
 
 class _AfterTransformers:

@@ -22,7 +22,6 @@ from asrlib.models.families import family_of
 
 CHARACTERS = "|ETAONIHSRDLUMWCFGYPBVK'XJQZ"  # LibriSpeech's, by frequency; | stands for the space
 RAW_AUDIO = "wav2vec2-conformer"
-ARCHITECTURES = (RAW_AUDIO, *BLOCKS)
 
 # Sizes whose caches have been published: 24 layers of width 1024, and 18 of 512.
 PRESETS = {
@@ -31,13 +30,24 @@ PRESETS = {
 }
 
 
-def new_processor(architecture: str = RAW_AUDIO, mel_bins: int = 80, frame_shift_ms: float = 10.0) -> Wav2Vec2Processor:
-    """What a new model of `architecture` reads, and the 32 symbols of facebook's LibriSpeech models that it writes.
+def architectures() -> tuple[str, ...]:
+    """What `new_model` makes."""
+    return (RAW_AUDIO, *BLOCKS)
 
-    16 kHz audio, normalised per utterance, or log-mel features of it.
+
+def new_processor(
+    architecture: str = RAW_AUDIO, mel_bins: int = 80, frame_shift_ms: float = 10.0, characters: str = CHARACTERS
+) -> Wav2Vec2Processor:
+    """What a new model of `architecture` reads, and the symbols that it writes: by default the 32 of facebook's
+    LibriSpeech models.
+
+    16 kHz audio, normalised per utterance, or log-mel features of it. `characters`, of another language perhaps, in one
+    case; | is the space, and must be among them. Raises ValueError where it is not, or one is there twice.
     """
     _check(architecture)
-    symbols = ["<pad>", "<s>", "</s>", "<unk>", *CHARACTERS]
+    if "|" not in characters or len(set(characters)) < len(characters):
+        raise ValueError(f"characters is {characters!r}: give each once, and | for the space")
+    symbols = ["<pad>", "<s>", "</s>", "<unk>", *characters]
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = Path(folder) / "vocab.json"
         vocabulary.write_text(json.dumps({symbol: index for index, symbol in enumerate(symbols)}))
@@ -166,5 +176,5 @@ def _raw_audio_config(
 
 
 def _check(architecture: str) -> None:
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"architecture is {architecture!r}: choose one of {', '.join(ARCHITECTURES)}")
+    if architecture not in architectures():
+        raise ValueError(f"architecture is {architecture!r}: choose one of {', '.join(architectures())}")

@@ -1,0 +1,98 @@
+"""What EXTENDING.md shows is executed, and does what the text around it says."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCTC
+
+import asrlib
+import run_all
+from asrlib.attention.chunks import Chunks
+from asrlib.attention.kinds import KINDS
+from asrlib.evaluation import METRICS
+from asrlib.models.families import FAMILIES
+from asrlib.parameters import Schema
+from asrlib.pipeline import find_notebooks
+from asrlib.runs import project_root
+from asrlib.streaming import Recognition
+
+ROOT = project_root(Path(__file__).parent)
+TEXT = (ROOT / "EXTENDING.md").read_text(encoding="utf-8")
+REGISTERED = "normed-encoder"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder that all code of EXTENDING.md was executed in, and the names it leaves behind."""
+    folder, names = tmp_path_factory.mktemp("extending"), {}
+    (folder / "my-speech").mkdir()
+    tables = [(table, set(table)) for table in (KINDS, FAMILIES, METRICS)]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        try:
+            for code in blocks("python"):
+                exec(compile(code, "EXTENDING.md", "exec"), names)
+            yield folder, names
+        finally:
+            for table, before in tables:
+                for name in set(table) - before:
+                    del table[name]
+
+
+def streams_as_it_is_cached(model, processor) -> bool:
+    recognition = Recognition(model, processor, Chunks(5, 10))
+    assert [*recognition.hear(np.zeros(16_000, np.float32)), *recognition.finish()]
+    return sum(recognition.streams.attention_bytes) == recognition.streams.formula_bytes > 0
+
+
+def test_a_model_and_speech_of_ones_own_are_opened_and_evaluated(made):
+    folder, names = made
+    assert (folder / "my-model" / "vocab.json").is_file()
+    assert len(names["speech"]) == 4 and not names["speech"].rejected
+    assert names["result"].words == 8  # 4 × "ça va"
+
+
+def test_the_params_file_fits_the_notebooks(made, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(*blocks("yaml"))
+    notebooks = find_notebooks(ROOT)
+    values, steps = run_all.read_values(file, [], Schema(notebooks), list(notebooks))
+    assert values["model"] == "my-model" and steps == list(notebooks)
+
+
+def test_the_kind_of_attention_caches_as_it_says_and_streams(made):
+    _, names = made
+    model = names["multi_query"]
+    assert asrlib.kv_cache_bytes(model.config, frames=10) == 10 * 2 * (2 * 8) * 4
+    assert streams_as_it_is_cached(model, names["processor"])
+
+
+def test_the_family_converts_loads_back_and_streams(made):
+    folder, names = made
+    features = torch.randn(1, 60, 80)
+    loaded, processor = asrlib.load(folder / "my-latent")
+    assert type(loaded) is type(names["latent"]) and loaded.config.model_type == REGISTERED
+    with torch.no_grad():
+        assert torch.equal(loaded(features).logits, names["latent"](features).logits)
+        exact = asrlib.convert(names["normed"], latent_dim=32)
+        torch.testing.assert_close(exact(features).logits, names["normed"](features).logits, atol=1e-4, rtol=1e-4)
+    assert type(asrlib.to_standard_attention(loaded)) is type(names["normed"])
+    assert streams_as_it_is_cached(loaded, processor)
+
+
+def test_the_metric_is_in_the_table_and_in_the_metrics(made):
+    _, names = made
+    assert names["result"].as_metrics()["sentence errors"] == 1.0
+    assert "sentence errors" in names["error_table"]({("test", "mine"): names["result"]})
+
+
+def test_the_families_are_what_transformers_is_told_of():
+    for model_type in FAMILIES:
+        assert AutoModelForCTC._model_mapping[type(AutoConfig.for_model(model_type))]
