@@ -24,7 +24,6 @@ from asrlib.members import (
     UNCONVERTED,
     compare_members,
     entries_of,
-    holm,
     is_member,
     is_sweep,
     load_systems,
@@ -236,11 +235,6 @@ def test_folders_of_sweeps_and_of_their_members(eight, tmp_path):
 
 
 # ---- what is tested ----------------------------------------------------------------------------------------
-
-
-def test_holm():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([0.2]) == [0.2] and holm([]) == []
 
 
 def test_pairs_are_those_that_tell_something(eight):
