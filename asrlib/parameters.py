@@ -290,7 +290,8 @@ def model_width(source: str, revision: str | None = None) -> int | None:
             return None
         config = Path(cached)
     try:
-        return read_json(config).get("hidden_size")
+        found = read_json(config)
+        return (found.get("encoder_config") or found).get("hidden_size")
     except (ValueError, AttributeError):  # damaged, as `check_surroundings` will say
         return None
 
@@ -351,11 +352,9 @@ def check_surroundings(values: dict[str, Any]) -> None:
 
 
 def check_model(values: Mapping[str, Any]) -> None:
-    """Refuses a model folder in which something is missing or cut short, of which an estimate would take the config.
-
-    Raises BadParameter.
-    """
-    from asrlib.models.families import check_folder, resolve_model
+    """Refuses a model folder in which something is missing or cut short, of which an estimate would take the config,
+    and what the architecture in it forbids. Raises BadParameter."""
+    from asrlib.models.families import check_abilities, check_folder, resolve_model
 
     if not values.get("model") or values.get("architecture"):
         return
@@ -363,7 +362,8 @@ def check_model(values: Mapping[str, Any]) -> None:
     try:
         if folder.is_dir():
             check_folder(folder)
-    except OSError as error:
+            check_abilities(folder, values.get("layout") or "joint", bool(values.get("stream_chunks_ms")))
+    except (OSError, ValueError) as error:
         raise BadParameter(str(error)) from None
 
 

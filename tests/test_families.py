@@ -27,6 +27,7 @@ from asrlib.models.families import (
     positions_of,
 )
 from asrlib.models.inference import zero_attention
+from asrlib.parameters import BadParameter, check_model, check_width
 from asrlib.training import TrainingSettings, train
 
 EVERY = pytest.mark.parametrize("family", FAMILIES)
@@ -309,3 +310,28 @@ def test_heads_are_those_of_the_config():
     for make in FAMILIES.values():
         for model in (make(), convert(make(), 6)):
             assert {projections(attention).heads for attention in attention_modules(model)} == {HEADS}
+
+
+# ---- a run's parameters ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "values", "reason"),
+    [
+        ("wav2vec2", {}, {"stream_chunks_ms": [320]}, "convolution that hears"),
+        ("parakeet_ctc", {}, {"stream_chunks_ms": [320]}, "normalised over whole recordings"),
+        ("wav2vec2-bert", {"position_embeddings_type": "rotary"}, {"layout": "joint"}, "use layout: split"),
+    ],
+)
+def test_what_an_architecture_forbids_is_refused_before_a_run(tmp_path, family, changes, values, reason):
+    FAMILIES[family](**changes).save_pretrained(tmp_path)
+    processor_of(family).save_pretrained(tmp_path)
+    check_model({"model": str(tmp_path), "layout": "split", "stream_chunks_ms": []})
+    with pytest.raises(BadParameter, match=reason):
+        check_model({"model": str(tmp_path)} | values)
+
+
+def test_a_latent_too_wide_is_refused_before_a_run(tmp_path):
+    FAMILIES["parakeet_ctc"]().save_pretrained(tmp_path)
+    with pytest.raises(BadParameter, match="at most 2·d = 32"):
+        check_width({"model": str(tmp_path), "latent_dim": 33})
