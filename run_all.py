@@ -30,14 +30,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from asrlib.command_line import add_debug, sentence, tell
-from asrlib.parameters import (
-    BadParameter,
-    Schema,
-    check_model,
-    known_step,
-    read_assignments,
-    read_params_file,
-)
+from asrlib.parameters import BadParameter, Schema, known_step, read_assignments, read_params_file
+from asrlib.preflight import check_model
 from asrlib.runs import Run, write_json
 
 ROOT = Path(__file__).resolve().parent
@@ -156,7 +150,7 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
         if args.estimate:
             return show_estimate(root, schema, sweep.members, redo, sweep)
         for member in sweep.members:
-            check_model(schema.defaults | member.values)
+            check_model(schema.defaults | member.values, [step.name for step in member.steps])
         with cluster.engine_of(args.engine, root / "reports", args.cpus, args.gpus, args.storage) as engine:
             sweeps.run_sweep(sweep, redo, say, command_of(args), engine)
         return 0
@@ -169,7 +163,7 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
     steps = pipeline.plan(root, run, schema, values, names)
     if args.estimate:
         return show_estimate(root, schema, [sweeps.Member(run, values, steps)], redo)
-    check_model(schema.defaults | values)
+    check_model(schema.defaults | values, names)
     with workplace.work_in(root, run) as place:
         say(f"params {file.name} → {run.path}")
         for name in redo:

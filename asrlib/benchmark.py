@@ -234,11 +234,15 @@ def peak_memory_bytes(work: Callable[[], object], device: torch.device) -> int |
     return int(max(np.cumsum([0] + [event.nbytes() for event in events])))
 
 
+def cache_bytes_per_second(config, dtype: str = "float32") -> int:
+    """By which the key/value state of a stream grows with each second of audio; 0 where its size is fixed."""
+    growth = kv_cache_bytes(config, 2000, dtype) - kv_cache_bytes(config, 1000, dtype)
+    return round(growth * frames_per_second(config) / 1000)
+
+
 def _cache(config, dtype: str) -> dict:
-    """Key/value state under streaming: growth per second of audio (0 where its size is fixed), and size."""
-    at_1000 = kv_cache_bytes(config, 1000, dtype)
-    growth = kv_cache_bytes(config, 2000, dtype) - at_1000
+    """Key/value state under streaming: growth per second of audio, and size."""
     return {
-        "cache_bytes_per_second": round(growth * frames_per_second(config) / 1000),
-        "cache_bytes_1000_frames": at_1000,
+        "cache_bytes_per_second": cache_bytes_per_second(config, dtype),
+        "cache_bytes_1000_frames": kv_cache_bytes(config, 1000, dtype),
     }

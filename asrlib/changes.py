@@ -3,7 +3,6 @@
 `before` and `after` are `evaluation.EvaluationResult`s of the same utterances. Shapes: N utterances.
 """
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from markupsafe import Markup
 from asrlib.data.text import folded
 from asrlib.evaluation import EvaluationResult, in_per_cent, score
 from asrlib.html import audio_html, diff_transcripts
-from asrlib.significance import paired_bootstrap, pairing
+from asrlib.significance import holm, mcnemar, paired_bootstrap, pairing
 
 if TYPE_CHECKING:
     from asrlib.data.corpus import Corpus
@@ -54,22 +53,6 @@ def changed_words(before: EvaluationResult, after: EvaluationResult) -> pd.DataF
         }
     )
     return table.assign(p=holm([mcnemar(lost[word], won[word]) for word in words]))
-
-
-def mcnemar(lost: int, won: int) -> float:
-    """Two-sided p of the exact test (binomial with 1/2) that as many were lost as won."""
-    count = lost + won
-    tail = sum(math.comb(count, k) for k in range(min(lost, won) + 1))
-    return min(1.0, 2 * tail / 2**count)
-
-
-def holm(p: list[float]) -> list[float]:
-    """The values of p corrected for their number (Holm 1979), in the order given."""
-    order = np.argsort(p, kind="stable")
-    raised = [min(1.0, (len(p) - rank) * p[place]) for rank, place in enumerate(order)]
-    corrected = np.empty(len(p))
-    corrected[order] = np.maximum.accumulate(raised)
-    return corrected.tolist()
 
 
 def _references(result: EvaluationResult) -> list[list[str]]:

@@ -6,6 +6,7 @@ Tables of methods and cuts are those of `conversion.rows.as_frame`. How figures 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 from asrlib.conversion.rows import BASELINE, SIGNIFICANT, ZEROED
@@ -19,7 +20,6 @@ MARKERS = "osD^vPX*<>hd"
 
 def spectrum_figure(spectra: Mapping[int | str, Sequence[float]], latent_dim: int | None = None) -> "Figure":
     """Singular values of each layer, relative to its largest, and the share of energy that a rank keeps."""
-    import numpy as np
     import seaborn as sns
 
     palette = sns.color_palette("viridis", len(spectra))
@@ -84,9 +84,70 @@ def error_heatmap(df: pd.DataFrame, columns: Mapping[str, str] | None = None, ro
     return fig
 
 
+def error_by_layer(table: pd.DataFrame, limits: Mapping[str, float]) -> "Figure":
+    """Relative errors of each layer of one conversion, a bar for each of keys, values, scores and output.
+
+    `table`: of `analyze_compression_quality`. `limits` (name → fraction) are drawn across.
+    """
+    import seaborn as sns
+
+    names = {"key_error": "keys", "value_error": "values", "score_error": "scores", "output_error": "attention output"}
+    palette = sns.color_palette("colorblind")
+    width = 0.8 / len(names)
+    with _style():
+        fig, axes = _figure(8, 3)
+        ax = axes[0, 0]
+        for place, (column, name) in enumerate(names.items()):
+            x = table["layer"] + (place - (len(names) - 1) / 2) * width
+            ax.bar(x, 100 * table[column], 0.9 * width, color=palette[place], label=name)
+        for name, limit in limits.items():
+            ax.axhline(100 * limit, color=GREY, lw=1, ls="--", zorder=0.5)
+            ax.text(1.01, 100 * limit, name, transform=ax.get_yaxis_transform(), size=8, color=GREY, va="center")
+        ax.set(xlabel="layer", ylabel="relative error (%)", xticks=table["layer"])
+        ax.set_ylim(0, max(100 * table[list(names)].to_numpy().max() * 1.08, 115 * max(limits.values(), default=0)))
+        ax.grid(axis="x", visible=False)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=9)
+    said = "; ".join(
+        f"layer {row['layer']:.0f}: " + ", ".join(f"{name} {percent(row[column], 1)}" for column, name in names.items())
+        for _, row in table.iterrows()
+    )
+    widths = " ".join(str(width) for width in table["latent_dim"].unique())
+    fig.set_label(f"Relative errors by layer at latent_dim {widths}. {said}.")
+    return fig
+
+
+def attention_maps(weights: Mapping[str, np.ndarray], seconds: float, about: str) -> "Figure":
+    """Attention weights [T, T] side by side, by the name of their model, in one scale, over `seconds` of audio.
+
+    Rows are the frames that attend, columns those attended to. `about` says of which layer and head, and utterance.
+    """
+    from matplotlib.colors import PowerNorm
+
+    largest = max(float(np.quantile(one, 0.999)) for one in weights.values())
+    shade = PowerNorm(0.5, vmin=0, vmax=largest)  # or little but the peaks would be seen
+    with _style():
+        fig, axes = _figure(4 * len(weights) + 0.8, 4.3, 1, len(weights), sharex=True, sharey=True)
+        for ax, (name, weights_TT) in zip(axes[0], weights.items(), strict=True):
+            extent = [0, seconds, seconds, 0]
+            image = ax.imshow(
+                weights_TT, cmap="cividis", norm=shade, extent=extent, aspect="auto", interpolation="nearest"
+            )
+            ax.set(title=name, xlabel="attended to (s)")
+            ax.grid(visible=False)
+        axes[0, 0].set_ylabel("attending (s)")
+        fig.colorbar(image, ax=axes, label="attention weight", extend="max", pad=0.01)
+    apart = ""
+    if len(weights) == 2:
+        first, second = weights.values()
+        shifted = float(np.abs(first - second).sum(-1).mean() / 2)
+        apart = f" On average {percent(shifted, 1)} of the attention of a frame goes elsewhere."
+    fig.set_label(f"Attention weights of {about}, {' beside '.join(weights)}, over {seconds:.1f} s.{apart}")
+    return fig
+
+
 def cost_of_cut(frame: pd.DataFrame) -> "Figure":
     """Word errors and KL divergence against the cut of the cache, a line per method, a row of panels per split."""
-    import numpy as np
     import seaborn as sns
 
     made = frame[~frame["recipe"].isin([BASELINE, ZEROED])]

@@ -251,13 +251,17 @@ def paired_table(paired: dict[str, dict[str, dict]]) -> pd.DataFrame:
                     "from → to": name.replace(" vs ", " → ").replace("finetuned", "fine-tuned"),
                     "change, points": f"{100 * test['difference']:+.2f} ({in_per_cent(test['interval'], '+.2f')})",
                     "p": _shown(test["p"]),
-                    "over speakers": in_per_cent(of_speakers["interval"], "+.2f") if of_speakers else "–",
-                    "p over speakers": _shown(of_speakers["p"] if of_speakers else None),
+                    "over speakers": _with_p(of_speakers) if of_speakers else "–",
                     "p matched pairs": _shown(test["matched_pairs"]["p"]),
                     "verdict": "no significant difference" if test["p"] > 0.05 else found,
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _with_p(test: dict) -> str:
+    p = _shown(test["p"])
+    return f"{in_per_cent(test['interval'], '+.2f')}, p {p if p.startswith('<') else f'= {p}'}"
 
 
 def _shown(p: float | None) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
+from markupsafe import Markup
 
 from asrlib.runs import atomic_write
 
@@ -111,6 +112,12 @@ def show_figure(fig: "Figure", alt: str | None = None, **place) -> None:
     image = {"image/png": base64.b64encode(_png(fig, alt)).decode(), "text/plain": alt}
     width = round(fig.get_figwidth() * 100)  # CSS pixels: drawn at 160 dpi, shown at 100
     display(image, metadata={"image/png": {"alt": alt, "width": width}}, raw=True, **place)
+
+
+def as_image(fig: "Figure") -> Markup:
+    """`fig` as an element of a page, with its description as the alternative text."""
+    data, width = base64.b64encode(_png(fig, None)).decode(), round(fig.get_figwidth() * 100)
+    return Markup('<img src="data:image/png;base64,{}" alt="{}" width="{}">').format(data, fig.get_label(), width)
 
 
 def keep_figure(fig: "Figure", path: Path) -> None:

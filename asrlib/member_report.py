@@ -221,21 +221,28 @@ def headline(found: Comparison) -> str:
     overlapping = int((table[f"wer_{split}_low"].iloc[1:] <= best[f"wer_{split}_high"]).sum())
     others = "that of one other overlaps" if overlapping == 1 else f"those of {overlapping} others overlap"
     words += f"; {others})." if overlapping else ")."
-    smaller = _smaller_caches(found, split, best["encoder"])
-    if smaller.empty:
+    smaller = {split: _smaller_caches(found, split, best["encoder"]) for split in found.splits}
+    if smaller[split].empty:
         return words
-    kept = smaller[[not (significant(t) and t["difference"] > 0) for _, t in smaller.iterrows()]]
+    tests = pd.concat(smaller.values())
+    raised = tests.loc[[significant(test) and test["difference"] > 0 for _, test in tests.iterrows()], "b"]
+    kept = smaller[split][~smaller[split]["b"].isin(raised)]
+    everywhere = " on any split" * (len(found.splits) > 1)
     if kept.empty:
-        least = smaller.loc[smaller["difference"].idxmin()]
+        least = smaller[split].loc[smaller[split]["difference"].idxmin()]
         return (
-            f"{words} In this encoder every smaller state raised it significantly ({_counted(found, split)}), that "
-            f"of {least['b']} least: {percent(least['cut'], 1)} less than MHA keeps of {AUDIO_SECONDS:g} s, "
-            f"{tested(least)}."
+            f"{words} In this encoder every smaller state raised it significantly{' somewhere' * bool(everywhere)} "
+            f"({_counted(found, split)}), that of {least['b']} least: {percent(least['cut'], 1)} less than MHA keeps "
+            f"of {AUDIO_SECONDS:g} s, {tested(least)}."
         )
     least = kept.loc[kept["cache_bytes"].idxmin()]
+    shown = [
+        f"{tested(test)} on {name}" for name, of in smaller.items() for _, test in of[of["b"] == least["b"]].iterrows()
+    ]
     return (
-        f"{words} In this encoder the smallest state without a significant rise against {least['a']} is that of "
-        f"{least['b']}: {percent(least['cut'], 1)} less than MHA keeps of {AUDIO_SECONDS:g} s, {tested(least)}."
+        f"{words} In this encoder the smallest state without a significant rise against {least['a']}{everywhere} is "
+        f"that of {least['b']}: {percent(least['cut'], 1)} less than MHA keeps of {AUDIO_SECONDS:g} s, "
+        f"{', '.join(shown)}."
     )
 
 

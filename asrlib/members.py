@@ -290,7 +290,7 @@ def paired_tests(entries: Sequence[Entry], table: pd.DataFrame) -> pd.DataFrame:
     Pairs that were not evaluated on the same utterances are left out.
     """
     from asrlib.evaluation import load_predictions, score
-    from asrlib.significance import paired_bootstrap
+    from asrlib.significance import holm, paired_bootstrap
 
     by_name, rows, scored = {entry.name: entry for entry in entries}, [], {}
 
@@ -318,15 +318,6 @@ def paired_tests(entries: Sequence[Entry], table: pd.DataFrame) -> pd.DataFrame:
 def _same_utterances(a, b) -> bool:
     of_a, of_b = ({(p["id"], p["reference"]) for p in one.predictions} for one in (a, b))
     return of_a == of_b and len(a.predictions) == len(b.predictions)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm (1979): the k-th smallest of n is multiplied by n − k + 1, and no smaller than those before it."""
-    corrected, least = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
-        least = max(least, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[index] = least
-    return corrected
 
 
 # ---- members that differ in one parameter ------------------------------------------------------------------

@@ -9,6 +9,7 @@ Shapes: N utterances, G groups (utterances or speakers), K columns, R resamples.
 
 import math
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jiwer
@@ -160,3 +161,22 @@ def _segments(ours: list[int], theirs: list[int]) -> list[tuple[int, int]]:
         inside = places[piece.start() : piece.end()]
         found.append((sum(ours[place] for place in inside), sum(theirs[place] for place in inside)))
     return found
+
+
+# ---- many things at once -----------------------------------------------------------------------------------
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """Two-sided p of the exact test (binomial with 1/2) that as many were lost as won."""
+    count = lost + won
+    tail = sum(math.comb(count, k) for k in range(min(lost, won) + 1))
+    return min(1.0, 2 * tail / 2**count)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm (1979): the k-th smallest of n is multiplied by n − k + 1, and no smaller than those before it."""
+    corrected, least = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = least
+    return corrected

@@ -18,17 +18,9 @@ from statistics import mean
 from typing import Any
 
 from asrlib.figures import duration
-from asrlib.parameters import (
-    BadParameter,
-    Schema,
-    check_surroundings,
-    check_width,
-    known_step,
-    nearest,
-    read_assignments,
-    read_params_file,
-)
+from asrlib.parameters import BadParameter, Schema, known_step, nearest, read_assignments, read_params_file
 from asrlib.pipeline import Step, expected_seconds, first_to_run, plan, run_steps, time_left
+from asrlib.preflight import check_surroundings, check_width
 from asrlib.report import write_index
 from asrlib.runs import Run, read_json, write_json
 from asrlib.workplace import StepFailed, Workplace, work_in

@@ -15,14 +15,13 @@ from asrlib.changes import (
     changed_speakers,
     changed_words,
     extremes,
-    holm,
     in_words,
     listening_table,
-    mcnemar,
     most_changed,
     readable_speakers,
 )
 from asrlib.evaluation import score
+from asrlib.significance import holm, mcnemar
 
 
 def result(*rows):
@@ -81,7 +80,7 @@ def test_mcnemars_exact_test_sums_the_binomial(lost, won):
 
 def test_holms_correction_is_that_of_its_definition():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # worked by hand
-    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([0.2]) == [0.2] and holm([]) == []
 
 
 def test_speakers_are_scored_apart_with_an_interval_of_their_own():

@@ -27,7 +27,8 @@ from asrlib.models.families import (
     positions_of,
 )
 from asrlib.models.inference import zero_attention
-from asrlib.parameters import BadParameter, check_model, check_width
+from asrlib.parameters import BadParameter
+from asrlib.preflight import check_model, check_width
 from asrlib.training import TrainingSettings, train
 
 EVERY = pytest.mark.parametrize("family", FAMILIES)
@@ -326,9 +327,11 @@ def test_heads_are_those_of_the_config():
 def test_what_an_architecture_forbids_is_refused_before_a_run(tmp_path, family, changes, values, reason):
     FAMILIES[family](**changes).save_pretrained(tmp_path)
     processor_of(family).save_pretrained(tmp_path)
-    check_model({"model": str(tmp_path), "layout": "split", "stream_chunks_ms": []})
+    steps = ["00_baseline", "01_convert", "04_evaluate"]
+    check_model({"model": str(tmp_path), "layout": "split", "stream_chunks_ms": []}, steps)
+    check_model({"model": str(tmp_path)} | values, steps[:1])
     with pytest.raises(BadParameter, match=reason):
-        check_model({"model": str(tmp_path)} | values)
+        check_model({"model": str(tmp_path)} | values, steps)
 
 
 def test_a_latent_too_wide_is_refused_before_a_run(tmp_path):

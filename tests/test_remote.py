@@ -27,7 +27,8 @@ from asrlib.data.batches import CTCDataset
 from asrlib.data.corpus import SAMPLE_RATE, Corpus, open_corpus
 from asrlib.data.remote import UnreadableShard
 from asrlib.data.splits import check_splits
-from asrlib.parameters import BadParameter, check_surroundings
+from asrlib.parameters import BadParameter
+from asrlib.preflight import check_surroundings
 from asrlib.training import CTCTrainer, TrainingSettings, train
 
 SHARDS = {  # of the layout of openslr/librispeech_asr: number of utterances

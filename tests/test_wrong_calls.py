@@ -55,6 +55,11 @@ def spoil_models(whole: Path, models: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
     (models / "garbled" / "config.json").write_text("{")
     (models / "empty").mkdir()
+    shutil.copytree(whole, models / "foreign")
+    config = (whole / "config.json").read_text().replace('"wav2vec2-conformer"', '"wav2vec2"')
+    (models / "foreign" / "config.json").write_text(config)
+    shutil.copytree(whole, models / "latent")
+    tiny.latent_conformer("joint").save_pretrained(models / "latent")
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +87,7 @@ def project(tmp_path_factory) -> Path:
         "finished": "steps: [00_baseline]\nmodel: models/whole\ncorpus: speech\neval_splits: [test]\ndevice: cpu\n",
         "widths": "sweep: {latent_dim: [4, 8]}\nsteps: [00_baseline]\nmodel: models/whole\ncorpus: speech\n"
         "eval_splits: [test]\n",
+        "all": "model: models/whole\ncorpus: speech\neval_splits: [test]\ndevice: cpu\n",
         "list": "- epochs\n",
         "twice": "epochs: 1\nepochs: 2\n",
         "unclosed": "epochs: [1\n",
@@ -171,6 +177,7 @@ SET = {  # of the params file `finished`: assignments → what is said
     "model=models/weightless": "models/weightless: it holds no file named model.safetensors",
     "model=models/speechless": "models/speechless holds no vocab.json, the model's characters",
     "model=models/cut": "models/cut: its weights are cut short or damaged: get the file again",
+    "model=models/foreign": "no family for model type 'wav2vec2': asrlib knows wav2vec2-conformer",
     "corpus=speach": "there is no corpus at ",
     "corpus=nothing": "nothing holds no corpus: give SPLIT/SPEAKER/CHAPTER/*.trans.txt beside audio",
     "corpus=mute": "mute holds no corpus, and nothing says what is said in test/7/1/7-1-0.wav: give",
@@ -198,6 +205,8 @@ CALLS = [  # words, what is said, exit status
     (["twice"], "'epochs' is given twice", 2),
     (["unclosed"], "unclosed.yaml is not valid YAML", 2),
     (["latin"], "latin.yaml is not text in UTF-8 (see its byte 5): save it as such", 2),
+    (["all", "--set", "model=models/latent"], "models/latent, which is latent already: give the one it was", 2),
+    (["all", "--set", "convert_to=gqa", "method=mean"], "'convert_to' is gqa, which a wav2vec2-conformer cannot", 2),
     (["finished", "--from", "03_finetun"], "unknown step '03_finetun' (in --from)", 2),
     (["finished", "--from", "03_finetune"], "unknown step '03_finetune' (in --from): steps are 00_baseline", 2),
     (["finished", "--force", "--from", "00_baseline"], "--force asks for every step again, --from for some", 2),

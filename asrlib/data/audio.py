@@ -1,5 +1,6 @@
 """Audio in any format soundfile knows, sampling rate and channel count → float32, mono, 16 kHz."""
 
+import io
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
@@ -50,6 +51,13 @@ def read_pieces(source: Source, seconds: float) -> Iterator[np.ndarray]:
         raise UnusableAudio(f"audio cannot be decoded: {_words(error)}") from error
     if not count:
         raise UnusableAudio("audio holds no samples")
+
+
+def as_wave(samples: np.ndarray, rate: int = SAMPLE_RATE) -> bytes:
+    """A WAV file of 16 bits a sample: float [samples], what is beyond ±1 is clipped."""
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="WAV", subtype="PCM_16")
+    return file.getvalue()
 
 
 def change_speed(samples: np.ndarray, speed: float) -> np.ndarray:

@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCTC,
     AutoProcessor,
     HubertForCTC,
@@ -243,16 +242,6 @@ def check_folder(folder: Path) -> None:
                 pass
         except SafetensorError as error:
             raise OSError(f"cannot load {folder}: {_reason(error)}") from None
-
-
-def check_abilities(folder: Path, layout: str, streams: bool) -> None:
-    """Raises ValueError where the model in `folder` is of no known family, can not have a latent of this `layout`, or
-    not stream where it should."""
-    config = AutoConfig.from_pretrained(folder)
-    family = family_of(config)
-    family.check_layout(config, layout)
-    if streams:
-        family.check_streaming(config)
 
 
 def check_loaded(model, processor=None) -> None:

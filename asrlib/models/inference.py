@@ -113,6 +113,26 @@ def attention_weights(*models: nn.Module) -> Iterator[None]:
             model.set_attn_implementation(implementation)
 
 
+def attention_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Attention weights [H, T, T] of every layer, first layer first, over one utterance; on the CPU.
+
+    `inputs` is a batch of that utterance alone, as the collator makes it.
+    """
+    weights = []
+    handles = [
+        module.register_forward_hook(lambda _, args, output: weights.append(output[1][0].float().cpu()))
+        for module in attention_modules(model)
+    ]
+    device = choose_device(None, model)
+    try:
+        with inference(model, device=device), attention_weights(model):
+            model(inputs[model.main_input_name].to(device, model.dtype))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return weights
+
+
 @contextmanager
 def zero_attention(model: nn.Module) -> Iterator[None]:
     """Replaces the output of every attention module by zeros: what is left is the model without attention."""
