@@ -19,6 +19,7 @@ import torch
 from transformers import TrainerCallback
 
 from asrlib.attention.chunks import Chunks
+from asrlib.attention.names import encoder_config
 from asrlib.benchmark import peak_memory_bytes
 from asrlib.conversion.convert import convert, decompose
 from asrlib.conversion.statistics import collect_statistics
@@ -167,10 +168,10 @@ def one_layer(corpus: Corpus, model, processor, device: str, layout: str, method
     model is wide in frames.
     """
     config = copy.deepcopy(model.config)
-    config.num_hidden_layers = 1
+    encoder_config(config).num_hidden_layers = 1
     twin = family_of(config).standard_model(config).eval()
     longest = max(one.seconds for one in corpus)  # by so much an excerpt may be shorter than what is asked for
-    some = corpus.excerpt(max(10.0, 1.2 * config.hidden_size / frames_per_second(config)) + longest)
+    some = corpus.excerpt(max(10.0, 1.2 * encoder_config(config).hidden_size / frames_per_second(config)) + longest)
     how = {"device": device, "attention": method == "attended"}
     _, passing = warm(lambda: transcribe(twin, processor, some, device=device))
     statistics, collecting = warm(lambda: collect_statistics(twin, processor, some, some.seconds, **how))

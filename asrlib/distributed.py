@@ -9,8 +9,8 @@ import os
 import torch
 from accelerate.utils import gather_object
 from torch import distributed, nn
-from transformers import Wav2Vec2ConformerForCTC
 
+from asrlib.models.encoder import SpeechEncoderForCTC
 from asrlib.models.families import family_of
 
 
@@ -45,9 +45,9 @@ def strategy_arguments(model, settings, on_cpu: bool) -> dict:
             "bf16": settings.precision == "bf16",
             "fp16": settings.precision == "fp16",
             "activation_checkpointing": settings.gradient_checkpointing,
-            # transformers' Conformer has parameters that not every step needs, and some that none does: a convolution
+            # transformers' models have parameters that not every step needs, and some that none does: a convolution
             # for absolute positions, the embedding of what is masked, and under layerdrop whole layers.
-            "ddp_find_unused_parameters": isinstance(model, Wav2Vec2ConformerForCTC),
+            "ddp_find_unused_parameters": not isinstance(model, SpeechEncoderForCTC),
             # Tables of positions are as long as the longest utterance that a process has met: see average_batch_norm.
             "ddp_broadcast_buffers": False,
         }

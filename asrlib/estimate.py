@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCTC, Wav2Vec2ConformerConfig
 
 from asrlib import cost_measurements as measure
 from asrlib.attention.cache import kv_cache_bytes
+from asrlib.attention.names import encoder_config
 from asrlib.benchmark import DTYPES, measured_on, spread_over_durations
 from asrlib.conversion.convert import latent_dim_for
 from asrlib.conversion.factorize import NEEDS_STATISTICS
@@ -174,8 +175,10 @@ class Workload:
         family = family_of(config)
         if p.convert_to == "gqa":
             return family.standard_model(family.to_grouped(config, p.kv_heads)).eval()
-        width = latent_dim_for(p.cache_cut, config.hidden_size) if p.cache_cut is not None else p.latent_dim
-        widths = [width] * config.num_hidden_layers
+        width = (
+            latent_dim_for(p.cache_cut, encoder_config(config).hidden_size) if p.cache_cut is not None else p.latent_dim
+        )
+        widths = [width] * encoder_config(config).num_hidden_layers
         latent = family.to_latent(config, latent_dim=widths, latent_layout=p.layout, latent_key_dim=[])
         return family.latent_model(latent).eval()
 
@@ -245,7 +248,7 @@ class Workload:
         return self.rate(measure.one_layer, self.calibration, self.baseline, *how)
 
     def statistics(self, method: str) -> list[Cost]:
-        layer, layers = self.layer("joint", method)[0], self.baseline.config.num_hidden_layers
+        layer, layers = self.layer("joint", method)[0], encoder_config(self.baseline.config).num_hidden_layers
         passing = self.pass_rate(self.baseline, precision="fp32").per_second
         rate = Rate(passing * layer.audio + layers * layer.seconds, layer.audio)
         return [self.opening(self.calibration), self.heard("statistics of calibration speech", rate, self.calibration)]
@@ -259,7 +262,7 @@ class Workload:
             rate = self.pass_rate(self.baseline, precision="fp32", device="cpu")
             seconds += probes * rate.per_second * SAMPLE_FRAMES / frames_per_second(config)
         what = f"{name}: {count + probes} conversions"
-        return Cost(what, config.num_hidden_layers * seconds, "scaled from one layer")
+        return Cost(what, encoder_config(config).num_hidden_layers * seconds, "scaled from one layer")
 
     def timings(self, name: str, model) -> Cost:
         """What the benchmark takes for one model: one utterance at a time, then lengths of audio."""

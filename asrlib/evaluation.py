@@ -31,7 +31,7 @@ from asrlib.data.batches import CTCCollator, CTCDataset
 from asrlib.data.corpus import Corpus, check_corpus
 from asrlib.data.normalising import HeardSoFar
 from asrlib.data.text import folded, whisper_normalised
-from asrlib.models.families import check_loaded, frame_counts
+from asrlib.models.families import check_loaded, frame_counts, layer_frame_counts
 from asrlib.models.inference import choose_device, inference, padding_silenced
 from asrlib.out_of_memory import out_of_memory_explained
 from asrlib.runs import atomic_write, resolve
@@ -106,8 +106,8 @@ def _logits(
 ) -> list[torch.Tensor]:
     """Logits [T, V] of the unpadded frames of each utterance: B tensors of different lengths."""
     mask_BS = batch["attention_mask"].to(device)
-    frames_B = frame_counts(model, mask_BS.sum(-1))
-    with padding_silenced(model, frames_B) if chunks is None else nullcontext():
+    frames_B, layer_frames_B = frame_counts(model, mask_BS.sum(-1)), layer_frame_counts(model, mask_BS.sum(-1))
+    with padding_silenced(model, layer_frames_B) if chunks is None else nullcontext():
         inputs_BS = batch[model.main_input_name].to(device, model.dtype)  # [B, S, F] of features
         if chunks is None:
             logits_BTV = model(inputs_BS, attention_mask=mask_BS).logits

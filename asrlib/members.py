@@ -100,6 +100,7 @@ def describe(model, processor, corpus, precision: str = "fp32") -> dict:
     `precision`; `counted` is what a stream in float32 really held of them (`streaming.what_is_kept`).
     """
     from asrlib.attention.cache import kv_cache_bytes
+    from asrlib.attention.names import encoder_config
     from asrlib.benchmark import DTYPES
     from asrlib.length_benchmark import joined
     from asrlib.models.families import family_of, is_latent
@@ -111,8 +112,8 @@ def describe(model, processor, corpus, precision: str = "fp32") -> dict:
     return {
         "encoder": getattr(config, "encoder", None) or _encoder_named(config.model_type),
         "attention": getattr(config, "attention", "mla_simple" if is_latent(config) else "mha"),
-        "layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
+        "layers": encoder_config(config).num_hidden_layers,
+        "hidden_size": encoder_config(config).hidden_size,
         "audio_seconds": AUDIO_SECONDS,
         "cache_bytes": kv_cache_bytes(config, frames, dtype),
         "mha_cache_bytes": kv_cache_bytes(family_of(config).to_standard(config), frames, dtype),

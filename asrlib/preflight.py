@@ -62,7 +62,8 @@ def model_width(source: str, revision: str | None = None) -> int | None:
             return None
         config = Path(cached)
     try:
-        return read_json(config).get("hidden_size")
+        found = read_json(config)
+        return (found.get("encoder_config") or found).get("hidden_size")
     except (ValueError, AttributeError):  # damaged, as `check_model` will say
         return None
 
@@ -145,6 +146,13 @@ def check_model(values: Mapping[str, Any], steps: Iterable[str]) -> None:
         raise BadParameter(f"'model' is {values['model']}, which is latent already: give the one it was converted from")
     if "01_convert" in steps and values.get("convert_to") == "gqa" and family.to_grouped is None:
         raise BadParameter(f"'convert_to' is gqa, which a {config.model_type} cannot be made: use mla")
+    try:
+        if "01_convert" in steps:
+            family.check_layout(config, values.get("layout", "joint"))
+        if "04_evaluate" in steps and values.get("stream_chunks_ms"):
+            family.check_streaming(config)
+    except ValueError as error:
+        raise BadParameter(f"'model' is {values['model']}: {error}") from None
 
 
 def _check_processes(values: dict[str, Any], gpus: int) -> None:

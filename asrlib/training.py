@@ -20,7 +20,7 @@ from asrlib.attention.latent import LatentKV
 from asrlib.data.batches import CTCCollator, CTCDataset
 from asrlib.data.corpus import Corpus
 from asrlib.distributed import average_batch_norm, process_count, rows_of_all, strategy_arguments, wait_for_all
-from asrlib.models.families import attention_modules, frame_counts
+from asrlib.models.families import attention_modules, frame_counts, layer_frame_counts
 from asrlib.models.inference import inference, padding_silenced
 from asrlib.out_of_memory import in_words, out_of_memory_explained
 from asrlib.runs import read_json, resolve, write_json
@@ -138,8 +138,11 @@ class CTCTrainer(Trainer):
         ours = model(**inputs, output_hidden_states=True)
         frames_B = frame_counts(self.teacher, inputs["attention_mask"].sum(-1))
         kept_BT = torch.arange(ours.logits.shape[1], device=ours.logits.device) < frames_B[:, None]
+        layer_frames_B = layer_frame_counts(self.teacher, inputs["attention_mask"].sum(-1))
+        longest = ours.hidden_states[-1].shape[1]
+        heard_BT = torch.arange(longest, device=ours.logits.device) < layer_frames_B[:, None]
         layers = [
-            relative_squared_error(a[kept_BT], b[kept_BT])
+            relative_squared_error(a[heard_BT], b[heard_BT])
             for a, b in zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True)
         ]
         settings = self.settings
@@ -179,9 +182,10 @@ class CTCTrainer(Trainer):
         utterances = inputs.pop("utterances", [])
         limits = {name: getattr(self.settings, name) for name in ("batch_seconds", "precision")}
         inputs = self._prepare_inputs(inputs)
-        frames_B = frame_counts(self.model, inputs["attention_mask"].sum(-1))
+        lengths_B = inputs["attention_mask"].sum(-1)
+        frames_B, layer_frames_B = frame_counts(self.model, lengths_B), layer_frame_counts(self.model, lengths_B)
         explained = out_of_memory_explained("validation", utterances, limits)
-        with explained, torch.no_grad(), self.compute_loss_context_manager(), padding_silenced(model, frames_B):
+        with explained, torch.no_grad(), self.compute_loss_context_manager(), padding_silenced(model, layer_frames_B):
             output = model(**inputs)
         ids_BT = output.logits.argmax(-1)
         beyond_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) >= frames_B[:, None]

@@ -48,14 +48,15 @@ def own_precision(model, trainer: Trainer) -> Iterator[None]:
 def every_layer(model) -> Iterator[None]:
     """Switches layerdrop off: it would leave a teacher's layers without one to be compared with, and of several
     processes each waiting for the gradients of layers that another has dropped."""
-    layerdrop = getattr(model.config, "layerdrop", None)
-    if layerdrop is not None:
-        model.config.layerdrop = 0.0
+    holders = [model.config, *model.modules()]  # some families ask the config, some a module
+    dropping = [(holder, holder.layerdrop) for holder in holders if getattr(holder, "layerdrop", None) is not None]
+    for holder, _ in dropping:
+        holder.layerdrop = 0.0
     try:
         yield
     finally:
-        if layerdrop is not None:
-            model.config.layerdrop = layerdrop
+        for holder, layerdrop in dropping:
+            holder.layerdrop = layerdrop
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from asrlib.attention.formats import cache_format
 from asrlib.attention.kinds import attention_kind
+from asrlib.attention.names import encoder_config
 
 
 def cached_widths(config) -> list[tuple[int, ...]]:
@@ -10,8 +11,9 @@ def cached_widths(config) -> list[tuple[int, ...]]:
         kind = attention_kind(config.attention)
         return [kind.cached_widths(config, layer) for layer in range(config.num_hidden_layers)]
     if not getattr(config, "latent_dim", None):
-        return [(config.hidden_size, config.hidden_size)] * config.num_hidden_layers
-    keys = config.latent_key_dim or [None] * config.num_hidden_layers
+        encoder = encoder_config(config)
+        return [(encoder.hidden_size, encoder.hidden_size)] * encoder.num_hidden_layers
+    keys = config.latent_key_dim or [None] * len(config.latent_dim)
     each = zip(config.latent_dim, keys, strict=True)
     return [(width,) if key is None else (key, width - key) for width, key in each]
 

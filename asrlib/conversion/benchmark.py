@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 
 import asrlib
 from asrlib.attention.cache import cached_numbers
+from asrlib.attention.names import encoder_config
 from asrlib.command_line import add_debug, sentence, tell
 from asrlib.conversion.recipes import RECIPES, Recipe, names_in, percents, reachable
 from asrlib.conversion.rows import (
@@ -211,7 +212,9 @@ class _Reference:
     def without_attention(self) -> dict:
         with zero_attention(self.model):
             result, sums_N4 = self._pass(self.model)
-        return self._outcome(result, sums_N4, [0] * self.model.config.num_hidden_layers, output_error=1.0)
+        return self._outcome(
+            result, sums_N4, [0] * encoder_config(self.model.config).num_hidden_layers, output_error=1.0
+        )
 
     def compare(self, latent: PreTrainedModel, output_error: float, seconds: float) -> dict:
         result, sums_N4 = self._pass(latent)

@@ -9,12 +9,20 @@ from transformers import PreTrainedModel
 
 from asrlib.attention.kinds import LatentQuery
 from asrlib.attention.latent import LatentKV, check_latent_dim
+from asrlib.attention.names import NAMES, encoder_config, projections
 from asrlib.conversion.attended import AttendedDecomposition, decompose_attended
 from asrlib.conversion.factorize import METHODS, NEEDS_STATISTICS, Decomposition, Factors, LayerWeights, decompose_layer
 from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity, smallest_rank
 from asrlib.conversion.sequential import convert_in_sequence
 from asrlib.conversion.statistics import LayerStatistics, Statistics
-from asrlib.models.families import attention_modules, check_loaded, family_of, frame_counts, is_latent
+from asrlib.models.families import (
+    attention_modules,
+    check_loaded,
+    family_of,
+    frame_counts,
+    is_latent,
+    layer_frame_counts,
+)
 from asrlib.models.inference import inference, on_cpu, padding_silenced
 
 Candidates = tuple[Decomposition | AttendedDecomposition, ...]  # of one layer
@@ -51,7 +59,7 @@ def decompose(
     `convert` takes what is best at its width. Raises ValueError where the layout or the method is impossible.
     """
     _check_convertible(model, layout, method)
-    layers = tqdm(range(model.config.num_hidden_layers), desc="decomposing", unit="layer", leave=False)
+    layers = tqdm(range(encoder_config(model.config).num_hidden_layers), desc="decomposing", unit="layer", leave=False)
     return [
         _candidates(model, index, layout, method, statistics.layers[index] if statistics else None) for index in layers
     ]
@@ -109,12 +117,13 @@ def convert(
         raise ValueError("sequential and reestimate_batch_norm need calibration speech: see asrlib.collect_statistics")
     if sequential and method not in NEEDS_STATISTICS:
         raise ValueError(f"method {method!r} looks at weights alone: sequential has nothing to change, leave it out")
-    family, width = family_of(model.config), model.config.hidden_size
+    family, encoder = family_of(model.config), encoder_config(model.config)
+    width = encoder.hidden_size
     if decomposition and any(one.layout != layout for candidates in decomposition for one in candidates):
         raise ValueError(f"layout is {layout}, but the decomposition was made for the other one: decompose again")
     if ranks not in RANKS:
         raise ValueError(f"ranks is {ranks!r}: choose one of {', '.join(RANKS)}")
-    widths = _one_a_layer(latent_dim, cache_cut, width, model.config.num_hidden_layers)
+    widths = _one_a_layer(latent_dim, cache_cut, width, encoder.num_hidden_layers)
     for one in widths:
         check_latent_dim(one, width, layout)
     if decomposition and statistics is None and any(len(candidates) > 1 for candidates in decomposition):
@@ -187,7 +196,8 @@ def _spend(
 
 def exact_latent_dim(config, layout: str) -> int:
     """The width from which on a latent loses nothing."""
-    return config.hidden_size if layout == "joint" else 2 * config.hidden_size
+    width = encoder_config(config).hidden_size
+    return width if layout == "joint" else 2 * width
 
 
 @torch.no_grad()
@@ -198,15 +208,16 @@ def measure_sensitivity(
 
     Joint: one group a layer; split: two, keys and values, layer by layer.
     """
-    width = model.config.hidden_size
+    width = encoder_config(model.config).hidden_size
     exact = exact_latent_dim(model.config, layout)
     probe = convert(model, exact, layout=layout, statistics=statistics, decomposition=decomposition)
-    frames_B = frame_counts(model, statistics.inputs["attention_mask"].sum(-1))
+    lengths_B = statistics.inputs["attention_mask"].sum(-1)
+    frames_B, layer_frames_B = frame_counts(model, lengths_B), layer_frame_counts(model, lengths_B)
     name = model.main_input_name
     inputs = statistics.inputs | {name: statistics.inputs[name].to(model.dtype)}
 
     def log_posteriors(any_model) -> torch.Tensor:
-        with inference(any_model, device=torch.device("cpu")), padding_silenced(any_model, frames_B):
+        with inference(any_model, device=torch.device("cpu")), padding_silenced(any_model, layer_frames_B):
             logits_BTV = any_model(**inputs).logits.float()
         return torch.cat([rows[:count] for rows, count in zip(logits_BTV, frames_B.tolist(), strict=True)]).log_softmax(
             -1
@@ -257,14 +268,21 @@ def to_standard_attention(latent: PreTrainedModel) -> PreTrainedModel:
     _check_replaced(replaced.unexpected_keys, replaced.missing_keys)
     with torch.no_grad():
         for ours, theirs in zip(attention_modules(model), attention_modules(latent), strict=True):
-            factors = factors_of(theirs.latent_kv)
-            ours.linear_k.weight.copy_(factors.key_weight)
-            ours.linear_v.weight.copy_(factors.value_weight)
-            ours.linear_k.bias.copy_(theirs.latent_kv.up_k.bias)
-            ours.linear_v.bias.copy_(theirs.latent_kv.up_v.bias)
-            if isinstance(theirs.linear_q, LatentQuery):
-                ours.linear_q.weight.copy_(theirs.linear_q.up.weight.double() @ theirs.linear_q.down.weight.double())
-                ours.linear_q.bias.copy_(theirs.linear_q.up.bias)
+            factors, our, query = factors_of(theirs.latent_kv), projections(ours), projections(theirs).query
+            our.key.weight.copy_(factors.key_weight)
+            our.value.weight.copy_(factors.value_weight)
+            if our.key.bias is not None:  # else nothing is lost: softmax cancels it
+                our.key.bias.copy_(factors.key_bias)
+            if our.value.bias is not None:
+                our.value.bias.copy_(factors.value_bias)
+            elif factors.value_bias.any():
+                raise ValueError(
+                    f"{latent.config.model_type} with values that have a bias has no counterpart, as its standard "
+                    "attention has none (attention_bias: false): keep the latent model"
+                )
+            if isinstance(query, LatentQuery):
+                our.query.weight.copy_(query.up.weight.double() @ query.down.weight.double())
+                our.query.bias.copy_(query.up.bias)
     return model.eval()
 
 
@@ -293,7 +311,7 @@ def _one_a_layer(latent_dim, cache_cut: float | None, width: int, layers: int) -
 
 def _check_replaced(latent_keys: list[str], standard_keys: list[str]) -> None:
     """Only keys, values and latent queries may differ between the two state dicts: nothing stays at a random start."""
-    replaced = [".linear_k.", ".linear_v."]
+    replaced = [f".{name}." for _, key, value, _ in NAMES for name in (key, value)]
     if any(".linear_q.down." in key for key in latent_keys):
         replaced.append(".linear_q.")
     strangers = [key for key in latent_keys if ".latent_kv." not in key and ".linear_q." not in key]

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 
 import torch
 
+from asrlib.attention.names import projections
+
 METHODS = ("svd", "whitened", "two_sided", "attended")  # the last one: attended.py
 NEEDS_STATISTICS = ("whitened", "two_sided", "attended")
 
@@ -44,10 +46,14 @@ class LayerWeights:
 
     @classmethod
     def of(cls, attention: torch.nn.Module) -> "LayerWeights":
-        """Of a module with linear_k, linear_v, linear_out and num_heads, float64, on the CPU."""
-        key, value, output = attention.linear_k, attention.linear_v, attention.linear_out
-        tensors = (key.weight, value.weight, output.weight, key.bias, value.bias)
-        return cls(*(tensor.detach().double().cpu() for tensor in tensors), attention.num_heads)
+        """Of a module with keys and values of its own, float64, on the CPU. Where it has no biases they are zero."""
+        of = projections(attention)
+        weights = [one.weight.detach().double().cpu() for one in (of.key, of.value, of.output)]
+        biases = [
+            torch.zeros(len(one.weight), dtype=torch.float64) if one.bias is None else one.bias.detach().double().cpu()
+            for one in (of.key, of.value)
+        ]
+        return cls(*weights, *biases, of.heads)
 
 
 @dataclass(frozen=True)

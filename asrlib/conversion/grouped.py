@@ -31,6 +31,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from asrlib.attention.names import encoder_config
 from asrlib.conversion.convert import convert
 from asrlib.conversion.factorize import Factors, LayerWeights, Moments, decompose_layer
 from asrlib.conversion.statistics import LayerStatistics, Statistics
@@ -50,7 +51,8 @@ def group_heads(
     Each group takes as long as a split latent of the whole layer does. Raises ValueError where `kv_heads` does not
     divide the heads, for an unknown method, missing statistics, and a model that is latent already.
     """
-    heads = model.config.num_attention_heads
+    encoder = encoder_config(model.config)
+    heads = encoder.num_attention_heads
     if not isinstance(kv_heads, Integral) or kv_heads < 1 or heads % kv_heads:
         divisors = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
         raise ValueError(
@@ -59,12 +61,12 @@ def group_heads(
     if method not in GROUPING_METHODS:
         raise ValueError(f"method is {method!r}: choose one of {', '.join(GROUPING_METHODS)}")
     kv_heads = int(kv_heads)  # numpy's integers too
-    of_layers = statistics.layers if statistics else [None] * model.config.num_hidden_layers
+    of_layers = statistics.layers if statistics else [None] * encoder.num_hidden_layers
     grouped = [
         (GroupedHeads(attention, kv_heads, method, layer),)
         for attention, layer in zip(attention_modules(model), of_layers, strict=True)
     ]
-    latent_dim = 2 * kv_heads * (model.config.hidden_size // heads)
+    latent_dim = 2 * kv_heads * (encoder.hidden_size // heads)
     return convert(model, latent_dim, layout="split", decomposition=grouped)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from asrlib.attention.names import call_arguments, projections
 from asrlib.models.families import attention_modules, frame_counts, is_latent
 from asrlib.models.inference import choose_device, inference
 
@@ -94,10 +95,12 @@ def _utterances(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list
 
 @contextmanager
 def _recorded_calls(modules: list[nn.Module]) -> Iterator[list[list[dict]]]:
-    """The keyword arguments of all calls of each module, in order of `modules`."""
+    """The arguments of all calls of each module, by name, in order of `modules`."""
     calls: list[list[dict]] = [[] for _ in modules]
     hooks = [
-        module.register_forward_pre_hook(lambda _, args, kwargs, of=of: of.append(kwargs), with_kwargs=True)
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, of=of: of.append(call_arguments(args, kwargs)), with_kwargs=True
+        )
         for module, of in zip(modules, calls, strict=True)
     ]
     try:
@@ -145,14 +148,15 @@ def _float64_copy(attention: nn.Module, device: torch.device) -> nn.Module:
 def _fractions(theirs: nn.Module, ours: nn.Module, call: dict) -> dict[str, torch.Tensor]:
     """One utterance's (numerator, denominator) [2] of each column, to be added up; of errors, still squared."""
     x_1TD, read_by_keys = call["hidden_states"], []
-    hook = theirs.linear_k.register_forward_pre_hook(lambda _, args: read_by_keys.append(args[0]))
+    our, their = projections(ours), projections(theirs)
+    hook = their.key.register_forward_pre_hook(lambda _, args: read_by_keys.append(args[0]))
     their_output_1TD, their_weights_1HTT = theirs(**call)
     our_output_1TD, our_weights_1HTT = ours(**call)
     hook.remove()
     (turned_1TD,) = read_by_keys  # rotary positions turn it
     return {
-        "key_error": _squares(ours.linear_k(turned_1TD), theirs.linear_k(turned_1TD)),
-        "value_error": _squares(ours.linear_v(x_1TD), theirs.linear_v(x_1TD)),
+        "key_error": _squares(our.key(turned_1TD), their.key(turned_1TD)),
+        "value_error": _squares(our.value(x_1TD), their.value(x_1TD)),
         "score_error": _squares(_centred_scores(our_weights_1HTT), _centred_scores(their_weights_1HTT)),
         "attention_tv": _count((our_weights_1HTT - their_weights_1HTT).abs().sum(-1) / 2),
         "output_error": _squares(our_output_1TD, their_output_1TD),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from asrlib.attention.latent import check_latent_dim
+from asrlib.attention.names import encoder_config
 from asrlib.conversion.convert import convert, decompose, latent_dim_for, measure_sensitivity
 from asrlib.conversion.grouped import group_heads
 from asrlib.conversion.statistics import Statistics
@@ -33,7 +34,8 @@ class Recipe:
         """Why a model of this config cannot be cut so far, or None."""
         try:
             family_of(config).check_layout(config, self.layout)
-            check_latent_dim(latent_dim_for(cut, config.hidden_size), config.hidden_size, self.layout)
+            width = encoder_config(config).hidden_size
+            check_latent_dim(latent_dim_for(cut, width), width, self.layout)
         except ValueError as error:
             return str(error)
         return None
@@ -57,13 +59,14 @@ class GroupedRecipe:
     method: str = "mean"
 
     def obstacle(self, config, cut: float) -> str | None:
-        kept = (1 - cut) * config.num_attention_heads
-        if abs(kept - round(kept)) > 1e-9 or not round(kept) or config.num_attention_heads % round(kept):
-            return f"no number of key/value heads that divides {config.num_attention_heads} makes just this cut"
+        heads = encoder_config(config).num_attention_heads
+        kept = (1 - cut) * heads
+        if abs(kept - round(kept)) > 1e-9 or not round(kept) or heads % round(kept):
+            return f"no number of key/value heads that divides {heads} makes just this cut"
         return None
 
     def converter(self, model: PreTrainedModel, statistics: Statistics) -> Converter:
-        heads = model.config.num_attention_heads
+        heads = encoder_config(model.config).num_attention_heads
         return lambda cut: group_heads(model, round((1 - cut) * heads), self.method, statistics)
 
 

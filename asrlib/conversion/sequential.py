@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from asrlib.conversion.statistics import CalibrationSpeech, LayerStatistics, Reading, observed, unpadded
-from asrlib.models.families import family_of, frame_counts
+from asrlib.models.families import family_of, layer_frame_counts
 from asrlib.models.inference import attention_weights, inference
 
 
@@ -79,7 +79,7 @@ class _Reached(Exception):
 
 
 def _encoder_input(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> _Batch:
-    frames_B = frame_counts(model, batch["attention_mask"].sum(-1))
+    frames_B = layer_frame_counts(model, batch["attention_mask"].sum(-1))
     first, reached = family_of(model.config).layers(model)[0], {}
 
     def reach(module, args, arguments):

@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from asrlib.attention.names import call_arguments, is_rotary, projections
 from asrlib.conversion.factorize import InputMoments, Moments
 from asrlib.data.batches import CTCCollator, CTCDataset
-from asrlib.data.corpus import SAMPLE_RATE, Corpus, check_corpus
-from asrlib.models.families import attention_modules, check_loaded, frame_counts
+from asrlib.data.corpus import Corpus, check_corpus
+from asrlib.models.families import attention_modules, check_loaded, frames_per_second, layer_frame_counts
 from asrlib.models.inference import attention_weights, choose_device, inference, padding_silenced
 from asrlib.out_of_memory import out_of_memory_explained
 
@@ -31,8 +32,8 @@ SAMPLE_FRAMES = 1000  # of a batch are kept, to measure attention outputs on
 class Reading:
     """What one attention layer read in a call, and what it gave."""
 
-    key_input: torch.Tensor  # what linear_q and linear_k read [B, T, D]: turned, for rotary positions
-    value_input: torch.Tensor  # what linear_v reads [B, T, D]
+    key_input: torch.Tensor  # what queries and keys are made of [B, T, D]: turned, for rotary positions
+    value_input: torch.Tensor  # what values are made of [B, T, D]
     queries: torch.Tensor  # q_h + u [B, T, H, d_h]
     arguments: dict  # of the call
     output: torch.Tensor  # [B, T, D]
@@ -42,20 +43,21 @@ class Reading:
 @contextmanager
 def observed(attention: nn.Module, record: Callable[[Reading], None]) -> Iterator[None]:
     """Calls `record` after every call of `attention`."""
-    seen = {}
+    seen, of = {}, projections(attention)
 
     def queries_made(module, args, output_BTD):
         seen["queries"] = args[0], output_BTD
 
     def called(module, args, arguments, output):
         key_input_BTD, queries_BTD = seen.pop("queries")
-        queries_BTHE = queries_BTD.unflatten(-1, (module.num_heads, -1))
-        if module.position_embeddings_type == "relative":
-            queries_BTHE = queries_BTHE + module.pos_bias_u
+        queries_BTHE = queries_BTD.unflatten(-1, (of.heads, -1))
+        if of.query_bias_HE is not None:
+            queries_BTHE = queries_BTHE + of.query_bias_HE
+        arguments = call_arguments(args, arguments)
         record(Reading(key_input_BTD, arguments["hidden_states"], queries_BTHE, arguments, *output[:2]))
 
     hooks = [
-        attention.linear_q.register_forward_hook(queries_made),
+        of.query.register_forward_hook(queries_made),
         attention.register_forward_hook(called, with_kwargs=True),
     ]
     try:
@@ -154,9 +156,10 @@ class LayerStatistics:
     @classmethod
     def of(cls, attention: nn.Module, weights: bool = False) -> "LayerStatistics":
         """Empty sums; `weights`: also of what attention makes of the inputs."""
-        width, heads = attention.linear_q.in_features, attention.num_heads
+        of = projections(attention)
+        width, heads = of.query.in_features, of.heads
         key = InputSums(width)
-        value = InputSums(width) if attention.position_embeddings_type == "rotary" else key
+        value = InputSums(width) if is_rotary(attention) else key
         queries = torch.zeros(heads, width // heads, width // heads, dtype=torch.float64)
         return cls(key, value, queries, AttentionSums(width, heads) if weights else None)
 
@@ -300,7 +303,7 @@ def collect_statistics(
         with inference(model, device=device), attention_weights(*[model] * attention):
             for indices, batch in zip(sampler, speech, strict=True):
                 named = [(corpus[i].id, corpus[i].seconds) for i in indices]
-                frames_B = frame_counts(model, batch["attention_mask"].sum(-1))
+                frames_B = layer_frame_counts(model, batch["attention_mask"].sum(-1))
                 with unpadded(model, frames_B) as kept_BT, ExitStack() as watching:
                     for module, layer in zip(modules, layers, strict=True):
                         watching.enter_context(observed(module, partial(layer.add, kept_BT=kept_BT)))
@@ -316,7 +319,7 @@ def collect_statistics(
 def _check_amount(layer: LayerStatistics, config) -> None:
     width = len(layer.key.total)
     enough = FRAMES_PER_DIMENSION * width
-    seconds = enough * config.inputs_to_logits_ratio / SAMPLE_RATE
+    seconds = enough / frames_per_second(config)
     if layer.frames < width:
         raise ValueError(
             f"{layer.frames} frames of calibration speech say too little about inputs of width {width}: give at least "

@@ -215,9 +215,10 @@ class CTCCollator:
             split_special_tokens=True,  # a text may hold <s> or <pad>, letter by letter
             return_tensors="pt",
         )
+        longest = int(inputs["attention_mask"].sum(-1).max())  # some extractors pad the longest too
         batch = {
-            self.name: inputs[self.name],
-            "attention_mask": inputs["attention_mask"],
+            self.name: inputs[self.name][:, :longest],
+            "attention_mask": inputs["attention_mask"][:, :longest],
             "labels": labels.input_ids.masked_fill(labels.attention_mask == 0, -100),
         }
         if self.named:

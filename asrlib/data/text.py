@@ -1,7 +1,7 @@
 """Transcripts as a CTC tokenizer needs them.
 
-`processor` is a Wav2Vec2Processor, or its tokenizer alone: a vocabulary of single characters, in which a
-special token (usually "|") stands for the space.
+`processor` is a model's processor, or its tokenizer alone. What it can spell is asked of the tokenizer: a vocabulary of
+single characters, in which a special token (usually "|") stands for the space, or of pieces of words.
 """
 
 import json
@@ -65,17 +65,36 @@ def _tokenizer(processor):
     return getattr(processor, "tokenizer", processor)
 
 
-def _characters(processor) -> set[str]:
-    """What can be written with the vocabulary, with a space where its delimiter is there."""
+def _characters(processor) -> frozenset[str]:
+    """What can be written with the vocabulary."""
     tokenizer = _tokenizer(processor)
+    spelt_by = _pieced if getattr(tokenizer, "is_fast", False) else _single
+    return spelt_by(tokenizer, len(tokenizer))
+
+
+@lru_cache(8)
+def _pieced(tokenizer, size: int) -> frozenset[str]:
+    """Of pieces of words: of the characters in its pieces those that come back when they are written and read."""
+    found = {character for piece in tokenizer.get_vocab() for character in piece}
+    return frozenset({one for one in found if _comes_back(one, tokenizer)} | {" "})
+
+
+def _comes_back(character: str, tokenizer) -> bool:
+    ids = label_ids(character, tokenizer)
+    return tokenizer.unk_token_id not in ids and tokenizer.decode(ids, group_tokens=False).strip() == character
+
+
+@lru_cache(8)
+def _single(tokenizer, size: int) -> frozenset[str]:
+    """Of single characters, with a space where its delimiter is there."""
     # The tokenizer adds special tokens that the vocabulary lacks, with ids for which the model has no output.
     tokens = {token for token, id in tokenizer.get_vocab().items() if id < tokenizer.vocab_size}
     delimiter = getattr(tokenizer, "word_delimiter_token", " ")
     letters = {token for token in tokens if len(token) == 1} - {*tokenizer.all_special_tokens, delimiter}
-    return letters | {" "} if delimiter in tokens else letters
+    return frozenset(letters | {" "} if delimiter in tokens else letters)
 
 
-def _fit(character: str, known: set[str]) -> str:
+def _fit(character: str, known: frozenset[str]) -> str:
     for form in (character, character.upper(), character.lower()):
         if known.issuperset(form):
             return form

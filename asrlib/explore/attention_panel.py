@@ -2,6 +2,7 @@
 
 import ipywidgets as widgets
 
+from asrlib.attention.names import encoder_config
 from asrlib.conversion_figures import attention_maps
 from asrlib.explore.panel import NAMED, Panel, html
 from asrlib.explore.workbench import Workbench
@@ -24,7 +25,7 @@ class AttentionPanel(Panel):
     def refresh(self, change=None) -> None:
         """Lets the models attend anew; without a converted one, the baseline alone."""
         with self.working("attending to the utterance"):
-            config, inputs = self.bench.required().config, self.bench.inputs()
+            config, inputs = encoder_config(self.bench.required().config), self.bench.inputs()
             self.layer.max, self.head.max = config.num_hidden_layers - 1, config.num_attention_heads - 1
             self.weights = {"MHA": attention_of(self.bench.baseline, inputs)}
             if self.bench.converted is not None:

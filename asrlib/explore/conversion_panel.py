@@ -6,6 +6,7 @@ from markupsafe import Markup
 from transformers import PreTrainedModel
 
 from asrlib.attention.latent import LAYOUTS
+from asrlib.attention.names import encoder_config
 from asrlib.benchmark import cache_bytes_per_second
 from asrlib.conversion.convert import exact_latent_dim
 from asrlib.conversion.factorize import METHODS
@@ -67,8 +68,9 @@ class ConversionPanel(Panel):
         self.latent_dim.min = 1  # first, so that the limits never cross
         self.latent_dim.max = exact_latent_dim(config, layout)
         self.latent_dim.min = 2 if layout == "split" else 1
-        if config.hidden_size != self.width:
-            self.width, self.latent_dim.value = config.hidden_size, 2 * config.hidden_size // FIRST_CUT
+        width = encoder_config(config).hidden_size
+        if width != self.width:
+            self.width, self.latent_dim.value = width, 2 * width // FIRST_CUT
 
     def _measure(self, latent: PreTrainedModel) -> None:
         self.advance("transcribing", 0.2)

@@ -6,6 +6,7 @@ from pathlib import Path
 import ipywidgets as widgets
 from markupsafe import Markup
 
+from asrlib.attention.names import encoder_config
 from asrlib.benchmark import cache_bytes_per_second
 from asrlib.explore.panel import NAMED, WIDE, Panel, html
 from asrlib.explore.workbench import Workbench
@@ -29,14 +30,15 @@ class RunPanel(Panel):
 
     def _about(self) -> Markup:
         model, config = self.bench.baseline, self.bench.baseline.config
+        encoder = encoder_config(config)
         return Markup(
             "<p>{:.3g} million parameters, {} layers of width {}, {} heads, {:.4g} frames a second. Of a stream it "
             "keeps {} per second of audio. Models of this run: {}.</p>"
         ).format(
             model.num_parameters() / 1e6,
-            config.num_hidden_layers,
-            config.hidden_size,
-            config.num_attention_heads,
+            encoder.num_hidden_layers,
+            encoder.hidden_size,
+            encoder.num_attention_heads,
             frames_per_second(config),
             size(cache_bytes_per_second(config)),
             ", ".join(self.bench.models),

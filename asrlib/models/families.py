@@ -7,7 +7,7 @@ A new family is one file beside this one, which registers its classes with trans
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -17,13 +17,19 @@ from torch import nn
 from transformers import (
     AutoModelForCTC,
     AutoProcessor,
+    HubertForCTC,
+    ParakeetForCTC,
     PreTrainedConfig,
     PreTrainedModel,
+    Wav2Vec2BertForCTC,
     Wav2Vec2ConformerForCTC,
+    Wav2Vec2ForCTC,
     Wav2Vec2Processor,
 )
 
-from asrlib.models import encoder, wav2vec2_conformer
+from asrlib.data.audio import SAMPLE_RATE
+from asrlib.models import encoder, parakeet, wav2vec2, wav2vec2_bert, wav2vec2_conformer
+from asrlib.models.latent_twin import LatentConfig, check_layout
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"  # the models shipped with the package
 
@@ -38,13 +44,21 @@ class Family:
     to_latent: Callable[..., PreTrainedConfig]  # the other way; latent_dim, latent_layout, latent_key_dim by name
     is_latent: Callable[[PreTrainedConfig], bool]
     layers: Callable[[PreTrainedModel], list[nn.Module]]  # encoder layers, in order
-    attention: Callable[[nn.Module], nn.Module]  # layer → attention with linear_k and linear_v
-    check_layout: Callable[[PreTrainedConfig, str], None]  # raises where the attention forbids a layout
-    frames: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor]  # inputs → what the layers read [B, T, D]
-    logits: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor]  # what the last layer gives → [B, T, V]
-    work_in_blocks: Callable[[PreTrainedModel], PreTrainedModel]  # with attention of our own, same parameters
+    attention: Callable[[nn.Module], nn.Module]  # layer → attention, with projections of `attention.names`
     check_streaming: Callable[[PreTrainedConfig], None]  # raises where something takes the whole recording
+    check_layout: Callable[[PreTrainedConfig, str], None] = check_layout  # raises where attention forbids a layout
+    # Of those that can stream: inputs → what the layers read [B, T, D], and what the last layer gives → [B, T, V].
+    frames: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] | None = None
+    logits: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] | None = None
+    work_in_blocks: Callable[[PreTrainedModel], PreTrainedModel] = lambda model: model  # own attention, same parameters
     to_grouped: Callable[[PreTrainedConfig, int], PreTrainedConfig] | None = None  # of a twin with GQA, if there is one
+    positions: Callable[[PreTrainedConfig], str | None] = lambda config: config.position_embeddings_type
+    input_length: Callable[[PreTrainedConfig, int], int] = lambda config, samples: samples  # of what the model reads
+    samples_per_frame: Callable[[PreTrainedConfig], int] = lambda config: config.inputs_to_logits_ratio
+    # Frames of the logits for inputs of such lengths: integer tensors [B] → [B].
+    frame_counts: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] = lambda model, lengths: (
+        model._get_feat_extract_output_lengths(lengths)
+    )
 
 
 WAV2VEC2_CONFORMER = Family(
@@ -52,10 +66,9 @@ WAV2VEC2_CONFORMER = Family(
     latent_model=wav2vec2_conformer.Wav2Vec2ConformerMLAForCTC,
     to_standard=wav2vec2_conformer.to_standard,
     to_latent=wav2vec2_conformer.to_latent,
-    is_latent=lambda config: isinstance(config, wav2vec2_conformer.Wav2Vec2ConformerMLAConfig),
+    is_latent=lambda config: isinstance(config, LatentConfig),
     layers=lambda model: list(model.wav2vec2_conformer.encoder.layers),
     attention=lambda layer: layer.self_attn,
-    check_layout=wav2vec2_conformer.check_layout,
     frames=wav2vec2_conformer.frames,
     logits=wav2vec2_conformer.logits,
     work_in_blocks=wav2vec2_conformer.work_in_blocks,
@@ -73,14 +86,65 @@ SPEECH_ENCODER = Family(
     check_layout=encoder.check_layout,
     frames=encoder.SpeechEncoderForCTC.frames,
     logits=lambda model, x_BTD: model.lm_head(x_BTD),
-    work_in_blocks=lambda model: model,
     check_streaming=lambda config: None,
     to_grouped=encoder.to_grouped,
+    input_length=lambda config, samples: config.mel_frames(samples),
+)
+
+WAV2VEC2 = Family(
+    standard_model=Wav2Vec2ForCTC,
+    latent_model=wav2vec2.Wav2Vec2MLAForCTC,
+    to_standard=wav2vec2.to_standard,
+    to_latent=wav2vec2.to_latent,
+    is_latent=lambda config: isinstance(config, LatentConfig),
+    layers=lambda model: list(model.base_model.encoder.layers),
+    attention=lambda layer: layer.attention,
+    check_streaming=wav2vec2.check_streaming,
+    positions=lambda config: "convolutional",
+)
+
+HUBERT = replace(WAV2VEC2, standard_model=HubertForCTC, latent_model=wav2vec2.HubertMLAForCTC)
+
+WAV2VEC2_BERT = Family(
+    standard_model=Wav2Vec2BertForCTC,
+    latent_model=wav2vec2_bert.Wav2Vec2BertMLAForCTC,
+    to_standard=wav2vec2_bert.to_standard,
+    to_latent=wav2vec2_bert.to_latent,
+    is_latent=lambda config: isinstance(config, LatentConfig),
+    layers=lambda model: list(model.wav2vec2_bert.encoder.layers),
+    attention=lambda layer: layer.self_attn,
+    check_streaming=wav2vec2_bert.check_streaming,
+    input_length=wav2vec2_bert.input_length,
+    samples_per_frame=wav2vec2_bert.samples_per_frame,
+)
+
+PARAKEET = Family(
+    standard_model=ParakeetForCTC,
+    latent_model=parakeet.ParakeetMLAForCTC,
+    to_standard=parakeet.to_standard,
+    to_latent=parakeet.to_latent,
+    is_latent=lambda config: isinstance(config, LatentConfig),
+    layers=lambda model: list(model.encoder.layers),
+    attention=lambda layer: layer.self_attn,
+    check_streaming=parakeet.check_streaming,
+    work_in_blocks=parakeet.work_in_blocks,
+    positions=lambda config: "relative",
+    input_length=parakeet.input_length,
+    samples_per_frame=parakeet.samples_per_frame,
+    frame_counts=lambda model, lengths: model._get_subsampling_output_length(lengths),
 )
 
 FAMILIES = {
+    "wav2vec2": WAV2VEC2,
+    "wav2vec2-mla": WAV2VEC2,
+    "hubert": HUBERT,
+    "hubert-mla": HUBERT,
     "wav2vec2-conformer": WAV2VEC2_CONFORMER,
     "wav2vec2-conformer-mla": WAV2VEC2_CONFORMER,
+    "wav2vec2-bert": WAV2VEC2_BERT,
+    "wav2vec2-bert-mla": WAV2VEC2_BERT,
+    "parakeet_ctc": PARAKEET,
+    "parakeet_ctc-mla": PARAKEET,
     "speech-encoder": SPEECH_ENCODER,
 }
 
@@ -99,24 +163,36 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     return [family.attention(layer) for layer in family.layers(model)]
 
 
+def positions_of(config) -> str | None:
+    """How an encoder tells frames apart by their place: relative, rotary, … None: not at all."""
+    return family_of(config).positions(config)
+
+
 def is_latent(config) -> bool:
     return family_of(config).is_latent(config)
 
 
 def frame_counts(model: PreTrainedModel, lengths: torch.Tensor) -> torch.Tensor:
-    """Encoder frames for inputs of such lengths, samples or frames of features: integer tensors [B] → [B]."""
-    return model._get_feat_extract_output_lengths(lengths).long()
+    """Frames of the logits for inputs of such lengths, samples or frames of features: integer tensors [B] → [B]."""
+    return family_of(model.config).frame_counts(model, lengths).long()
+
+
+def layer_frame_counts(model: PreTrainedModel, lengths: torch.Tensor) -> torch.Tensor:
+    """Frames that the layers work on: more than those of the logits where an adapter behind them thins these out."""
+    if getattr(model.config, "add_adapter", False):
+        return model._get_feat_extract_output_lengths(lengths, add_adapter=False).long()
+    return frame_counts(model, lengths)
 
 
 def frames_of(model: PreTrainedModel) -> Callable[[int], int]:
     """The function samples of audio → encoder frames of `model`."""
-    length = getattr(model.config, "mel_frames", int)  # of what the model reads
-    return lambda samples: max(0, int(frame_counts(model, torch.tensor(length(samples)))))
+    length = family_of(model.config).input_length
+    return lambda samples: max(0, int(frame_counts(model, torch.tensor(length(model.config, samples)))))
 
 
 def frames_per_second(config) -> float:
     """Encoder frames per second of 16 kHz audio."""
-    return 16_000 / config.inputs_to_logits_ratio
+    return SAMPLE_RATE / family_of(config).samples_per_frame(config)
 
 
 def resolve_model(source: str | Path) -> str:
@@ -151,8 +227,10 @@ def check_folder(folder: Path) -> None:
         raise OSError(
             f"cannot load {folder}: its config.json is not a valid JSON object with a model_type: get the file again"
         ) from None
-    if not (folder / "vocab.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no vocab.json, the model's characters: get the tokenizer's files too")
+    if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        raise FileNotFoundError(
+            f"{folder} holds no vocab.json or tokenizer.json, what the model spells with: get the tokenizer's files too"
+        )
     weights = sorted(folder.glob("*.safetensors"))
     if not weights and not list(folder.glob("*.bin")):
         raise FileNotFoundError(

@@ -10,7 +10,6 @@ only k_j and v_j come from x_j, so no decoupled rotary key is needed (unlike Dee
 
 import torch
 from huggingface_hub.dataclasses import strict
-from torch import nn
 from transformers import AutoConfig, AutoModelForCTC, Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
 from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import (
     Wav2Vec2ConformerFeatureEncoder,
@@ -18,68 +17,25 @@ from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import (
 )
 
 from asrlib.attention.kinds import KeyValueMemory, LatentMemory, RelativeAttention
-from asrlib.attention.latent import LatentKV, check_latent_widths, split_ranks
+from asrlib.models.latent_twin import LatentConfig, latent_kv, recast, settings
 
 BLOCK_FRAMES = 256  # of the feature encoder at once: some 5 s, for which its widest layer takes 32 MB
 
 
 @strict
-class Wav2Vec2ConformerMLAConfig(Wav2Vec2ConformerConfig):
-    """Wav2Vec2ConformerConfig plus `latent_dim`, one cached width per layer, and `latent_layout`.
-
-    An empty `latent_dim` means the uncompressed floor: a joint latent as wide as the model in every layer
-    (split: as wide as keys and values together). `latent_key_dim` says how many of each layer's numbers are the
-    keys', in a split latent alone; empty: half of them, as `split_ranks` rounds it. Raises huggingface_hub's
-    StrictDataclassClassValidationError where a width is impossible, or a joint latent is asked of rotary positions
-    or given key widths.
-    """
+class Wav2Vec2ConformerMLAConfig(LatentConfig, Wav2Vec2ConformerConfig):
+    """Wav2Vec2ConformerConfig plus what `LatentConfig` says of the latent."""
 
     model_type = "wav2vec2-conformer-mla"
-
-    latent_dim: list[int] | tuple[int, ...] = ()
-    latent_layout: str = "joint"
-    latent_key_dim: list[int] | tuple[int, ...] = ()
-
-    def __post_init__(self, **kwargs):
-        if not self.latent_dim:
-            exact = self.hidden_size if self.latent_layout == "joint" else 2 * self.hidden_size
-            self.latent_dim = [exact] * self.num_hidden_layers
-        if self.latent_layout == "split" and not self.latent_key_dim:
-            self.latent_key_dim = [split_ranks(width)[0] for width in self.latent_dim]
-        self.latent_dim, self.latent_key_dim = list(self.latent_dim), list(self.latent_key_dim)
-        super().__post_init__(**kwargs)
-
-    def validate_latent(self):
-        """Part of `@strict`'s validation."""
-        check_layout(self, self.latent_layout)
-        check_latent_widths(self)
-
-    def key_dim(self, layer: int) -> int | None:
-        """How many of a layer's numbers are the keys'; None in a joint latent, where all are."""
-        return self.latent_key_dim[layer] if self.latent_key_dim else None
-
-
-def check_layout(config: Wav2Vec2ConformerConfig, layout: str) -> None:
-    """Raises ValueError where keys and values read different inputs, which no joint latent can serve."""
-    if layout == "joint" and config.position_embeddings_type == "rotary":
-        raise ValueError(
-            "rotary positions turn the input of the keys but not that of the values, so one joint latent cannot "
-            "serve both: use layout: split"
-        )
 
 
 def to_latent(config: Wav2Vec2ConformerConfig, **latent) -> Wav2Vec2ConformerMLAConfig:
     """The config of the latent twin; `latent` are latent_dim, latent_layout and latent_key_dim."""
-    return Wav2Vec2ConformerMLAConfig(**_settings(config), **latent)
+    return Wav2Vec2ConformerMLAConfig(**settings(config), **latent)
 
 
 def to_standard(config: Wav2Vec2ConformerMLAConfig) -> Wav2Vec2ConformerConfig:
-    return Wav2Vec2ConformerConfig(**_settings(config))
-
-
-def _settings(config: Wav2Vec2ConformerConfig) -> dict:
-    own = {"model_type", "architectures", "latent_dim", "latent_layout", "latent_key_dim"}
-    return {key: value for key, value in config.to_dict().items() if key not in own}
+    return Wav2Vec2ConformerConfig(**settings(config))
 
 
 class BlockedSelfAttention(KeyValueMemory, Wav2Vec2ConformerSelfAttention):
@@ -97,9 +53,7 @@ class LatentSelfAttention(LatentMemory, BlockedSelfAttention):
     def __init__(self, config: Wav2Vec2ConformerMLAConfig, layer: int):
         super().__init__(config)
         del self.linear_k, self.linear_v
-        self.latent_kv = LatentKV(
-            config.hidden_size, config.latent_dim[layer], config.latent_layout, config.key_dim(layer)
-        )
+        self.latent_kv = latent_kv(config, layer)
 
 
 class BlockedFeatureEncoder(Wav2Vec2ConformerFeatureEncoder):
@@ -128,18 +82,11 @@ def work_in_blocks(model: Wav2Vec2ConformerForCTC) -> Wav2Vec2ConformerForCTC:
     encoder is local."""
     base = model.wav2vec2_conformer
     if type(base.feature_extractor) is Wav2Vec2ConformerFeatureEncoder and model.config.feat_extract_norm == "layer":
-        base.feature_extractor = _recast(base.feature_extractor, BlockedFeatureEncoder)
+        base.feature_extractor = recast(base.feature_extractor, BlockedFeatureEncoder)
     for layer in base.encoder.layers:
         if type(layer.self_attn) is Wav2Vec2ConformerSelfAttention:
-            layer.self_attn = _recast(layer.self_attn, BlockedSelfAttention)
+            layer.self_attn = recast(layer.self_attn, BlockedSelfAttention)
     return model
-
-
-def _recast(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    """The same module, of a class that adds methods alone."""
-    recast = kind.__new__(kind)
-    recast.__dict__ = module.__dict__
-    return recast
 
 
 def frames(model: Wav2Vec2ConformerForCTC, input_values: torch.Tensor) -> torch.Tensor:

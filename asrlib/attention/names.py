@@ -1,0 +1,51 @@
+"""What families of models name differently: the parts of an attention module, and where a config tells its sizes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+NAMES = (  # of the projections of queries, keys, values and of what leaves the module
+    ("linear_q", "linear_k", "linear_v", "linear_out"),  # wav2vec2-conformer, wav2vec2-bert, and our own encoders
+    ("q_proj", "k_proj", "v_proj", "out_proj"),  # wav2vec2, hubert
+    ("q_proj", "k_proj", "v_proj", "o_proj"),  # parakeet
+)
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Of one attention module; each takes and gives [..., D]."""
+
+    query: nn.Module
+    key: Callable[[torch.Tensor], torch.Tensor]  # nn.Linear; of a latent module a method
+    value: Callable[[torch.Tensor], torch.Tensor]
+    output: nn.Module
+    query_bias_HE: torch.Tensor | None  # u, which relative positions add to the queries that keys are compared with
+    heads: int
+
+
+def projections(attention: nn.Module) -> Projections:
+    """Raises TypeError where `attention` names them in no way that is known."""
+    for names in NAMES:
+        if all(hasattr(attention, name) for name in names):
+            bias_HE = getattr(attention, "pos_bias_u", getattr(attention, "bias_u", None))
+            heads = getattr(attention, "num_heads", attention.config.num_attention_heads)
+            return Projections(*(getattr(attention, name) for name in names), bias_HE, heads)
+    known = "; ".join(", ".join(names) for names in NAMES)
+    raise TypeError(f"{type(attention).__name__} has no projections by names that asrlib knows: {known}")
+
+
+def is_rotary(attention: nn.Module) -> bool:
+    """Whether keys and values read different inputs, as positions turn what queries and keys read."""
+    return getattr(attention, "position_embeddings_type", None) == "rotary"
+
+
+def call_arguments(args: tuple, arguments: dict) -> dict:
+    """Of a call of an attention module, by name: some families give it the inputs by place."""
+    return {"hidden_states": args[0], **arguments} if args else arguments
+
+
+def encoder_config(config):
+    """The part of a model's config that has the encoder's width, layers and heads."""
+    return getattr(config, "encoder_config", config)

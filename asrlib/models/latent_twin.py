@@ -1,0 +1,95 @@
+"""What the latent twins of transformers' classes have in common: configs, and keys and values from a latent."""
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from asrlib.attention.latent import LatentKV, check_latent_widths, split_ranks
+from asrlib.attention.names import encoder_config
+
+OWN = {"model_type", "architectures", "latent_dim", "latent_layout", "latent_key_dim"}  # what tells twins apart
+
+
+@dataclass(kw_only=True)
+class LatentConfig:
+    """What the config of a latent twin has beside its parent's: `latent_dim`, one cached width per layer, and
+    `latent_layout`.
+
+    An empty `latent_dim` means the uncompressed floor: a joint latent as wide as the model in every layer
+    (split: as wide as keys and values together). `latent_key_dim` says how many of each layer's numbers are the
+    keys', in a split latent alone; empty: half of them, as `split_ranks` rounds it. Raises huggingface_hub's
+    StrictDataclassClassValidationError where a width is impossible, or a joint latent is asked of rotary positions
+    or given key widths.
+    """
+
+    latent_dim: list[int] | tuple[int, ...] = ()
+    latent_layout: str = "joint"
+    latent_key_dim: list[int] | tuple[int, ...] = ()
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        encoder = encoder_config(self)
+        if not self.latent_dim:
+            exact = encoder.hidden_size if self.latent_layout == "joint" else 2 * encoder.hidden_size
+            self.latent_dim = [exact] * encoder.num_hidden_layers
+        if self.latent_layout == "split" and not self.latent_key_dim:
+            self.latent_key_dim = [split_ranks(width)[0] for width in self.latent_dim]
+        self.latent_dim, self.latent_key_dim = list(self.latent_dim), list(self.latent_key_dim)
+
+    def validate_latent(self):
+        """Part of `@strict`'s validation."""
+        check_layout(self, self.latent_layout)
+        check_latent_widths(self)
+
+    def key_dim(self, layer: int) -> int | None:
+        """How many of a layer's numbers are the keys'; None in a joint latent, where all are."""
+        return self.latent_key_dim[layer] if self.latent_key_dim else None
+
+
+def check_layout(config: PreTrainedConfig, layout: str) -> None:
+    """Raises ValueError where keys and values read different inputs, which no joint latent can serve."""
+    if layout == "joint" and getattr(config, "position_embeddings_type", None) == "rotary":
+        raise ValueError(
+            "rotary positions turn the input of the keys but not that of the values, so one joint latent cannot "
+            "serve both: use layout: split"
+        )
+
+
+def settings(config: PreTrainedConfig) -> dict:
+    """What a config and that of its twin have in common."""
+    return {key: value for key, value in config.to_dict().items() if key not in OWN}
+
+
+def latent_kv(config: LatentConfig, layer: int) -> LatentKV:
+    """The latent of one layer, with random weights."""
+    width = encoder_config(config).hidden_size
+    return LatentKV(width, config.latent_dim[layer], config.latent_layout, config.key_dim(layer))
+
+
+def recast(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """The same module, of a class that adds methods alone."""
+    twin = kind.__new__(kind)
+    twin.__dict__ = module.__dict__
+    return twin
+
+
+class LatentProjections(nn.Module):
+    """Goes before an attention class of transformers, whose forward stays: where that asks for keys and values, it gets
+    what the latent makes of the same inputs. They are projected from the latent apart, so a pass multiplies by a joint
+    `down` twice; a stream would keep the latent."""
+
+    def use_latent(self, config: LatentConfig, layer: int) -> None:
+        """Puts a latent in the place of the parent's two projections."""
+        key, value = ("k_proj", "v_proj") if "k_proj" in self._modules else ("linear_k", "linear_v")
+        delattr(self, key)
+        delattr(self, value)
+        self.latent_kv = latent_kv(config, layer)
+
+    def k_proj(self, x_BTD):
+        return self.latent_kv.keys(x_BTD)
+
+    def v_proj(self, x_BTD):
+        return self.latent_kv.values(x_BTD)
+
+    linear_k, linear_v = k_proj, v_proj

@@ -1,0 +1,104 @@
+"""The latent twin of transformers' ParakeetForCTC: a FastConformer, eight times fewer frames than features.
+
+Its positions are relative, as in Transformer-XL, so that attention is worked by `attention.relative` under the names
+that this has for its parameters.
+"""
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, AutoModelForCTC, ParakeetCTCConfig, ParakeetForCTC
+from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
+
+from asrlib.attention.kinds import KeyValueMemory, LatentMemory, RelativeAttention
+from asrlib.models.latent_twin import LatentConfig, latent_kv, recast, settings
+
+HOP = 160  # samples at 16 kHz between frames of features, of ParakeetFeatureExtractor: a model's config does not say
+
+
+@strict
+class ParakeetMLAConfig(LatentConfig, ParakeetCTCConfig):
+    """ParakeetCTCConfig plus what `LatentConfig` says of the latent."""
+
+    model_type = "parakeet_ctc-mla"
+
+
+def to_latent(config: ParakeetCTCConfig, **latent) -> ParakeetMLAConfig:
+    """The config of the latent twin; `latent` are latent_dim, latent_layout and latent_key_dim."""
+    return ParakeetMLAConfig(**settings(config), **latent)
+
+
+def to_standard(config: ParakeetMLAConfig) -> ParakeetCTCConfig:
+    return ParakeetCTCConfig(**settings(config))
+
+
+def input_length(config: ParakeetCTCConfig, samples: int) -> int:
+    """Frames of features of so many samples."""
+    return samples // HOP
+
+
+def samples_per_frame(config: ParakeetCTCConfig) -> int:
+    return HOP * config.encoder_config.subsampling_factor
+
+
+def check_streaming(config: ParakeetCTCConfig) -> None:
+    """Raises ValueError: the features need the whole recording."""
+    raise ValueError(f"features of {config.model_type} are normalised over whole recordings, so it can not stream")
+
+
+class BlockedAttention(KeyValueMemory, ParakeetEncoderAttention):
+    """The parent's parameters and results, in blocks of queries."""
+
+    linear_q = property(lambda self: self.q_proj)
+    linear_k = property(lambda self: self.k_proj)
+    linear_v = property(lambda self: self.v_proj)
+    linear_out = property(lambda self: self.o_proj)
+    linear_pos = property(lambda self: self.relative_k_proj)
+    pos_bias_u = property(lambda self: self.bias_u)
+    pos_bias_v = property(lambda self: self.bias_v)
+    head_size = property(lambda self: self.head_dim)
+    num_heads = property(lambda self: self.config.num_attention_heads)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `RelativeAttention`; `position_embeddings` [B, 2T−1, D] are the same for every utterance."""
+        embeddings_1PD = None if position_embeddings is None else position_embeddings[:1]
+        return RelativeAttention.forward(self, hidden_states, attention_mask, embeddings_1PD, **kwargs)
+
+
+class LatentAttention(LatentMemory, BlockedAttention):
+    """Self-attention whose keys and values come from a latent."""
+
+    def __init__(self, encoder_config, config: ParakeetMLAConfig, layer: int):
+        super().__init__(encoder_config, layer)
+        del self.k_proj, self.v_proj
+        self.latent_kv = latent_kv(config, layer)
+
+
+def work_in_blocks(model: ParakeetForCTC) -> ParakeetForCTC:
+    """`model`, with the same parameters and results in blocks of queries."""
+    for layer in model.encoder.layers:
+        if type(layer.self_attn) is ParakeetEncoderAttention:
+            layer.self_attn = recast(layer.self_attn, BlockedAttention)
+    return model
+
+
+class ParakeetMLAForCTC(ParakeetForCTC):
+    """ParakeetForCTC with latent keys and values."""
+
+    config_class = ParakeetMLAConfig
+    config: ParakeetMLAConfig
+
+    def __init__(self, config: ParakeetMLAConfig):
+        super().__init__(config)
+        for index, layer in enumerate(self.encoder.layers):
+            layer.self_attn = LatentAttention(self.encoder.config, config, index)
+        self.post_init()
+
+
+AutoConfig.register("parakeet_ctc-mla", ParakeetMLAConfig)
+AutoModelForCTC.register(ParakeetMLAConfig, ParakeetMLAForCTC)

@@ -1,0 +1,99 @@
+"""The latent twins of transformers' Wav2Vec2ForCTC and HubertForCTC.
+
+Both are plain transformer encoders over the same convolutions. Positions come of a convolution whose result is added to
+the frames before the first layer: keys are made of what values are made of, so a joint latent serves both, and nothing
+stands in the way of absorbing it.
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import (
+    AutoConfig,
+    AutoModelForCTC,
+    HubertConfig,
+    HubertForCTC,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+)
+from transformers.models.hubert.modeling_hubert import HubertAttention
+from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2Attention
+
+from asrlib.models.latent_twin import LatentConfig, LatentProjections, settings
+
+
+@strict
+class Wav2Vec2MLAConfig(LatentConfig, Wav2Vec2Config):
+    """Wav2Vec2Config plus what `LatentConfig` says of the latent."""
+
+    model_type = "wav2vec2-mla"
+
+
+@strict
+class HubertMLAConfig(LatentConfig, HubertConfig):
+    """HubertConfig plus what `LatentConfig` says of the latent."""
+
+    model_type = "hubert-mla"
+
+
+def to_latent(config: Wav2Vec2Config | HubertConfig, **latent) -> Wav2Vec2MLAConfig | HubertMLAConfig:
+    """The config of the latent twin; `latent` are latent_dim, latent_layout and latent_key_dim."""
+    twin = HubertMLAConfig if isinstance(config, HubertConfig) else Wav2Vec2MLAConfig
+    return twin(**settings(config), **latent)
+
+
+def to_standard(config: Wav2Vec2MLAConfig | HubertMLAConfig) -> Wav2Vec2Config | HubertConfig:
+    return (HubertConfig if isinstance(config, HubertConfig) else Wav2Vec2Config)(**settings(config))
+
+
+def check_streaming(config: Wav2Vec2Config | HubertConfig) -> None:
+    """Raises ValueError: the positions hear what is yet to come, and before the first layer."""
+    reach = config.num_conv_pos_embeddings // 2
+    raise ValueError(
+        f"positions of {config.model_type} come of a convolution that hears {reach} frames ahead of each: only models "
+        "with relative positions can stream"
+    )
+
+
+class _LatentAttention(LatentProjections):
+    def __init__(self, config: Wav2Vec2MLAConfig | HubertMLAConfig, layer: int):
+        super().__init__(config.hidden_size, config.num_attention_heads, config.attention_dropout, config=config)
+        self.use_latent(config, layer)
+
+
+class LatentWav2Vec2Attention(_LatentAttention, Wav2Vec2Attention):
+    """Self-attention whose keys and values come from a latent."""
+
+
+class LatentHubertAttention(_LatentAttention, HubertAttention):
+    """Self-attention whose keys and values come from a latent."""
+
+
+class Wav2Vec2MLAForCTC(Wav2Vec2ForCTC):
+    """Wav2Vec2ForCTC with latent keys and values."""
+
+    config_class = Wav2Vec2MLAConfig
+    config: Wav2Vec2MLAConfig
+
+    def __init__(self, config: Wav2Vec2MLAConfig, target_lang: str | None = None):
+        super().__init__(config, target_lang)
+        for index, layer in enumerate(self.wav2vec2.encoder.layers):
+            layer.attention = LatentWav2Vec2Attention(config, index)
+        self.post_init()
+
+
+class HubertMLAForCTC(HubertForCTC):
+    """HubertForCTC with latent keys and values."""
+
+    config_class = HubertMLAConfig
+    config: HubertMLAConfig
+
+    def __init__(self, config: HubertMLAConfig, target_lang: str | None = None):
+        super().__init__(config, target_lang)
+        for index, layer in enumerate(self.hubert.encoder.layers):
+            layer.attention = LatentHubertAttention(config, index)
+        self.post_init()
+
+
+AutoConfig.register("wav2vec2-mla", Wav2Vec2MLAConfig)
+AutoModelForCTC.register(Wav2Vec2MLAConfig, Wav2Vec2MLAForCTC)
+AutoConfig.register("hubert-mla", HubertMLAConfig)
+AutoModelForCTC.register(HubertMLAConfig, HubertMLAForCTC)

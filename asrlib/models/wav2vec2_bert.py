@@ -1,0 +1,72 @@
+"""The latent twin of transformers' Wav2Vec2BertForCTC: a Conformer on log-mel features.
+
+Its usual positions, relative_key, add (q_i · e_{i−j}) / √d_h to the scores, an embedding e for each distance within a
+window (Shaw et al. 2018, arXiv 1803.02155). Only queries meet them: keys and values are made of the same inputs, and a
+joint latent serves both. With rotary positions it can not (`latent_twin.check_layout`).
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, AutoModelForCTC, Wav2Vec2BertConfig, Wav2Vec2BertForCTC
+from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertSelfAttention
+
+from asrlib.models.latent_twin import LatentConfig, LatentProjections, settings
+
+# What SeamlessM4TFeatureExtractor does, and a model's config does not say, in samples at 16 kHz.
+WINDOW = 400
+HOP = 160
+STRIDE = 2  # features are two neighbouring frames of mel energies
+
+
+@strict
+class Wav2Vec2BertMLAConfig(LatentConfig, Wav2Vec2BertConfig):
+    """Wav2Vec2BertConfig plus what `LatentConfig` says of the latent."""
+
+    model_type = "wav2vec2-bert-mla"
+
+
+def to_latent(config: Wav2Vec2BertConfig, **latent) -> Wav2Vec2BertMLAConfig:
+    """The config of the latent twin; `latent` are latent_dim, latent_layout and latent_key_dim."""
+    return Wav2Vec2BertMLAConfig(**settings(config), **latent)
+
+
+def to_standard(config: Wav2Vec2BertMLAConfig) -> Wav2Vec2BertConfig:
+    return Wav2Vec2BertConfig(**settings(config))
+
+
+def input_length(config: Wav2Vec2BertConfig, samples: int) -> int:
+    """Frames of features of so many samples."""
+    return max(0, 1 + (samples - WINDOW) // HOP) // STRIDE
+
+
+def samples_per_frame(config: Wav2Vec2BertConfig) -> int:
+    return HOP * STRIDE
+
+
+def check_streaming(config: Wav2Vec2BertConfig) -> None:
+    """Raises ValueError: the features need the whole recording."""
+    raise ValueError(f"features of {config.model_type} are normalised over whole recordings, so it can not stream")
+
+
+class LatentSelfAttention(LatentProjections, Wav2Vec2BertSelfAttention):
+    """Self-attention whose keys and values come from a latent."""
+
+    def __init__(self, config: Wav2Vec2BertMLAConfig, layer: int):
+        super().__init__(config)
+        self.use_latent(config, layer)
+
+
+class Wav2Vec2BertMLAForCTC(Wav2Vec2BertForCTC):
+    """Wav2Vec2BertForCTC with latent keys and values in its encoder; an adapter behind that keeps its own."""
+
+    config_class = Wav2Vec2BertMLAConfig
+    config: Wav2Vec2BertMLAConfig
+
+    def __init__(self, config: Wav2Vec2BertMLAConfig, target_lang: str | None = None):
+        super().__init__(config, target_lang)
+        for index, layer in enumerate(self.wav2vec2_bert.encoder.layers):
+            layer.self_attn = LatentSelfAttention(config, index)
+        self.post_init()
+
+
+AutoConfig.register("wav2vec2-bert-mla", Wav2Vec2BertMLAConfig)
+AutoModelForCTC.register(Wav2Vec2BertMLAConfig, Wav2Vec2BertMLAForCTC)

@@ -1,0 +1,103 @@
+"""The smallest model of every family that asrlib converts of transformers', with the processor it would have."""
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    HubertConfig,
+    HubertForCTC,
+    ParakeetCTCConfig,
+    ParakeetFeatureExtractor,
+    ParakeetForCTC,
+    ParakeetProcessor,
+    ParakeetTokenizer,
+    PreTrainedModel,
+    SeamlessM4TFeatureExtractor,
+    Wav2Vec2BertConfig,
+    Wav2Vec2BertForCTC,
+    Wav2Vec2BertProcessor,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+)
+
+from asrlib.models.scratch import new_processor
+
+WIDTH, LAYERS, HEADS = 16, 2, 4
+PIECES = ["▁", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ", "▁T", "HE", "▁THE", "AN", "▁A", "ING", "▁TO"]
+
+SIZES = dict(hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=24)
+CTC = dict(vocab_size=32, pad_token_id=0, ctc_zero_infinity=True, ctc_loss_reduction="mean")
+QUIET = dict(
+    layerdrop=0.0, hidden_dropout=0.0, activation_dropout=0.0, attention_dropout=0.0, feat_proj_dropout=0.0,
+    final_dropout=0.0, mask_time_prob=0.0,
+)  # fmt: skip
+CONVOLUTIONS = dict(
+    conv_dim=[8] * 4, conv_kernel=[25, 8, 8, 4], conv_stride=[10, 4, 4, 2], conv_bias=True, feat_extract_norm="layer",
+    num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+)  # fmt: skip
+LOG_MEL = dict(
+    feature_projection_input_dim=40, conv_depthwise_kernel_size=5, left_max_position_embeddings=3,
+    right_max_position_embeddings=2, max_source_positions=50, conformer_conv_dropout=0.0,
+)  # fmt: skip
+FAST = dict(
+    num_mel_bins=24, subsampling_conv_channels=4, conv_kernel_size=5, dropout=0.0, activation_dropout=0.0,
+    attention_dropout=0.0, layerdrop=0.0, initializer_range=0.3,
+)  # fmt: skip
+
+
+def wav2vec2(**changes) -> Wav2Vec2ForCTC:
+    return _filled(Wav2Vec2ForCTC, Wav2Vec2Config(**SIZES | CTC | QUIET | CONVOLUTIONS | changes))
+
+
+def hubert(**changes) -> HubertForCTC:
+    return _filled(HubertForCTC, HubertConfig(**SIZES | CTC | QUIET | CONVOLUTIONS | changes))
+
+
+def wav2vec2_bert(**changes) -> Wav2Vec2BertForCTC:
+    return _filled(Wav2Vec2BertForCTC, Wav2Vec2BertConfig(**SIZES | CTC | QUIET | LOG_MEL | changes))
+
+
+def parakeet(**changes) -> ParakeetForCTC:
+    vocabulary = len(PIECES) + 2
+    encoder = SIZES | FAST | changes
+    return _filled(
+        ParakeetForCTC, ParakeetCTCConfig(vocab_size=vocabulary, pad_token_id=vocabulary - 1, encoder_config=encoder)
+    )
+
+
+FAMILIES = {"wav2vec2": wav2vec2, "hubert": hubert, "wav2vec2-bert": wav2vec2_bert, "parakeet_ctc": parakeet}
+
+
+def _filled(kind: type[PreTrainedModel], config) -> PreTrainedModel:
+    """Random weights, the same at every call; no bias is zero, no gain is one, and attention is not flat."""
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    with torch.no_grad():
+        for name, values in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith(("bias", "bias_u", "bias_v", "running_mean")):
+                values.normal_(std=0.3)
+            elif name.endswith("running_var") or ("norm" in name and name.endswith("weight")):
+                values.uniform_(0.5, 1.5)
+            elif "attn" in name or "attention" in name or name.endswith(("lm_head.weight", "ctc_head.weight")):
+                values.normal_(std=0.5)
+    return model
+
+
+def processor_of(family: str):
+    if family == "parakeet_ctc":
+        return ParakeetProcessor(ParakeetFeatureExtractor(feature_size=24), pieces())
+    if family == "wav2vec2-bert":
+        return Wav2Vec2BertProcessor(SeamlessM4TFeatureExtractor(feature_size=20, num_mel_bins=20), characters())
+    return new_processor()
+
+
+def characters():
+    return new_processor().tokenizer
+
+
+def pieces() -> ParakeetTokenizer:
+    """Of words, as SentencePiece cuts them: the fewest that make a word."""
+    vocabulary = [("<unk>", 0.0), *((piece, -10.0 / len(piece)) for piece in PIECES)]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return ParakeetTokenizer(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>")
