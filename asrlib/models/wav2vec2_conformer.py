@@ -78,7 +78,7 @@ def to_standard(config: Wav2Vec2ConformerMLAConfig) -> Wav2Vec2ConformerConfig:
 
 
 def _settings(config: Wav2Vec2ConformerConfig) -> dict:
-    own = {"model_type", "architectures", "latent_dim", "latent_layout", "latent_key_dim"}
+    own = {"model_type", "architectures", "auto_map", "latent_dim", "latent_layout", "latent_key_dim"}
     return {key: value for key, value in config.to_dict().items() if key not in own}
 
 
