@@ -56,6 +56,8 @@ def with_metrics(run, change):
 def test_what_was_not_touched_is_right_and_passing_files_may_change(run):
     (run.path / "pipeline.log").write_text("called again")
     (run.checkpoints("03_finetune") / "state.json").write_text("{}")
+    (run.path / "exports").mkdir()
+    (run.path / "exports" / "README.md").write_text("taken out later")
     found = verify(run.path)
     assert found["trial"].problems == []
     assert found["trial"].checked == [

@@ -146,7 +146,7 @@ def to_grouped(config: SpeechEncoderConfig, kv_heads: int) -> SpeechEncoderConfi
 
 
 def _settings(config: SpeechEncoderConfig) -> dict:
-    own = {"model_type", "architectures", "attention", "latent_dim", "latent_layout", "latent_key_dim"}
+    own = {"model_type", "architectures", "auto_map", "attention", "latent_dim", "latent_layout", "latent_key_dim"}
     return {key: value for key, value in config.to_dict().items() if key not in own | {"query_latent_dim"}}
 
 

@@ -8,7 +8,14 @@ from transformers import PreTrainedConfig
 from asrlib.attention.latent import LatentKV, check_latent_widths, split_ranks
 from asrlib.attention.names import encoder_config
 
-OWN = {"model_type", "architectures", "latent_dim", "latent_layout", "latent_key_dim"}  # what tells twins apart
+OWN = {
+    "model_type",
+    "architectures",
+    "auto_map",
+    "latent_dim",
+    "latent_layout",
+    "latent_key_dim",
+}  # what tells twins apart
 
 
 @dataclass(kw_only=True)

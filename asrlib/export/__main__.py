@@ -1,0 +1,108 @@
+"""Takes a run's model out of asrlib.
+
+    python -m asrlib.export demo --to hub                 loads with transformers alone, its code beside it
+    python -m asrlib.export demo --to standard            multi-head attention: no code of ours at all
+    python -m asrlib.export reports/demo --to hub --model converted --out somewhere
+
+What is written is written beside and renamed: --out names a new or empty folder, or an earlier export.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from asrlib.command_line import add_debug, sentence, tell
+from asrlib.provenance import versions
+from asrlib.runs import STEP_OF_MODEL, Run, atomic_folder, project_root, write_json
+
+ABOUT = "export.json"  # what marks a folder as an export, and says of what
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m asrlib.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run's name, as in reports/, or its folder")
+    add("--to", required=True, choices=["hub", "standard"])
+    add("--model", choices=list(STEP_OF_MODEL), help="which of the run's (default: the last it has)")
+    add("--out", type=Path, metavar="DIR", help="default: exports/MODEL-TO in the run's folder")
+    add("--licence", metavar="ID", help="of the weights, as the hub names it (default: by the base model's card)")
+    add_debug(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 the folder is there · 1 it is not, and why was said · 130 interrupted."""
+    args = parse(argv)
+    try:
+        run = find_run(args.run)
+        system = args.model or last_model(run)
+        source = run.require_model(system)
+        out = writable(args.out.expanduser().absolute() if args.out else run.path / "exports" / f"{system}-{args.to}")
+        export_folder(args, run, system, source, out)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nInterrupted. Nothing was kept.\n")
+        return 130
+    except Exception as error:
+        tell(sentence(error), error, args.debug)
+        return 1
+    sys.stdout.write(f"{out}\n")
+    return 0
+
+
+def find_run(name: str) -> Run:
+    """The run of this folder, or of this name below reports/; FileNotFoundError says where it was looked for."""
+    named = project_root() / "reports" / name
+    for folder in (Path(name).expanduser().absolute(), named):
+        if (folder / "models").is_dir():
+            return Run(folder)
+    raise FileNotFoundError(f"no run with models at {named}: give a run's name or folder (run_all.py --list)")
+
+
+def last_model(run: Run) -> str:
+    for system in reversed(STEP_OF_MODEL):
+        if (run.path / "models" / system / "config.json").is_file():
+            return system
+    raise FileNotFoundError(f"{run.path} holds no model: run 00_baseline first")
+
+
+def writable(out: Path) -> Path:
+    """`out`, if something may be put in its place; FileExistsError where what is there is no export."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / ABOUT).is_file()):
+        raise FileExistsError(f"{out} is there already, and is no export: give --out a new or an empty folder")
+    return out
+
+
+def export_folder(args: argparse.Namespace, run: Run, system: str, source: Path, out: Path) -> None:
+    from asrlib.export import folders
+    from asrlib.export.card import Export, model_card
+    from asrlib.models.families import load
+
+    export = Export(run, system, args.to, command_of(args, run, system), args.licence)
+    model, processor = load(source)
+    if args.to == "standard":
+        model = folders.standard(model)
+    with atomic_folder(out) as folder:
+        write = folders.write_hub_folder if args.to == "hub" else folders.write_folder
+        write(model, processor, folder)
+        what, loading = folders.described(model, args.to)
+        (folder / "README.md").write_text(model_card(export, model.config, what, loading), encoding="utf-8")
+        about = {"run": run.path.name, "model": system, "to": args.to, "versions": versions()}
+        write_json(folder / ABOUT, about)
+
+
+def command_of(args: argparse.Namespace, run: Run, system: str) -> str:
+    """What makes this export of a run below reports/."""
+    reports = project_root() / "reports"
+    name = run.path.relative_to(reports).as_posix() if run.path.is_relative_to(reports) else run.path.name
+    licence = ["--licence", args.licence] if args.licence else []
+    return shlex.join(["python", "-m", "asrlib.export", name, "--to", args.to, "--model", system, *licence])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,209 @@
+"""The model card: README.md of an exported folder, with the hub's YAML head, from the figures of the run."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+
+from asrlib.attention.cache import kv_cache_bytes
+from asrlib.data.corpus import HUB_ID
+from asrlib.figures import SYSTEMS, percent, size
+from asrlib.html import TEMPLATES
+from asrlib.models.families import PRETRAINED, family_of, frames_per_second
+from asrlib.provenance import provenance_of
+from asrlib.report import comparison_table, readable_comparison
+from asrlib.runs import Run, read_json, resolve
+
+FRAMES = 1000  # that the cache is counted over, then scaled to a second
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is exported: of which run, which of its models, as what, by which command."""
+
+    run: Run
+    system: str  # baseline, converted or finetuned
+    to: str
+    command: str
+    licence: str | None = None  # None: what the base model says of itself
+
+    @property
+    def title(self) -> str:
+        return f"{self.run.path.name}, {SYSTEMS[self.system].partition(' (')[0]}"
+
+
+def model_card(export: Export, config, what: str, loading: str, unknown: list[str] = ()) -> str:
+    """README.md as text. `config` is the exported model's; `what` says what the folder holds, `loading` how it is
+    loaded, and `unknown` what this kind of export leaves open."""
+    run, system, family = export.run, export.system, family_of(config)
+    metrics = {name: run.metrics_so_far(name) for name in ("baseline", "convert", "finetune", "evaluate", "benchmark")}
+    scores = metrics["evaluate"].get("systems", {}).get(system, {})
+    if system == "baseline":
+        scores = scores or metrics["baseline"].get("splits", {})
+    provenance = provenance_of(run, metrics)
+    licence, of_licence = _licence(export, metrics["baseline"].get("model"))
+    data = ModelCardData(
+        model_name=export.title,
+        license=licence,
+        base_model=_hub_id(metrics["baseline"].get("model")),
+        library_name="transformers",
+        pipeline_tag="automatic-speech-recognition",
+        tags=["ctc", "multi-head-latent-attention"] if family.is_latent(config) else ["ctc"],
+        eval_results=list(_eval_results(scores, metrics["baseline"].get("corpus"))),
+    )
+    seconds = FRAMES / frames_per_second(config)
+    kept, standard = (kv_cache_bytes(one, FRAMES) / seconds for one in (config, family.to_standard(config)))
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")
+    return environment.from_string((TEMPLATES / "export" / "model_card.md.j2").read_text(encoding="utf-8")).render(
+        card_data=data.to_yaml(),
+        title=export.title,
+        what=what,
+        measured=_measured(export) if scores else [],
+        tests=list(_tests(metrics["evaluate"].get("paired", {}), system)),
+        timed_on=provenance.get("timed on") if export.to == "hub" else None,
+        cache=size(kept),
+        cache_of_standard=size(standard) if kept < standard else None,
+        loading=loading.strip(),
+        made=_made(metrics, system, provenance),
+        commit=f" at commit {provenance['commit']}" if "commit" in provenance else "",
+        run=run.path.name,
+        command=export.command,
+        params=yaml.safe_dump(_params(run), sort_keys=False, allow_unicode=True),
+        unknown=[*_unknown(metrics, scores, provenance, licence), *unknown],
+        licence=of_licence,
+    )
+
+
+def _measured(export: Export) -> list[list[str]]:
+    """Rows, the head first: the run's comparison of the baseline and the exported model. Their caches stand elsewhere,
+    and of what is not the run's model as it was measured, word and character errors alone."""
+    table = comparison_table(export.run)
+    systems = [name for name in dict.fromkeys(("baseline", export.system)) if name in table.index]
+    shown = readable_comparison(table.loc[systems]).drop(index="K/V cache per second of audio", errors="ignore")
+    if export.to != "hub":
+        shown = shown[shown.index.str.contains("WER|CER")]
+    shown = shown.reset_index()
+    return [[str(name) for name in shown.columns], *shown.values.tolist()]
+
+
+def _eval_results(scores: dict[str, dict], corpus: str | None) -> Iterator[EvalResult]:
+    hub = _hub_id(corpus)
+    for split, score in scores.items():
+        yield EvalResult(
+            task_type="automatic-speech-recognition",
+            task_name="Automatic speech recognition",
+            dataset_type=hub or _name_of(corpus),
+            dataset_name=_name_of(corpus),
+            dataset_split=split,
+            metric_type="wer",
+            metric_name=f"WER in per cent{_interval(score.get('wer_interval'))}",
+            metric_value=round(100 * score["wer"], 2),
+        )
+
+
+def _interval(interval: list[float] | None) -> str:
+    return f" (95 % interval {100 * interval[0]:.2f} to {100 * interval[1]:.2f})" if interval else ""
+
+
+def _tests(paired: dict[str, dict], system: str) -> Iterator[str]:
+    for split, tests in paired.items():
+        test = tests.get(f"baseline vs {system}")
+        if test:
+            low, high = (100 * end for end in test["interval"])
+            chance = f", p = {test['p']:.2g}" if test.get("p") is not None else ""
+            yield (
+                f"Change of the WER on {split}: {100 * test['difference']:+.2f} points ({low:+.2f} to {high:+.2f}"
+                f"{chance}, paired bootstrap)."
+            )
+
+
+def _made(metrics: dict[str, dict], system: str, provenance: dict[str, str]) -> dict[str, str]:
+    before, convert, finetune = metrics["baseline"], metrics["convert"], metrics["finetune"]
+    made = {"base model": _name_of(before.get("model")), "speech": _name_of(before.get("corpus"))}
+    if system != "baseline":
+        widths = ", ".join(map(str, convert["latent_dim"])) if "latent_dim" in convert else "none"
+        made["conversion"] = (
+            f"multi-head attention to {convert.get('attention', 'MLA')} by the method {convert.get('method', 'svd')}, "
+            f"{percent(convert['cache_cut'], 2)} of the cache cut"
+        )
+        made["latent numbers a frame, layer by layer"] = (
+            f"{widths} ({convert.get('layout', 'joint')}, ranks {convert.get('ranks', 'uniform')})"
+        )
+    if system == "finetuned" and "settings" in finetune:
+        settings = finetune["settings"]
+        made["fine-tuning"] = (
+            f"{settings['epochs']:g} epochs over {finetune.get('utterances', '?')} utterances, trained: "
+            f"{settings['trainable']}"
+        )
+    named = ("versions", "machine", "finished")
+    return made | {name: provenance[name] for name in named if name in provenance}
+
+
+def _unknown(metrics: dict, scores: dict, provenance: dict[str, str], licence: str) -> Iterator[str]:
+    corpus = _name_of(metrics["baseline"].get("corpus"))
+    if scores:
+        yield f"Word errors were measured on {' and '.join(scores)} of {corpus}, and not on other speech."
+    seed = provenance.get("seed")
+    yield f"One run{f' with seed {seed}' if seed else ''}: how far another seed would differ was not measured."
+    if metrics["benchmark"]:
+        yield "Speed and memory of the run's model were measured on one machine alone."
+    if not metrics["evaluate"].get("paired"):
+        yield "No test says whether the difference from the baseline is more than chance."
+    if licence == "unknown":
+        yield "Under which licence the base model may be passed on."
+
+
+def _params(run: Run) -> dict:
+    path = run.path / "params.json"
+    params = read_json(path) if path.is_file() else {}
+    return {
+        name: f"path/to/{_name_of(value)}" if isinstance(value, str) and Path(value).is_absolute() else value
+        for name, value in params.items()
+        if name != "run_dir"
+    }
+
+
+def _hub_id(source: str | None) -> str | None:
+    """`source` where it is an id on the hub, and no folder."""
+    return source if source and re.fullmatch(HUB_ID, source) and not resolve(source).exists() else None
+
+
+def _name_of(source: str | None) -> str:
+    """What to call a model or a corpus: a folder by its name, for where it lay concerns nobody."""
+    if not source:
+        return "unknown"
+    return source if _hub_id(source) or "://" in source else Path(source).name
+
+
+def _licence(export: Export, base: str | None) -> tuple[str, str]:
+    """(identifier for the hub, sentences)"""
+    code = "Code in this folder, if any, is asrlib's, under the MIT licence."
+    if export.licence:
+        return export.licence, f"Weights: {export.licence}, as was said at the export. {code}"
+    if base and (PRETRAINED / base / "config.json").is_file():
+        return "mit", "Weights and code: MIT, as the base model, which asrlib brings along."
+    said = _said_by_the_base(base)
+    if said:
+        return said, f"Weights: {said}, as the base model's own card says. {code}"
+    return "unknown", f"Weights: whatever the base model's licence asks; the run does not know it. {code}"
+
+
+def _said_by_the_base(base: str | None) -> str | None:
+    """The licence that the card of the base model names, where that card is on this machine."""
+    if not base:
+        return None
+    card = resolve(base) / "README.md"
+    if not card.is_file():
+        cached = try_to_load_from_cache(base, "README.md") if _hub_id(base) else None
+        if not isinstance(cached, str):
+            return None
+        card = Path(cached)
+    try:
+        return ModelCard.load(card).data.to_dict().get("license")
+    except ValueError:  # its YAML head is none
+        return None
