@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,8 +30,8 @@ from asrlib.data.batches import CTCCollator, CTCDataset
 from asrlib.data.corpus import Corpus, check_corpus
 from asrlib.data.normalising import HeardSoFar
 from asrlib.data.text import folded, whisper_normalised
-from asrlib.models.families import check_loaded, frame_counts, layer_frame_counts
-from asrlib.models.inference import choose_device, inference, padding_silenced
+from asrlib.models.families import check_loaded, frame_counts
+from asrlib.models.inference import choose_device, inference, spoken_logits, without_padding
 from asrlib.out_of_memory import out_of_memory_explained
 from asrlib.runs import atomic_write, resolve
 from asrlib.significance import compare_errors, rate_interval, sums_by_speaker
@@ -106,14 +105,10 @@ def _logits(
 ) -> list[torch.Tensor]:
     """Logits [T, V] of the unpadded frames of each utterance: B tensors of different lengths."""
     mask_BS = batch["attention_mask"].to(device)
-    frames_B, layer_frames_B = frame_counts(model, mask_BS.sum(-1)), layer_frame_counts(model, mask_BS.sum(-1))
-    with padding_silenced(model, layer_frames_B) if chunks is None else nullcontext():
-        inputs_BS = batch[model.main_input_name].to(device, model.dtype)  # [B, S, F] of features
-        if chunks is None:
-            logits_BTV = model(inputs_BS, attention_mask=mask_BS).logits
-        else:
-            logits_BTV = chunked_pass(model, inputs_BS, chunks, mask_BS, cache)
-    return [logits_TV[:n] for logits_TV, n in zip(logits_BTV, frames_B.tolist(), strict=True)]
+    inputs_BS = batch[model.main_input_name].to(device, model.dtype)  # [B, S, F] of features
+    if chunks is None:
+        return spoken_logits(model, {model.main_input_name: inputs_BS, "attention_mask": mask_BS})
+    return without_padding(chunked_pass(model, inputs_BS, chunks, mask_BS, cache), frame_counts(model, mask_BS.sum(-1)))
 
 
 def write_predictions(path: str | Path, predictions: list[dict]) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import family_models
 import numpy as np
@@ -12,6 +13,7 @@ from family_models import FAMILIES, HEADS, LAYERS, WIDTH, processor_of
 from transformers import AutoModelForCTC
 
 import asrlib
+from asrlib.attention.names import projections
 from asrlib.conversion.convert import convert
 from asrlib.conversion.quality import analyze_compression_quality, summarise_quality
 from asrlib.data.batches import CTCCollator, CTCDataset
@@ -305,9 +307,20 @@ def test_one_vocabulary_of_pieces_is_asked_once(monkeypatch):
     assert len(asked) == 1
 
 
-def test_heads_are_those_of_the_config():
-    from asrlib.attention.names import projections
+def test_pieces_are_found_in_many_threads_at_once():
+    processor = processor_of("parakeet_ctc")
+    wanted = {text: label_ids(text, processor) for text in ("THE HAT", "A SONG", "TO SING")}
 
+    def found(number: int) -> bool:
+        text = list(wanted)[number % 3]
+        return label_ids(text, processor) == wanted[text]
+
+    CTCCollator(processor)([{"audio": np.zeros(16_000, np.float32), "text": "A"}])  # sets the tokenizer to padding
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(found, range(400)))
+
+
+def test_heads_are_those_of_the_config():
     for make in FAMILIES.values():
         for model in (make(), convert(make(), 6)):
             assert {projections(attention).heads for attention in attention_modules(model)} == {HEADS}

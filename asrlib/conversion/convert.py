@@ -15,15 +15,8 @@ from asrlib.conversion.factorize import METHODS, NEEDS_STATISTICS, Decomposition
 from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity, smallest_rank
 from asrlib.conversion.sequential import convert_in_sequence
 from asrlib.conversion.statistics import LayerStatistics, Statistics
-from asrlib.models.families import (
-    attention_modules,
-    check_loaded,
-    family_of,
-    frame_counts,
-    is_latent,
-    layer_frame_counts,
-)
-from asrlib.models.inference import inference, on_cpu, padding_silenced
+from asrlib.models.families import attention_modules, check_loaded, family_of, is_latent
+from asrlib.models.inference import inference, on_cpu, spoken_logits
 
 Candidates = tuple[Decomposition | AttendedDecomposition, ...]  # of one layer
 BALANCES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the values' error against the keys', from which a layer chooses
@@ -211,17 +204,12 @@ def measure_sensitivity(
     width = encoder_config(model.config).hidden_size
     exact = exact_latent_dim(model.config, layout)
     probe = convert(model, exact, layout=layout, statistics=statistics, decomposition=decomposition)
-    lengths_B = statistics.inputs["attention_mask"].sum(-1)
-    frames_B, layer_frames_B = frame_counts(model, lengths_B), layer_frame_counts(model, lengths_B)
     name = model.main_input_name
     inputs = statistics.inputs | {name: statistics.inputs[name].to(model.dtype)}
 
     def log_posteriors(any_model) -> torch.Tensor:
-        with inference(any_model, device=torch.device("cpu")), padding_silenced(any_model, layer_frames_B):
-            logits_BTV = any_model(**inputs).logits.float()
-        return torch.cat([rows[:count] for rows, count in zip(logits_BTV, frames_B.tolist(), strict=True)]).log_softmax(
-            -1
-        )
+        with inference(any_model, device=torch.device("cpu")):
+            return torch.cat(spoken_logits(any_model, inputs)).float().log_softmax(-1)
 
     wanted = log_posteriors(model)
     probed = sorted({max(1, round(share * width)) for share in PROBED_SHARES})

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from asrlib.models.families import attention_modules
+from asrlib.models.families import attention_modules, frame_counts, layer_frame_counts
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -98,6 +98,21 @@ def padding_silenced(model: nn.Module, frames_B: torch.Tensor) -> Iterator[None]
     finally:
         for handle in handles:
             handle.remove()
+
+
+def spoken_logits(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Logits [T, V] of each utterance, without the frames behind its end and none the wiser of its neighbours.
+
+    `inputs` is what `model` reads of a batch, its attention_mask included, on the device of `model`.
+    """
+    lengths_B = inputs["attention_mask"].sum(-1)
+    with padding_silenced(model, layer_frame_counts(model, lengths_B)):
+        logits_BTV = model(**inputs).logits
+    return without_padding(logits_BTV, frame_counts(model, lengths_B))
+
+
+def without_padding(logits_BTV: torch.Tensor, frames_B: torch.Tensor) -> list[torch.Tensor]:
+    return [logits_TV[:frames] for logits_TV, frames in zip(logits_BTV, frames_B.tolist(), strict=True)]
 
 
 @contextmanager
