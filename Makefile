@@ -52,11 +52,12 @@ parameters: .venv/.installed
 example: ## keep a run: make example RUN=demo copies its pages, tables and figures to reports/examples
 example:
 	@test -f "reports/$(RUN)/index.html" || { echo "no run at reports/$(RUN): make example RUN=demo" >&2; exit 1; }
-	rm -rf reports/examples/$(RUN) && mkdir -p reports/examples/$(RUN)
+	mkdir -p reports/examples/$(RUN)
+	find reports/examples/$(RUN) -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
 	cd reports/$(RUN) && for page in index.html */index.html; do \
 		test -f $$page || continue; folder=`dirname $$page`; mkdir -p ../examples/$(RUN)/$$folder; \
-		for part in $$folder/*.html $$folder/*.txt $$folder/params.json \
-			$$folder/tables $$folder/figures $$folder/metrics $$folder/predictions; do \
+		for part in $$folder/*.html $$folder/*.txt $$folder/params.json $$folder/checksums.sha256 \
+			$$folder/rejected $$folder/tables $$folder/figures $$folder/metrics $$folder/predictions; do \
 			test ! -e $$part || cp -R $$part ../examples/$(RUN)/$$folder; done; done
 	@du -sh reports/examples/$(RUN)
 

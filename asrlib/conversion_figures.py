@@ -182,7 +182,7 @@ def cost_of_cut(frame: pd.DataFrame) -> "Figure":
                 ax.spines[["top", "right"]].set_visible(False)
         for ax in axes[-1]:
             ax.set_xticks(range(len(cuts)), [f"{100 * cut:.4g}" for cut in cuts])
-            ax.set_xlabel("cut of the cache (%): each step halves what is left")
+            ax.set_xlabel("cut of the cache (%), not to scale")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         fig.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     deepest = made[made["cut"] == cuts[-1]]

@@ -19,7 +19,8 @@ from asrlib.runs import atomic_write, project_root
 INTRODUCTION = """# Parameters
 
 What a params file, or `--set`, may say, with the defaults of the notebooks' own `parameters` cells, on which
-`make demo` runs. A name means the same in every notebook that takes it; the last column has their numbers. Values that
+`make demo` runs. A name means the same in every notebook that takes it; the last column has their numbers. A params
+file may also say `steps`, a list of the notebooks to run, and `sweep`, what its members differ in. Values that
 do not fit together, the model, the speech or the machine are refused before a run starts.
 
 Made from the notebooks and `asrlib/parameter_limits.py` by `make parameters`: change those.

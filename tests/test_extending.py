@@ -32,7 +32,6 @@ def blocks(language: str) -> list[str]:
 def made(tmp_path_factory):
     """The folder that all code of EXTENDING.md was executed in, and the names it leaves behind."""
     folder, names = tmp_path_factory.mktemp("extending"), {}
-    (folder / "my-speech").mkdir()
     tables = [(table, set(table)) for table in (KINDS, FAMILIES, METRICS)]
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)

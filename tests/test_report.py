@@ -404,7 +404,7 @@ def drawn(run):
         (
             conversion_figures.cost_of_cut(costs()),
             "At 87.50 %, clean: svd 30.00 %, attended 12.00 %",
-            {"WER (%)", "KL divergence (nats per frame)", "cut of the cache (%): each step halves what is left"},
+            {"WER (%)", "KL divergence (nats per frame)", "cut of the cache (%), not to scale"},
         ),
         (
             conversion_figures.allocation_figure(costs(), ["attended"]),
