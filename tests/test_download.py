@@ -259,7 +259,11 @@ tarfile.TarFile.makefile = write_or_die
 def start(mirror: Mirror, root: Path, before: str = "") -> subprocess.Popen:
     md5 = hashlib.md5(ARCHIVES["dev-clean"]).hexdigest()
     command = [sys.executable, "-c", PROCESS.format(before=before), md5, *words(mirror, root)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def heed_ctrl_c():  # which what a shell starts in the background ignores
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c)
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
