@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import family_models
 import numpy as np
@@ -305,19 +304,6 @@ def test_one_vocabulary_of_pieces_is_asked_once(monkeypatch):
     for text in ("A", "B", "THE"):
         normalise_text(text, tokenizer)
     assert len(asked) == 1
-
-
-def test_pieces_are_found_in_many_threads_at_once():
-    processor = processor_of("parakeet_ctc")
-    wanted = {text: label_ids(text, processor) for text in ("THE HAT", "A SONG", "TO SING")}
-
-    def found(number: int) -> bool:
-        text = list(wanted)[number % 3]
-        return label_ids(text, processor) == wanted[text]
-
-    CTCCollator(processor)([{"audio": np.zeros(16_000, np.float32), "text": "A"}])  # sets the tokenizer to padding
-    with ThreadPoolExecutor(8) as threads:
-        assert all(threads.map(found, range(400)))
 
 
 def test_heads_are_those_of_the_config():

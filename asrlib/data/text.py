@@ -9,10 +9,7 @@ import unicodedata
 from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
-from threading import Lock
 
-# Tokenizers of pieces keep settings from call to call, and fail where one thread changes them while another encodes.
-_ONE_AT_A_TIME = Lock()
 COMPOSITIONS = ("NFC", "NFD")  # é as one character, or as e and an accent: the same text in Unicode's view
 
 
@@ -56,8 +53,7 @@ def unknown_characters(text: str, processor) -> list[str]:
 
 def label_ids(text: str, processor) -> list[int]:
     """Token ids of normalised text, without begin or end marks; what looks like a special token, as <s>, is spelt."""
-    with _ONE_AT_A_TIME:
-        return _tokenizer(processor)(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    return _tokenizer(processor)(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
 def ctc_length(ids: list[int]) -> int:
