@@ -56,7 +56,7 @@ def spoil_models(whole: Path, models: Path) -> None:
     (models / "garbled" / "config.json").write_text("{")
     (models / "empty").mkdir()
     shutil.copytree(whole, models / "foreign")
-    config = (whole / "config.json").read_text().replace('"wav2vec2-conformer"', '"wav2vec2"')
+    config = (whole / "config.json").read_text().replace('"wav2vec2-conformer"', '"wavlm"')
     (models / "foreign" / "config.json").write_text(config)
     shutil.copytree(whole, models / "latent")
     tiny.latent_conformer("joint").save_pretrained(models / "latent")
@@ -175,9 +175,9 @@ SET = {  # of the params file `finished`: assignments → what is said
     "model=models/configless": "models/configless holds no config.json",
     "model=models/garbled": "models/garbled: its config.json is not a valid JSON object with a model_type",
     "model=models/weightless": "models/weightless: it holds no file named model.safetensors",
-    "model=models/speechless": "models/speechless holds no vocab.json, the model's characters",
+    "model=models/speechless": "models/speechless holds no vocab.json or tokenizer.json, what the model spells with",
     "model=models/cut": "models/cut: its weights are cut short or damaged: get the file again",
-    "model=models/foreign": "no family for model type 'wav2vec2': asrlib knows wav2vec2-conformer",
+    "model=models/foreign": "no family for model type 'wavlm': asrlib knows ",
     "corpus=speach": "there is no corpus at ",
     "corpus=nothing": "nothing holds no corpus: give SPLIT/SPEAKER/CHAPTER/*.trans.txt beside audio",
     "corpus=mute": "mute holds no corpus, and nothing says what is said in test/7/1/7-1-0.wav: give",
