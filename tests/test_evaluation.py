@@ -170,7 +170,9 @@ def test_a_model_can_be_trained_after_it_was_evaluated(processor, corpus, positi
 
 def test_batches_are_bounded_by_their_padded_audio(model, processor, corpus):
     shapes = []
-    hook = model.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
+    hook = model.register_forward_pre_hook(
+        lambda module, _, inputs: shapes.append(tuple(inputs[module.main_input_name].shape)), with_kwargs=True
+    )
     transcribe(model, processor, corpus, batch_seconds=2.7)
     hook.remove()
     assert sorted(shapes) == [(1, 32_000), (2, 12_800), (2, 20_800)]

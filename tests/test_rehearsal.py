@@ -138,7 +138,11 @@ def in_shards(folder: Path) -> None:
         ("bin", lambda folder: cut(folder / "pytorch_model.bin", 0), "its weights are cut short or damaged"),
         ("safetensors", lambda folder: cut(folder / "model.safetensors", 0.99), "its weights are cut short or damaged"),
         ("bin", in_shards, "No such file .*pytorch_model-00002-of-00002.bin"),
-        ("bin", lambda folder: (folder / "vocab.json").unlink(), "holds no vocab.json, the model's characters: get"),
+        (
+            "bin",
+            lambda folder: (folder / "vocab.json").unlink(),
+            "holds no vocab.json or tokenizer.json, what the model spells with: get",
+        ),
         ("bin", lambda folder: (folder / "preprocessor_config.json").unlink(), "containing a preprocessor_config.json"),
     ],
 )
