@@ -50,7 +50,7 @@ def model_card(export: Export, config, what: str, loading: str, unknown: list[st
         model_name=export.title,
         license=licence,
         base_model=_hub_id(metrics["baseline"].get("model")),
-        library_name="transformers",
+        library_name="onnx" if export.to.startswith("onnx") else "transformers",
         pipeline_tag="automatic-speech-recognition",
         tags=["ctc", "multi-head-latent-attention"] if family.is_latent(config) else ["ctc"],
         eval_results=list(_eval_results(scores, metrics["baseline"].get("corpus"))),
