@@ -1,7 +1,6 @@
 """Graphs of every kind of model compute what it does, whatever the batch, the length and the past."""
 
 import json
-import shutil
 
 import numpy as np
 import onnx
@@ -159,12 +158,10 @@ def test_torch_export_takes_any_batch_and_length():
                 torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
-@pytest.mark.skipif(
-    shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler is installed"
-)
 def test_torch_compile_computes_the_same():
     model, batch = tiny.latent_conformer("joint"), tiny.padded_batch()
     given = {name: value for name, value in batch.items() if name != "labels"}
     with torch.no_grad():
         wanted = model(**given).logits
-        torch.testing.assert_close(torch.compile(model)(**given).logits, wanted, **CLOSE)
+        compiled = torch.compile(model, backend="aot_eager")  # all but the C++, which takes a minute
+        torch.testing.assert_close(compiled(**given).logits, wanted, **CLOSE)

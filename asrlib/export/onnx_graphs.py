@@ -4,6 +4,7 @@ Shapes: B batch, S samples or frames of features.
 """
 
 import logging
+import warnings
 from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,8 +102,8 @@ def _write(
 ) -> None:
     """`free` are the axes of each tensor that may have any length, equal ones by one name."""
     shapes = (*free[:2], tuple(free[2:])) if len(free) > 2 else tuple(free)  # what is kept is one argument, *state
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of torchvision, which nothing here needs
-    with torch.no_grad():
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # else it misses torchvision, which nothing here needs
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # of names that equal axes share
         program = torch.onnx.export(
             graph, tensors, dynamo=True, input_names=names, output_names=outputs, dynamic_shapes=shapes,
             opset_version=OPSET, verbose=False,
