@@ -66,7 +66,7 @@ def chunks_of(
 # ---- layers ------------------------------------------------------------------------------------------------
 
 
-def _prepared(model: nn.Module) -> nn.Module:
+def prepared(model: nn.Module) -> nn.Module:
     if model.training:
         raise ValueError("the model is in training mode: call model.eval() before it streams")
     family = family_of(model.config)
@@ -74,7 +74,7 @@ def _prepared(model: nn.Module) -> nn.Module:
     return family.work_in_blocks(model)
 
 
-def _through_layers(model: nn.Module, x_BnD: torch.Tensor, kept_Bn: torch.Tensor, memories: list[LayerMemory]):
+def through_layers(model: nn.Module, x_BnD: torch.Tensor, kept_Bn: torch.Tensor, memories: list[LayerMemory]):
     """What the last layer gives [B, n, D], with the past out of `memories`, which take in what is new."""
     layers = family_of(model.config).layers(model)
     for layer, attention, memory in zip(layers, attention_modules(model), memories, strict=True):
@@ -126,7 +126,7 @@ class Streams:
     """
 
     def __init__(self, model: nn.Module, chunks: Chunks, cache: str = "float32"):
-        self.model, self.chunks, self.cache = _prepared(model), chunks, cache
+        self.model, self.chunks, self.cache = prepared(model), chunks, cache
         self.memories = [StreamMemory(chunks, cache_format(cache)) for _ in attention_modules(model)]
         self.frames = 0
 
@@ -142,7 +142,7 @@ class Streams:
             memory.central, memory.kept_Bn = central, kept_Bn
         if kept_Bn is None:
             kept_Bn = x_BnD.new_ones(x_BnD.shape[:2], dtype=torch.bool)
-        x_BnD = _through_layers(self.model, x_BnD, kept_Bn, self.memories)
+        x_BnD = through_layers(self.model, x_BnD, kept_Bn, self.memories)
         self.frames += central
         return family_of(self.model.config).logits(self.model, x_BnD[:, :central])
 
@@ -188,7 +188,7 @@ def chunked_pass(
     `inputs` and `attention_mask` are those of the model. All chunks are worked side by side, so that memory grows with
     T·(1 + left / size). Raises ValueError as `Streams` does.
     """
-    family = family_of(_prepared(model).config)
+    family = family_of(prepared(model).config)
     x_BTD = family.frames(model, inputs)
     frames = x_BTD.shape[1]
     lengths_B = torch.full((len(inputs),), inputs.shape[1]) if attention_mask is None else attention_mask.sum(-1)
@@ -202,7 +202,7 @@ def chunked_pass(
     memories = [SideBySide(chunks, cache_format(cache), count) for _ in attention_modules(model)]
     for memory in memories:
         memory.kept_Bn = kept_Rn
-    central_RnD = _through_layers(model, x_RnD, kept_Rn, memories)[:, : chunks.size]
+    central_RnD = through_layers(model, x_RnD, kept_Rn, memories)[:, : chunks.size]
     return family.logits(model, central_RnD.unflatten(0, (-1, count)).flatten(1, 2)[:, :frames])
 
 

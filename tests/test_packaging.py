@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RUNTIME = [Requirement(line) for line in PROJECT["dependencies"]]
 CLUSTER = [Requirement(line) for line in PROJECT["optional-dependencies"]["cluster"]]
+GRAPHS = [Requirement(line) for line in PROJECT["optional-dependencies"]["onnx"]]
 DEVELOPMENT = [Requirement(line) for line in PROJECT["optional-dependencies"]["dev"]]
 CUDA = re.compile(r"nvidia-|cuda-|triton$")  # each torch build names its own: see constraints.txt
 
@@ -75,8 +76,8 @@ def test_all_that_is_installed_for_the_project_is_the_pinned_release():
     assert not differing, "run make test, or pip install -c constraints.txt -e '.[dev]'"
 
 
-def test_what_a_sweep_on_a_cluster_needs_is_there_for_the_tests():
-    assert set(CLUSTER) <= set(DEVELOPMENT)
+def test_what_a_sweep_on_a_cluster_and_a_graph_need_is_there_for_the_tests():
+    assert set(CLUSTER + GRAPHS) <= set(DEVELOPMENT)
 
 
 def test_conda_installs_from_the_same_two_files():
@@ -119,7 +120,7 @@ def imported_names(path: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("patterns", "requirements"),
     [
-        (["asrlib/**/*.py", "run_all.py", "notebooks/*.ipynb"], RUNTIME + CLUSTER),
+        (["asrlib/**/*.py", "run_all.py", "notebooks/*.ipynb"], RUNTIME + CLUSTER + GRAPHS),
         (["tests/**/*.py"], RUNTIME + DEVELOPMENT),
     ],
     ids=["project", "tests"],

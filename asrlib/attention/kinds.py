@@ -91,6 +91,8 @@ class RelativeAttention(ABC):
 
         Nothing is kept over training: fused optimisers change weights without a trace that could be seen here.
         """
+        if torch.compiler.is_compiling():  # what is kept from call to call is no part of a graph
+            return self.heads(self.linear_pos(embeddings_1PD))[0]
         if self.training or torch.is_grad_enabled():
             self.__dict__.pop("_projected", None)
             self.__dict__.pop("_distances", None)

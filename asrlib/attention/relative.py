@@ -41,11 +41,14 @@ def position_scores(query_BHnE: torch.Tensor, positions_HPE: torch.Tensor, start
     """
     rows = query_BHnE.shape[2]
     near_HPE = positions_HPE[:, frames - start - rows : 2 * frames - 1 - start]
+    length = frames + rows - 2
+    if torch.compiler.is_exporting():  # a graph serves one row too: with a distance more, rows one shorter lack no key
+        near_HPE, length = nn.functional.pad(near_HPE, (0, 0, 0, 1)), length + 1
     scores_BHnP = query_BHnE @ near_HPE.transpose(1, 2)
-    if rows == 1:  # aligned as it is, and rows one shorter would lack a key
+    if length < frames:  # one row: aligned as it is
         return scores_BHnP
-    shifted = scores_BHnP.flatten(2)[..., rows - 1 : rows - 1 + rows * (frames + rows - 2)]
-    return shifted.unflatten(2, (rows, frames + rows - 2))[..., :frames]
+    shifted = scores_BHnP.flatten(2)[..., rows - 1 : rows - 1 + rows * length]
+    return shifted.unflatten(2, (rows, length))[..., :frames]
 
 
 def relative_attention(
@@ -74,9 +77,10 @@ def relative_attention(
     """
     frames, groups, scale = key_BGTE.shape[2], key_BGTE.shape[1], query_BHnE.shape[3] ** -0.5
     queries = query_BHnE.shape[2]
-    rows = queries_per_block(frames)
+    # A graph is of any length, and has no loop: there all queries are one block.
+    rows = queries if torch.compiler.is_exporting() else queries_per_block(frames)
     outputs, weights = [], []
-    for first in range(0, queries, rows):
+    for first in [0] if torch.compiler.is_exporting() else range(0, queries, rows):
         block = query_BHnE[:, :, first : first + rows]
         begin, end = start + first, start + first + block.shape[2]
         bias = position_scores(block + bias_v_HE[:, None], positions_HPE, begin, frames) * scale

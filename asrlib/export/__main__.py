@@ -3,6 +3,8 @@
     python -m asrlib.export demo --to hub                 loads with transformers alone, its code beside it
     python -m asrlib.export demo --to standard            multi-head attention: no code of ours at all
     python -m asrlib.export reports/demo --to hub --model converted --out somewhere
+    python -m asrlib.export demo --to onnx --int8         a graph of whole utterances, and one with 8-bit weights
+    python -m asrlib.export demo --to onnx-streaming --chunk 640 --lookahead 640
 
 What is written is written beside and renamed: --out names a new or empty folder, or an earlier export.
 """
@@ -17,6 +19,7 @@ from asrlib.provenance import versions
 from asrlib.runs import STEP_OF_MODEL, Run, atomic_folder, project_root, write_json
 
 ABOUT = "export.json"  # what marks a folder as an export, and says of what
+GRAPHS = ("onnx", "onnx-streaming")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -28,12 +31,34 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="a run's name, as in reports/, or its folder")
-    add("--to", required=True, choices=["hub", "standard"])
+    add("--to", required=True, choices=["hub", "standard", *GRAPHS])
     add("--model", choices=list(STEP_OF_MODEL), help="which of the run's (default: the last it has)")
     add("--out", type=Path, metavar="DIR", help="default: exports/MODEL-TO in the run's folder")
     add("--licence", metavar="ID", help="of the weights, as the hub names it (default: by the base model's card)")
+    of_graphs = parser.add_argument_group("graphs")
+    add = of_graphs.add_argument
+    add("--int8", action="store_true", help="also with the weights of matrix products in 8 bits")
+    add(
+        "--utterances",
+        type=int,
+        default=20,
+        metavar="N",
+        help="to check by, of the first test split (default: 20)",
+    )
+    add("--chunk", type=float, metavar="MS", help="of a stream (default: 320)")
+    add("--left", type=float, metavar="SECONDS", help="looked back (default: 10; inf: all)")
+    add("--lookahead", type=float, metavar="MS", help="(default: 0)")
     add_debug(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    of_streams = {"--chunk": args.chunk, "--left": args.left, "--lookahead": args.lookahead}
+    given = [name for name, value in of_streams.items() if value is not None]
+    if given and args.to != "onnx-streaming":
+        parser.error(f"{given[0]} is of streams: it belongs to --to onnx-streaming")
+    if args.int8 and args.to not in GRAPHS:
+        parser.error("--int8 is of graphs: it belongs to --to onnx or onnx-streaming")
+    if args.utterances < 1:
+        parser.error(f"--utterances is {args.utterances}: a graph is checked by 1 at least")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,15 +109,23 @@ def export_folder(args: argparse.Namespace, run: Run, system: str, source: Path,
     from asrlib.models.families import load
 
     export = Export(run, system, args.to, command_of(args, run, system), args.licence)
+    about = {"run": run.path.name, "model": system, "to": args.to, "versions": versions()}
+    if args.to in GRAPHS:
+        from asrlib.export import onnx_folder
+
+        onnx_folder.check_installed()
     model, processor = load(source)
     if args.to == "standard":
         model = folders.standard(model)
     with atomic_folder(out) as folder:
-        write = folders.write_hub_folder if args.to == "hub" else folders.write_folder
-        write(model, processor, folder)
-        what, loading = folders.described(model, args.to)
+        if args.to in GRAPHS:
+            about |= onnx_folder.write(args, run, model, processor, folder)
+            what, loading = onnx_folder.described(model, about)
+        else:
+            write = folders.write_hub_folder if args.to == "hub" else folders.write_folder
+            write(model, processor, folder)
+            what, loading = folders.described(model, args.to)
         (folder / "README.md").write_text(model_card(export, model.config, what, loading), encoding="utf-8")
-        about = {"run": run.path.name, "model": system, "to": args.to, "versions": versions()}
         write_json(folder / ABOUT, about)
 
 
@@ -100,8 +133,11 @@ def command_of(args: argparse.Namespace, run: Run, system: str) -> str:
     """What makes this export of a run below reports/."""
     reports = project_root() / "reports"
     name = run.path.relative_to(reports).as_posix() if run.path.is_relative_to(reports) else run.path.name
-    licence = ["--licence", args.licence] if args.licence else []
-    return shlex.join(["python", "-m", "asrlib.export", name, "--to", args.to, "--model", system, *licence])
+    words = ["python", "-m", "asrlib.export", name, "--to", args.to, "--model", system]
+    for option in ("licence", "chunk", "left", "lookahead"):
+        if (value := getattr(args, option)) is not None:
+            words += [f"--{option}", str(value)]
+    return shlex.join(words + ["--int8"] * args.int8)
 
 
 if __name__ == "__main__":

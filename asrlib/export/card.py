@@ -50,7 +50,7 @@ def model_card(export: Export, config, what: str, loading: str, unknown: list[st
         model_name=export.title,
         license=licence,
         base_model=_hub_id(metrics["baseline"].get("model")),
-        library_name="transformers",
+        library_name="onnx" if export.to.startswith("onnx") else "transformers",
         pipeline_tag="automatic-speech-recognition",
         tags=["ctc", "multi-head-latent-attention"] if family.is_latent(config) else ["ctc"],
         eval_results=list(_eval_results(scores, metrics["baseline"].get("corpus"))),
@@ -125,15 +125,16 @@ def _tests(paired: dict[str, dict], system: str) -> Iterator[str]:
 def _made(metrics: dict[str, dict], system: str, provenance: dict[str, str]) -> dict[str, str]:
     before, convert, finetune = metrics["baseline"], metrics["convert"], metrics["finetune"]
     made = {"base model": _name_of(before.get("model")), "speech": _name_of(before.get("corpus"))}
-    if system != "baseline":
-        widths = ", ".join(map(str, convert["latent_dim"])) if "latent_dim" in convert else "none"
+    if system != "baseline" and convert:
         made["conversion"] = (
             f"multi-head attention to {convert.get('attention', 'MLA')} by the method {convert.get('method', 'svd')}, "
             f"{percent(convert['cache_cut'], 2)} of the cache cut"
         )
-        made["latent numbers a frame, layer by layer"] = (
-            f"{widths} ({convert.get('layout', 'joint')}, ranks {convert.get('ranks', 'uniform')})"
-        )
+        if convert.get("latent_dim"):
+            widths = ", ".join(map(str, convert["latent_dim"]))
+            made["numbers kept of a frame, layer by layer"] = (
+                f"{widths} ({convert.get('layout', 'joint')}, ranks {convert.get('ranks', 'uniform')})"
+            )
     if system == "finetuned" and "settings" in finetune:
         settings = finetune["settings"]
         made["fine-tuning"] = (

@@ -1,0 +1,167 @@
+"""Graphs of every kind of model compute what it does, whatever the batch, the length and the past."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import tiny
+import torch
+
+from asrlib.attention.chunks import Chunks
+from asrlib.export.__main__ import main
+from asrlib.export.folders import write_folder
+from asrlib.export.graphs import OfflineGraph
+from asrlib.export.onnx_check import check_agrees, session, stream_logits
+from asrlib.export.onnx_graphs import OPSET, Window, write_offline, write_streaming
+from asrlib.models.families import frame_counts
+from asrlib.models.inference import padding_silenced
+from asrlib.models.scratch import new_processor
+from asrlib.runs import Run
+
+SPLIT = dict(latent_dim=[9, 6], latent_layout="split", latent_key_dim=[4, 5])
+MODELS = {  # name: (model, inputs)
+    "wav2vec2 MLA": (lambda: tiny.latent_conformer("joint"), tiny.padded_batch),
+    "conformer MLA": (lambda: tiny.encoder("conformer", "mla_simple", latent_dim=[5, 8], causal=True), tiny.features),
+    "branchformer split MLA": (lambda: tiny.encoder("branchformer", "mla", query_latent_dim=6, **SPLIT), tiny.features),
+    "conformer linear": (lambda: tiny.encoder("conformer", "linear"), tiny.features),
+}
+CLOSE = dict(rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["wav2vec2 MLA", "branchformer split MLA", "conformer linear"])
+def test_a_graph_of_utterances_computes_what_the_model_does_with_any_batch_and_length(name, tmp_path):
+    make, inputs = MODELS[name]
+    model, batch = make(), inputs()
+    with torch.no_grad():
+        frames_B = frame_counts(model, batch["attention_mask"].sum(-1))
+        with padding_silenced(model, frames_B):
+            wanted = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.numpy()
+    about = write_offline(make(), tmp_path / "model.onnx")
+    assert onnx.load(tmp_path / "model.onnx").opset_import[0].version == about["opset"] == OPSET
+    running, given = session(tmp_path / "model.onnx"), batch[model.main_input_name].numpy()
+    mask = batch["attention_mask"].bool().numpy()
+    logits, frames = running.run(None, {model.main_input_name: given, "attention_mask": mask})
+    assert frames.tolist() == frames_B.tolist()
+    for row, count in enumerate(frames):
+        np.testing.assert_allclose(logits[row, :count], wanted[row, :count], **CLOSE)
+        alone = {
+            model.main_input_name: given[row : row + 1, : mask[row].sum()],
+            "attention_mask": mask[row : row + 1, : mask[row].sum()],
+        }
+        np.testing.assert_allclose(running.run(None, alone)[0][0], wanted[row, :count], **CLOSE)
+
+
+def test_a_graph_of_a_step_goes_through_recordings_as_streams_do(tmp_path):
+    make, inputs = MODELS["conformer MLA"]
+    model, chunks = make(), Chunks(4, None, lookahead=2)
+    given = inputs()["input_features"][:2]
+    wanted, streams = tiny.streamed(model, given, chunks)
+    about = write_streaming(make(), chunks, tmp_path / "model.onnx")
+    running = session(tmp_path / "model.onnx")
+    np.testing.assert_allclose(stream_logits(running, about, given.numpy(), wanted.shape[1]), wanted.numpy(), **CLOSE)
+    held = [one.shape[-1] for one in running.get_outputs() if "_frames" in one.name]
+    assert held == [window.kept_BtX.shape[-1] for memory in streams.memories for (window,) in memory.held] == [5, 8]
+
+
+def test_the_window_is_what_frames_read():
+    assert Window.of(tiny.conformer()) == Window(320, 1 + 24 + 7 * 10 + 7 * 40 + 3 * 160)
+    assert Window.of(tiny.encoder()) == Window(4, 7)
+
+
+def test_a_graph_that_computes_something_else_is_not_kept():
+    right = {"utterances": 2, "equal_transcripts": 2, "largest_difference": 9e-5}
+    check_agrees(right)
+    for wrong in ({"largest_difference": 2e-4}, {"equal_transcripts": 1}):
+        with pytest.raises(ValueError, match=r"does not compute what the model does: .* nothing is kept"):
+            check_agrees(right | wrong)
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    run = Run(tmp_path_factory.mktemp("reports") / "trial")
+    write_folder(tiny.latent_conformer("joint"), new_processor(), run.models / "converted")
+    scores = {"test-clean": {"wer": 1.0, "cer": 1.0}}
+    run.write_metrics("baseline", {"model": "tiny", "corpus": "synthetic", "splits": scores})
+    return run
+
+
+def checked(out) -> dict:
+    """What export.json says, once it agrees with the folder."""
+    about = json.loads((out / "export.json").read_text())
+    found = about["checked"]["float32"]
+    assert about["opset"] == OPSET and found["utterances"] == found["equal_transcripts"] == 2
+    assert 0 < found["largest_difference"] < 1e-4 and found["wer"] == found["wer_pytorch"] > 0
+    assert about["bytes"] == (out / "model.onnx").stat().st_size
+    assert "Measured on 2 utterances of test-clean of synthetic" in (out / "README.md").read_text()
+    assert {"vocab.json", "processor_config.json"} <= {file.name for file in out.iterdir()}
+    return about
+
+
+def test_a_folder_of_graphs_says_what_they_were_checked_by(run, tmp_path):
+    out = tmp_path / "out"
+    assert main([str(run.path), "--to", "onnx", "--int8", "--utterances", "2", "--out", str(out)]) == 0
+    about = checked(out)
+    rounded = about["checked"]["int8"]["largest_difference"]
+    assert rounded > 10 * about["checked"]["float32"]["largest_difference"]
+    assert about["int8"]["bytes"] == (out / "model_int8.onnx").stat().st_size
+
+
+def test_what_a_stream_hands_on_is_the_latent_and_no_longer_than_it_may_look_back(run, tmp_path):
+    out = tmp_path / "out"
+    words = ["--to", "onnx-streaming", "--chunk", "60", "--left", "0.14", "--utterances", "2"]
+    assert main([str(run.path), *words, "--out", str(out)]) == 0
+    about = checked(out)
+    names = [name for name in about["first_state"] if "_frames" in name]
+    assert [about["first_state"][name] for name in names] == [["batch", 0, 11], ["batch", 0, 7]]
+    state = {name: np.zeros([1, *shape[1:]], np.float32) for name, shape in about["first_state"].items()}
+    heard = np.random.default_rng(0).normal(size=(1, 2 * about["hop"] + about["reach"])).astype(np.float32)
+    running, held = session(out / "model.onnx"), []
+    for _ in range(4):
+        fed = {"input_values": heard, "attention_mask": np.ones(heard.shape, bool)}
+        state = dict(zip(state, running.run(None, fed | state)[2:], strict=True))
+        held.append([state[name].shape[1] for name in names])
+    assert held == [[3, 3], [6, 6], [7, 7], [7, 7]]
+
+
+def test_a_missing_package_is_named_with_what_brings_it(run, capsys, monkeypatch):
+    monkeypatch.setattr("asrlib.export.onnx_folder.NEEDED", ("onnx", "onnxruntime_of_tomorrow"))
+    assert main([str(run.path), "--to", "onnx"]) == 1
+    err = capsys.readouterr().err
+    assert err.strip() == "onnxruntime_of_tomorrow not installed: pip install -c constraints.txt -e '.[onnx]'"
+
+
+@pytest.mark.parametrize("words", [["--to", "hub", "--int8"], ["--to", "onnx", "--left", "5"]])
+def test_an_option_without_effect_is_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", *words])
+    assert "it belongs to --to onnx" in capsys.readouterr().err
+
+
+# ---- torch's own graphs ------------------------------------------------------------------------------------
+
+
+def test_torch_export_takes_any_batch_and_length():
+    make, inputs = MODELS["wav2vec2 MLA"]
+    model, batch = make(), inputs()
+    graph = OfflineGraph(model).eval()
+    given = batch[model.main_input_name], batch["attention_mask"].bool()
+    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    with torch.no_grad():
+        exported = torch.export.export(graph, given, dynamic_shapes=(free, free)).module()
+        for rows, length in ((3, given[0].shape[1]), (2, Window.of(model).length(6))):
+            some = [tensor[:rows, :length] for tensor in given]
+            for ours, theirs in zip(exported(*some), graph(*some), strict=True):
+                torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+def test_torch_compile_computes_the_same():
+    model, batch = tiny.latent_conformer("joint"), tiny.padded_batch()
+    given = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        wanted = model(**given).logits
+        compiled = torch.compile(model, backend="aot_eager")  # all but the C++, which takes a minute
+        torch.testing.assert_close(compiled(**given).logits, wanted, **CLOSE)
