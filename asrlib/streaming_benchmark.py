@@ -10,6 +10,7 @@ Shapes: B streams, n frames of a chunk, t frames kept, D width, N numbers of a f
 """
 
 import argparse
+import copy
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +23,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+from transformers import NemotronAsrStreamingConfig, NemotronAsrStreamingForRNNT
 
+from asrlib.attention.cache import kv_cache_bytes
 from asrlib.attention.chunks import Chunks
 from asrlib.attention.formats import cache_format
 from asrlib.attention.kinds import KINDS, LinearAttention, absorbing_pays
@@ -308,6 +311,77 @@ def _forms_row(attention: nn.Module, memory: StreamMemory, rank: int, repeats: i
     }
 
 
+# ---- a window of the model's own ---------------------------------------------------------------------------
+
+
+def window_models(latent_dims: Sequence[int] = (1024, 512, 128), **encoder) -> dict[str, nn.Module]:
+    """{name: NemotronAsrStreamingForRNNT, or its latent twin, of the published size but for its one layer}: random
+    weights. The second is the first in blocks of queries, as the twins are. `encoder` are settings of its encoder."""
+    torch.manual_seed(0)
+    small = {"vocab_size": 8, "blank_token_id": 7, "decoder_hidden_size": 8, "num_decoder_layers": 1}  # not measured
+    encoder = {"num_hidden_layers": 1, "subsampling_conv_channels": 8, **encoder}
+    config = NemotronAsrStreamingConfig(encoder_config=encoder, **small)
+    standard = NemotronAsrStreamingForRNNT(config)
+    family = family_of(config)
+    blocked = family.work_in_blocks(copy.deepcopy(standard))
+    latents = {f"MLA {dim}": family.latent_model(family.to_latent(config, latent_dim=[dim])) for dim in latent_dims}
+    return {"MHA": standard, "MHA in blocks": blocked, **latents}
+
+
+def benchmark_windows(
+    models: dict[str, nn.Module],
+    lookaheads: Sequence[int] = (0, 1, 6, 13),
+    repeats: int = 15,
+    device: str | None = None,
+) -> pd.DataFrame:
+    """One row per lookahead, in encoder frames, and model: what a layer's window takes once it is full, in turns.
+
+    lookahead, chunk_ms, system, window_bytes (counted, of one stream and layer), formula_bytes, ms (of a layer's step,
+    its feed-forward and convolution included: median), ratio (to the first model's in the same round: median).
+    """
+    device = choose_device(device, next(iter(models.values())))
+    rows = []
+    with inference(*models.values(), device=device):
+        for turn, ahead in enumerate(lookaheads):
+            steps, windows = {}, {}
+            for name, model in models.items():
+                steps[name], windows[name] = _full_window(model, ahead, device)
+            take_turns(steps, turn, device)  # to warm up
+            rounds = pd.DataFrame([take_turns(steps, turn + repeat, device) for repeat in range(repeats)])
+            ratios = rounds.div(rounds[next(iter(models))], axis=0).median()
+            for name, model in models.items():
+                kept = model.config.encoder_config.sliding_window - 1
+                rows.append(
+                    {
+                        "lookahead": ahead,
+                        "chunk_ms": 1000 * (ahead + 1) / frames_per_second(model.config),
+                        "system": name,
+                        "window_bytes": windows[name].keys.nbytes + windows[name].values.nbytes,
+                        "formula_bytes": kv_cache_bytes(model.config, kept),
+                        "ms": rounds[name].median(),
+                        "ratio": ratios[name],
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def _full_window(model: nn.Module, ahead: int, device: torch.device) -> tuple[Callable[[], object], object]:
+    """(a step of the first layer behind a stream that has filled its window, that window)"""
+    encoder, config, called = model.encoder, model.config.encoder_config, {}
+    hook = encoder.layers[0].register_forward_pre_hook(
+        lambda layer, args, arguments: called.update(args=args, arguments=arguments), with_kwargs=True
+    )
+    past = padding = None
+    chunks = -(-config.sliding_window // (ahead + 1)) + 2
+    for chunk in range(chunks):
+        frames = config.subsampling_factor * ahead + (config.subsampling_factor if chunk else 1)
+        x_1SF = torch.randn(1, frames, config.num_mel_bins, device=device)
+        output = encoder(x_1SF, past_key_values=past, padding_cache=padding, use_cache=True, num_lookahead_tokens=ahead)
+        past, padding = output.past_key_values, output.padding_cache
+    hook.remove()
+    return partial(encoder.layers[0], *called["args"], **called["arguments"]), past.layers[0]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m asrlib.streaming_benchmark", description="Times a chunk of a stream, for kinds of attention."
@@ -324,6 +398,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--forms", action="store_true", help="time absorbed and expanded latents instead")
+    parser.add_argument("--windows", action="store_true", help="time a layer of Nemotron, with its window, instead")
     parser.add_argument("--out", type=Path, help="a .csv")
     add_debug(parser)
     args = parser.parse_args(argv)
@@ -336,8 +411,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(args: argparse.Namespace) -> str:
-    if args.forms:
-        table = benchmark_forms(**SIZES[args.size], repeats=args.repeats, device=args.device)
+    if args.forms or args.windows:
+        how = {"repeats": args.repeats, "device": args.device}
+        table = benchmark_forms(**SIZES[args.size], **how) if args.forms else benchmark_windows(window_models(), **how)
         if args.out:
             table.to_csv(args.out, index=False)
         return f"{table.to_string(index=False, float_format='{:.3f}'.format)}\n"

@@ -1,5 +1,6 @@
 """MHA → MLA and back, on any model family. The given model is left as it is."""
 
+import copy
 from collections.abc import Sequence
 from numbers import Integral
 
@@ -134,6 +135,8 @@ def convert(
         config = family.to_latent(model.config, latent_dim=widths, latent_layout=layout, latent_key_dim=key_widths)
         latent = family.latent_model(config).to(model.dtype)
         latent.set_attn_implementation(model.config._attn_implementation)  # no part of the config's dict
+        if model.can_generate():  # nor what generation starts from
+            latent.generation_config = copy.deepcopy(model.generation_config)
         replaced = latent.load_state_dict(model.state_dict(), strict=False)
         _check_replaced(replaced.missing_keys, replaced.unexpected_keys)
         latent.eval()
@@ -252,6 +255,8 @@ def to_standard_attention(latent: PreTrainedModel) -> PreTrainedModel:
     family = family_of(latent.config)
     model = family.standard_model(family.to_standard(latent.config)).to(latent.dtype)
     model.set_attn_implementation(latent.config._attn_implementation)
+    if latent.can_generate():
+        model.generation_config = copy.deepcopy(latent.generation_config)
     replaced = model.load_state_dict(latent.state_dict(), strict=False)
     _check_replaced(replaced.unexpected_keys, replaced.missing_keys)
     with torch.no_grad():

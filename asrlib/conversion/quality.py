@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from asrlib.attention.kinds import heard
 from asrlib.attention.names import call_arguments, projections
-from asrlib.models.families import attention_modules, frame_counts, is_latent
+from asrlib.models.families import attention_modules, family_of, frame_counts, is_latent
 from asrlib.models.inference import choose_device, inference
 
 # Relative error of the attention output. The first system's limits were 0.05 and 0.10; measured word errors allow more:
@@ -36,7 +37,7 @@ def analyze_compression_quality(
     Columns: layer, latent_dim, and
     key_error, value_error, output_error: ‖ours − theirs‖ / ‖theirs‖ over all frames;
     score_error: the same of the attention scores, positions included. What is added to all scores of a query
-      alike is left out, since softmax cancels it: each row is centred over its keys;
+      alike is left out, since softmax cancels it: each row is centred over the keys that it may attend to;
     attention_tv: total variation ½ Σ_j |ours_ij − theirs_ij| of attention weights (0 to 1), mean over queries, heads;
     output_cosine: cosine of the angle between the attention outputs, mean over frames.
 
@@ -52,7 +53,7 @@ def analyze_compression_quality(
     device = choose_device(None, mha)
     with inference(mha, device=device), _recorded_calls(modules) as calls:
         for utterance_1S in _utterances(mha, inputs):
-            mha(utterance_1S.to(device, mha.dtype))
+            family_of(mha.config).encode(mha, {mha.main_input_name: utterance_1S.to(device, mha.dtype)})
     rows = [
         {"layer": index, "latent_dim": mla.config.latent_dim[index]} | _layer_quality(theirs, ours, calls[index])
         for index, (theirs, ours) in enumerate(zip(modules, attention_modules(mla), strict=True))
@@ -154,10 +155,14 @@ def _fractions(theirs: nn.Module, ours: nn.Module, call: dict) -> dict[str, torc
     our_output_1TD, our_weights_1HTT = ours(**call)
     hook.remove()
     (turned_1TD,) = read_by_keys  # rotary positions turn it
+    mask = call.get("attention_mask")
+    heard_1HTT = heard(mask) if mask is not None and mask.dim() == 4 else None
     return {
         "key_error": _squares(our.key(turned_1TD), their.key(turned_1TD)),
         "value_error": _squares(our.value(x_1TD), their.value(x_1TD)),
-        "score_error": _squares(_centred_scores(our_weights_1HTT), _centred_scores(their_weights_1HTT)),
+        "score_error": _squares(
+            _centred_scores(our_weights_1HTT, heard_1HTT), _centred_scores(their_weights_1HTT, heard_1HTT)
+        ),
         "attention_tv": _count((our_weights_1HTT - their_weights_1HTT).abs().sum(-1) / 2),
         "output_error": _squares(our_output_1TD, their_output_1TD),
         "output_cosine": _count(nn.functional.cosine_similarity(our_output_1TD, their_output_1TD, dim=-1)),
@@ -172,8 +177,12 @@ def _count(values: torch.Tensor) -> torch.Tensor:
     return torch.stack([values.sum(), values.new_tensor(values.numel())])
 
 
-def _centred_scores(weights_1HTT: torch.Tensor) -> torch.Tensor:
-    """Scores less their mean over keys, from the weights whose logarithm they are but for a shift per query."""
+def _centred_scores(weights_1HTT: torch.Tensor, heard_1HTT: torch.Tensor | None) -> torch.Tensor:
+    """Scores less their mean over keys, from the weights whose logarithm they are but for a shift per query; 0 where
+    they may not be attended to."""
     tiny = torch.finfo(weights_1HTT.dtype).tiny  # what underflowed counts as 708 below the largest
     scores_1HTT = weights_1HTT.clamp(min=tiny).log()
-    return scores_1HTT - scores_1HTT.mean(-1, keepdim=True)
+    if heard_1HTT is None:
+        return scores_1HTT - scores_1HTT.mean(-1, keepdim=True)
+    mean_1HT1 = (scores_1HTT * heard_1HTT).sum(-1, keepdim=True) / heard_1HTT.sum(-1, keepdim=True)
+    return (scores_1HTT - mean_1HT1) * heard_1HTT

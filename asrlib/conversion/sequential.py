@@ -88,7 +88,7 @@ def _encoder_input(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> _B
 
     hook = first.register_forward_pre_hook(reach, with_kwargs=True)
     try:
-        model(**batch)
+        family_of(model.config).encode(model, batch)
     except _Reached:
         pass
     finally:

@@ -19,7 +19,7 @@ from asrlib.attention.names import call_arguments, is_rotary, projections
 from asrlib.conversion.factorize import InputMoments, Moments
 from asrlib.data.batches import CTCCollator, CTCDataset
 from asrlib.data.corpus import Corpus, check_corpus
-from asrlib.models.families import attention_modules, check_loaded, frames_per_second, layer_frame_counts
+from asrlib.models.families import attention_modules, check_loaded, family_of, frames_per_second, layer_frame_counts
 from asrlib.models.inference import attention_weights, choose_device, inference, padding_silenced
 from asrlib.out_of_memory import out_of_memory_explained
 
@@ -308,7 +308,7 @@ def collect_statistics(
                     for module, layer in zip(modules, layers, strict=True):
                         watching.enter_context(observed(module, partial(layer.add, kept_BT=kept_BT)))
                     with out_of_memory_explained("calibration", named, limits):
-                        model(**batch)
+                        family_of(model.config).encode(model, batch)
                 inputs = inputs or {name: value[: _sample_rows(kept_BT)].cpu() for name, value in batch.items()}
     finally:
         model.to(home)

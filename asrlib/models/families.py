@@ -18,7 +18,9 @@ from transformers import (
     AutoModelForCTC,
     AutoProcessor,
     HubertForCTC,
+    NemotronAsrStreamingForRNNT,
     ParakeetForCTC,
+    ParakeetForRNNT,
     PreTrainedConfig,
     PreTrainedModel,
     Wav2Vec2BertForCTC,
@@ -28,7 +30,7 @@ from transformers import (
 )
 
 from asrlib.data.audio import SAMPLE_RATE
-from asrlib.models import encoder, parakeet, wav2vec2, wav2vec2_bert, wav2vec2_conformer
+from asrlib.models import encoder, nemotron, parakeet, wav2vec2, wav2vec2_bert, wav2vec2_conformer
 from asrlib.models.latent_twin import LatentConfig, check_layout
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"  # the models shipped with the package
@@ -59,6 +61,8 @@ class Family:
     frame_counts: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] = lambda model, lengths: (
         model._get_feat_extract_output_lengths(lengths)
     )
+    # Runs all layers over what the model reads of a batch, of labels nothing: where `forward` wants those too.
+    encode: Callable[[PreTrainedModel, dict[str, torch.Tensor]], object] = lambda model, inputs: model(**inputs)
 
 
 WAV2VEC2_CONFORMER = Family(
@@ -134,6 +138,24 @@ PARAKEET = Family(
     frame_counts=lambda model, lengths: model._get_subsampling_output_length(lengths),
 )
 
+PARAKEET_RNNT = replace(
+    PARAKEET,
+    standard_model=ParakeetForRNNT,
+    latent_model=parakeet.ParakeetMLAForRNNT,
+    encode=lambda model, inputs: model.get_audio_features(**inputs),
+)
+
+NEMOTRON = replace(
+    PARAKEET,
+    standard_model=NemotronAsrStreamingForRNNT,
+    latent_model=nemotron.NemotronMLAForRNNT,
+    to_standard=nemotron.to_standard,
+    to_latent=nemotron.to_latent,
+    check_streaming=nemotron.check_streaming,
+    work_in_blocks=nemotron.work_in_blocks,
+    encode=nemotron.encode,
+)
+
 FAMILIES = {
     "wav2vec2": WAV2VEC2,
     "wav2vec2-mla": WAV2VEC2,
@@ -145,6 +167,10 @@ FAMILIES = {
     "wav2vec2-bert-mla": WAV2VEC2_BERT,
     "parakeet_ctc": PARAKEET,
     "parakeet_ctc-mla": PARAKEET,
+    "parakeet_rnnt": PARAKEET_RNNT,
+    "parakeet_rnnt-mla": PARAKEET_RNNT,
+    "nemotron_asr_streaming": NEMOTRON,
+    "nemotron_asr_streaming-mla": NEMOTRON,
     "speech-encoder": SPEECH_ENCODER,
 }
 
