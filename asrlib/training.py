@@ -291,6 +291,8 @@ def train(
     head = family_of(model.config).head
     model.config.ctc_zero_infinity = True
     model.config.ctc_loss_reduction = "mean"  # a sum would tie the learning rate to the batch size
+    if tied := getattr(model, "_tied_weights_keys", None):
+        model._keys_to_ignore_on_save = set(tied)  # else Trainer warns that a checkpoint lacks what is in it once
     trainable_parameters = select_trainable(model, settings.trainable)
     checkpoint = last_checkpoint(folder)
     facts = read_json(checkpoint / CHECKPOINT_MARKER) if checkpoint else {"seconds": 0.0, "finished": False}

@@ -189,7 +189,7 @@ class CTCDataset(Dataset):
 
 def padded_samples(processor) -> int:
     """Samples that every utterance is padded to, however short: of Whisper's features; 0 of all others."""
-    return getattr(processor.feature_extractor, "n_samples", 0)
+    return getattr(getattr(processor, "feature_extractor", None), "n_samples", 0)
 
 
 class CTCCollator:
@@ -208,13 +208,14 @@ class CTCCollator:
         self.padded = padded_samples(processor)
 
     def __call__(self, items: list[dict[str, np.ndarray | str]]) -> dict[str, torch.Tensor | list]:
-        inputs = self.processor.feature_extractor(
-            [item["audio"] for item in items],
-            sampling_rate=SAMPLE_RATE,
-            padding="max_length" if self.padded else True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
+        with torch.autocast("cpu", enabled=False):  # some extractors compute features with torch, and would round them
+            inputs = self.processor.feature_extractor(
+                [item["audio"] for item in items],
+                sampling_rate=SAMPLE_RATE,
+                padding="max_length" if self.padded else True,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
         labels = [torch.tensor(label_ids(item["text"], self.processor)) for item in items]
         batch = {
             self.name: inputs[self.name],

@@ -139,7 +139,7 @@ def attention_weights(*models: nn.Module) -> Iterator[None]:
 
 
 def attention_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Attention weights [H, T, T] of every layer, first layer first, over one utterance; on the CPU.
+    """Attention weights [H, T, T] of every layer, first layer first, over one utterance; on the CPU. Rows are queries.
 
     `inputs` is a batch of that utterance alone, as the collator makes it.
     """
@@ -148,10 +148,12 @@ def attention_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torc
         module.register_forward_hook(lambda _, args, output: weights.append(output[1][0].float().cpu()))
         for module in attention_modules(model)
     ]
-    device = choose_device(None, model)
+    device, head = choose_device(None, model), family_of(model.config).head
     try:
         with inference(model, device=device), attention_weights(model):
-            model(inputs[model.main_input_name].to(device, model.dtype))
+            told = {name: inputs[name] for name in ("attention_mask", "labels") if head.reads_labels}
+            heard = {model.main_input_name: inputs[model.main_input_name].to(model.dtype), **told}
+            head.forward(model, {name: values.to(device) for name, values in heard.items()})
     finally:
         for handle in handles:
             handle.remove()
