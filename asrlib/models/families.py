@@ -6,7 +6,7 @@ A new family is one file beside this one, which registers its classes with trans
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -25,11 +25,12 @@ from transformers import (
     Wav2Vec2BertForCTC,
     Wav2Vec2ConformerForCTC,
     Wav2Vec2ForCTC,
+    WhisperForConditionalGeneration,
 )
 
 from asrlib.data.audio import SAMPLE_RATE
-from asrlib.models import encoder, parakeet, wav2vec2, wav2vec2_bert, wav2vec2_conformer
-from asrlib.models.heads import CTC
+from asrlib.models import encoder, parakeet, wav2vec2, wav2vec2_bert, wav2vec2_conformer, whisper
+from asrlib.models.heads import CTC, Decoder
 from asrlib.models.latent_twin import LatentConfig, check_layout
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"  # the models shipped with the package
@@ -61,6 +62,11 @@ class Family:
     frame_counts: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] = lambda model, lengths: (
         model._get_feat_extract_output_lengths(lengths)
     )
+    # Of encoder-decoders: {part: attention modules, first layer first}, and of which a run keeps something.
+    parts: Callable[[PreTrainedModel], dict[str, list[nn.Module]]] | None = None
+    cached_parts: tuple[str, ...] = ("encoder",)
+    # A batch with labels → what the model reads to say each after those before it, see `whisper.teacher_forced`.
+    teacher_forced: Callable[[PreTrainedModel, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
 
 
 WAV2VEC2_CONFORMER = Family(
@@ -136,6 +142,25 @@ PARAKEET = Family(
     frame_counts=lambda model, lengths: model._get_subsampling_output_length(lengths),
 )
 
+WHISPER = Family(
+    standard_model=WhisperForConditionalGeneration,
+    latent_model=whisper.WhisperMLAForConditionalGeneration,
+    to_standard=whisper.to_standard,
+    to_latent=whisper.to_latent,
+    is_latent=lambda config: isinstance(config, LatentConfig),
+    layers=lambda model: list(model.model.encoder.layers),
+    attention=lambda layer: layer.self_attn,
+    check_streaming=whisper.check_streaming,
+    positions=lambda config: "sinusoidal",
+    input_length=lambda config, samples: samples // whisper.HOP,
+    samples_per_frame=lambda config: whisper.SAMPLES_PER_FRAME,
+    parts=whisper.parts,
+    cached_parts=whisper.CACHED,
+    teacher_forced=whisper.teacher_forced,
+    head=Decoder(),
+    frame_counts=lambda model, lengths: torch.full_like(lengths, model.config.max_source_positions),
+)
+
 FAMILIES = {
     "wav2vec2": WAV2VEC2,
     "wav2vec2-mla": WAV2VEC2,
@@ -147,6 +172,8 @@ FAMILIES = {
     "wav2vec2-bert-mla": WAV2VEC2_BERT,
     "parakeet_ctc": PARAKEET,
     "parakeet_ctc-mla": PARAKEET,
+    "whisper": WHISPER,
+    "whisper-mla": WHISPER,
     "speech-encoder": SPEECH_ENCODER,
 }
 
@@ -159,10 +186,42 @@ def family_of(config) -> Family:
     return FAMILIES[config.model_type]
 
 
-def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention modules of `model`, first layer first."""
+def attention_parts(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
+    """The attention modules of `model`, first layer first, by what they are part of: the encoder, if nothing else."""
     family = family_of(model.config)
-    return [family.attention(layer) for layer in family.layers(model)]
+    if family.parts:
+        return family.parts(model)
+    return {"encoder": [family.attention(layer) for layer in family.layers(model)]}
+
+
+def attention_modules(model: PreTrainedModel, parts: Sequence[str] | None = None) -> list[nn.Module]:
+    """The attention modules of `model`, or those of some `parts` of it, first layer first."""
+    modules = attention_parts(model)
+    return [module for part in (modules if parts is None else parts) for module in modules[part]]
+
+
+def latent_modules(latent: PreTrainedModel) -> list[nn.Module]:
+    """The attention modules of a latent model that have a latent, in the order of its config's widths."""
+    return attention_modules(latent, getattr(latent.config, "latent_parts", None))
+
+
+def chosen_parts(model: PreTrainedModel, parts: Sequence[str] | None) -> list[str]:
+    """The parts of `model` to convert, in order: those given, else all of which a run keeps something.
+
+    Raises ValueError where `model` has no such part.
+    """
+    known, given = list(attention_parts(model)), family_of(model.config).cached_parts if parts is None else parts
+    if isinstance(given, str) or not given or set(given) - set(known):
+        raise ValueError(
+            f"parts is {given!r}, but attention of {model.config.model_type} is of the {', '.join(known)}: give a list "
+            "of one or more"
+        )
+    return [part for part in known if part in given]
+
+
+def run(model: PreTrainedModel, inputs: dict[str, torch.Tensor]):
+    """What one pass of `model` gives, of which nothing is kept."""
+    return model(**inputs, **({"use_cache": False} if model.config.is_encoder_decoder else {}))
 
 
 def positions_of(config) -> str | None:
