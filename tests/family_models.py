@@ -1,8 +1,11 @@
 """The smallest model of every family that asrlib converts of transformers', with the processor it would have."""
 
+from functools import cache
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    GenerationConfig,
     HubertConfig,
     HubertForCTC,
     NemotronAsrStreamingConfig,
@@ -23,6 +26,11 @@ from transformers import (
     Wav2Vec2BertProcessor,
     Wav2Vec2Config,
     Wav2Vec2ForCTC,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizer,
 )
 
 from asrlib.models.scratch import new_processor
@@ -51,6 +59,13 @@ FAST = dict(
     attention_dropout=0.0, layerdrop=0.0, initializer_range=0.3,
 )  # fmt: skip
 
+MEL_BINS, SECONDS = 20, 1  # of what the Whisper hears: more is cut off
+MERGES = [("T", "H"), ("TH", "E"), ("A", "N"), ("Ġ", "A"), ("Ġ", "T")]
+SPECIAL = [  # in Whisper's order: a language is looked for right behind the start
+    "<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|translate|>", "<|transcribe|>", "<|startofprev|>",
+    "<|nospeech|>", "<|notimestamps|>",
+]  # fmt: skip
+
 
 def wav2vec2(**changes) -> Wav2Vec2ForCTC:
     return _filled(Wav2Vec2ForCTC, Wav2Vec2Config(**SIZES | CTC | QUIET | CONVOLUTIONS | changes))
@@ -70,6 +85,26 @@ def parakeet(**changes) -> ParakeetForCTC:
     return _filled(
         ParakeetForCTC, ParakeetCTCConfig(vocab_size=vocabulary, pad_token_id=vocabulary - 1, encoder_config=encoder)
     )
+
+
+def whisper(**changes) -> WhisperForConditionalGeneration:
+    """It hears one second and writes 32 tokens at most."""
+    ids = {token: byte_pairs().convert_tokens_to_ids(token) for token in SPECIAL}
+    end, start = ids["<|endoftext|>"], ids["<|startoftranscript|>"]
+    tokens = dict(pad_token_id=end, bos_token_id=end, eos_token_id=end, decoder_start_token_id=start)
+    settings = dict(
+        d_model=WIDTH, encoder_layers=LAYERS, decoder_layers=LAYERS, encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS, encoder_ffn_dim=24, decoder_ffn_dim=24, num_mel_bins=MEL_BINS,
+        max_source_positions=50 * SECONDS, max_target_positions=32, vocab_size=len(byte_pairs()), init_std=0.3,
+        suppress_tokens=None, begin_suppress_tokens=None, **tokens,
+    )  # fmt: skip
+    model = _filled(WhisperForConditionalGeneration, WhisperConfig(**settings | changes))
+    model.generation_config = GenerationConfig(
+        **tokens, max_length=32, is_multilingual=True, no_timestamps_token_id=ids["<|notimestamps|>"],
+        lang_to_id={"<|en|>": ids["<|en|>"]}, prev_sot_token_id=ids["<|startofprev|>"],
+        task_to_id={task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")},
+    )  # fmt: skip
+    return model
 
 
 def nemotron(sliding_window: int = WINDOW, **changes) -> NemotronAsrStreamingForRNNT:
@@ -122,6 +157,8 @@ def _filled(kind: type[PreTrainedModel], config) -> PreTrainedModel:
 def processor_of(family: str):
     if family == "parakeet_ctc":
         return ParakeetProcessor(ParakeetFeatureExtractor(feature_size=24), pieces())
+    if family == "whisper":
+        return WhisperProcessor(WhisperFeatureExtractor(MEL_BINS, chunk_length=SECONDS), byte_pairs())
     if family == "nemotron":
         extractor = NemotronAsrStreamingFeatureExtractor(feature_size=24)
         return NemotronAsrStreamingProcessor(
@@ -143,3 +180,15 @@ def pieces(**special) -> ParakeetTokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     return ParakeetTokenizer(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", **special)
+
+
+@cache
+def byte_pairs() -> WhisperTokenizer:
+    """Of all bytes, so that it spells everything, and some pairs of them."""
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in MERGES), SPECIAL[0]]
+    tokenizer = WhisperTokenizer(
+        vocab={piece: id for id, piece in enumerate(pieces)}, merges=MERGES, pad_token=SPECIAL[0]
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
+    tokenizer.set_prefix_tokens(language="english", task="transcribe")
+    return tokenizer

@@ -1,41 +1,86 @@
-"""What an attention layer holds of the past while streaming, in numbers and in bytes: the formula."""
+"""What an attention layer holds of the past while it streams or writes, in numbers and in bytes: the formula."""
 
 from asrlib.attention.formats import cache_format
 from asrlib.attention.kinds import attention_kind
-from asrlib.attention.names import encoder_config
+from asrlib.attention.names import encoder_config, has_decoder
 
 
 def cached_widths(config) -> list[tuple[int, ...]]:
-    """Numbers per frame of each tensor that each layer keeps."""
+    """Numbers per frame of each tensor that each layer keeps; of an encoder-decoder first the decoder's, of a token,
+    and then those of cross-attention, of a frame."""
+    if has_decoder(config):
+        return _decoder_widths(config)
     if hasattr(config, "attention"):
         kind = attention_kind(config.attention)
         return [kind.cached_widths(config, layer) for layer in range(config.num_hidden_layers)]
     if not getattr(config, "latent_dim", None):
         encoder = encoder_config(config)
         return [(encoder.hidden_size, encoder.hidden_size)] * encoder.num_hidden_layers
+    return _latent_widths(config)
+
+
+def _latent_widths(config) -> list[tuple[int, ...]]:
+    """Of each attention module with a latent."""
     keys = config.latent_key_dim or [None] * len(config.latent_dim)
     each = zip(config.latent_dim, keys, strict=True)
     return [(width,) if key is None else (key, width - key) for width, key in each]
 
 
-def cached_numbers(config, frames: int) -> list[int]:
-    """Numbers that each layer keeps of `frames` encoder frames, by the formula of its kind of attention."""
+def _decoder_widths(config) -> list[tuple[int, ...]]:
+    standard, layers = (config.hidden_size, config.hidden_size), config.decoder_layers
+    widths = {
+        "encoder": [standard] * config.encoder_layers,
+        "decoder": [standard] * layers,
+        "cross": [standard] * layers,
+    }
+    latents = iter(_latent_widths(config) if getattr(config, "latent_dim", None) else [])
+    for part in getattr(config, "latent_parts", []):
+        widths[part] = [next(latents) for _ in widths[part]]
+    return widths["decoder"] + widths["cross"]
+
+
+def _lengths(config, frames: int, tokens: int) -> list[int]:
+    """Of the tensors that each layer keeps."""
+    if has_decoder(config):
+        return [tokens] * config.decoder_layers + [frames] * config.decoder_layers
+    return [frames] * len(cached_widths(config))
+
+
+def cached_numbers(config, frames: int, tokens: int = 0) -> list[int]:
+    """Numbers that each layer keeps of `frames` encoder frames, by the formula of its kind of attention; of an
+    encoder-decoder in the order of `cached_widths`, with so many tokens."""
     if hasattr(config, "attention"):
         kind = attention_kind(config.attention)
         return [kind.cached_numbers(config, layer, frames) for layer in range(config.num_hidden_layers)]
-    return [frames * sum(widths) for widths in cached_widths(config)]
+    lengths = _lengths(config, frames, tokens)
+    return [length * sum(widths) for length, widths in zip(lengths, cached_widths(config), strict=True)]
 
 
-def kv_cache_bytes(config, frames: int, dtype: str = "float32") -> int:
+def kv_cache_bytes(config, frames: int, dtype: str = "float32", tokens: int = 0) -> int:
     """Bytes the key/value state of one stream takes over `frames` encoder frames, all layers together.
 
-    Exact for a cache that holds these frames and no more, as `asrlib.stream` does; a full-context pass keeps none.
+    Exact for a cache that holds these frames and no more, as `asrlib.stream` does; a full-context pass keeps none. Of
+    an encoder-decoder it is what `generate` keeps of one hypothesis: the `frames` that it attends to, however much of
+    them is padding, and `tokens`, the prompt's and all that it wrote but the last.
     `dtype` is a format of `attention.formats`: float32, bfloat16, float16, int8 or int4; the latter two with a scale of
     two bytes for each frame of a tensor. Sums of linear attention are float32, and do not grow, whatever the format.
     """
-    if frames < 0:
-        raise ValueError(f"frames is {frames}: it can not be negative")
-    held_as = cache_format(dtype)
-    growing = sum(frames * held_as.frame_bytes(width) for widths in cached_widths(config) for width in widths)
+    for name, count in (("frames", frames), ("tokens", tokens)):
+        if count < 0:
+            raise ValueError(f"{name} is {count}: it can not be negative")
+    held_as, lengths = cache_format(dtype), _lengths(config, frames, tokens)
+    growing = sum(
+        length * held_as.frame_bytes(width)
+        for length, widths in zip(lengths, cached_widths(config), strict=True)
+        for width in widths
+    )
     fixed = sum(cached_numbers(config, frames=0))
     return growing + 4 * fixed
+
+
+def held_bytes(cache) -> int:
+    """Bytes that a cache of transformers holds, an EncoderDecoderCache as `generate` gives it or another, all
+    hypotheses together."""
+    both = [getattr(cache, f"{kind}_attention_cache", None) for kind in ("self", "cross")]
+    layers = [layer for one in ([cache] if None in both else both) for layer in one.layers]
+    return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values) if tensor is not None)

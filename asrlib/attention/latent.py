@@ -7,7 +7,7 @@ latent alone, R numbers instead of the 2·D of keys and values (DeepSeek-V2, arX
 import torch
 from torch import nn
 
-from asrlib.attention.names import encoder_config
+from asrlib.attention.names import encoder_config, has_decoder, latent_modules
 
 LAYOUTS = ("joint", "split")
 
@@ -42,11 +42,13 @@ def check_latent_dim(latent_dim: int, width: int, layout: str, key_dim: int | No
 
 
 def check_latent_widths(config) -> None:
-    """Raises ValueError unless `config.latent_dim` and `latent_key_dim` (if given) have one possible width a layer."""
+    """Raises ValueError unless `config.latent_dim` and `latent_key_dim` (if given) have one possible width for each
+    attention module with a latent: a layer has one, but in an encoder-decoder."""
     for name in ("latent_dim", "latent_key_dim") if config.latent_key_dim else ("latent_dim",):
-        given, layers = len(getattr(config, name)), encoder_config(config).num_hidden_layers
-        if given != layers:
-            raise ValueError(f"{name} has {given} widths for {layers} layers: give one a layer")
+        given, modules = len(getattr(config, name)), latent_modules(config)
+        if given != modules:
+            what = "attention module" if has_decoder(config) else "layer"
+            raise ValueError(f"{name} has {given} widths for {modules} {what}s: give one a {what}")
     for layer, width in enumerate(config.latent_dim):
         check_latent_dim(width, encoder_config(config).hidden_size, config.latent_layout, config.key_dim(layer))
 

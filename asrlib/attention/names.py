@@ -8,7 +8,7 @@ from torch import nn
 
 NAMES = (  # of the projections of queries, keys, values and of what leaves the module
     ("linear_q", "linear_k", "linear_v", "linear_out"),  # wav2vec2-conformer, wav2vec2-bert, and our own encoders
-    ("q_proj", "k_proj", "v_proj", "out_proj"),  # wav2vec2, hubert
+    ("q_proj", "k_proj", "v_proj", "out_proj"),  # wav2vec2, hubert, whisper
     ("q_proj", "k_proj", "v_proj", "o_proj"),  # parakeet, nemotron
 )
 
@@ -44,6 +44,17 @@ def is_rotary(attention: nn.Module) -> bool:
 def call_arguments(args: tuple, arguments: dict) -> dict:
     """Of a call of an attention module, by name: some families give it the inputs by place."""
     return {"hidden_states": args[0], **arguments} if args else arguments
+
+
+def latent_modules(config) -> int:
+    """How many attention modules have a latent in a model of such a config, which says so where not all layers do."""
+    return getattr(config, "latent_modules", encoder_config(config).num_hidden_layers)
+
+
+def has_decoder(config) -> bool:
+    """Whether there is attention behind the encoder too. Not in a transducer, which transformers calls an
+    encoder-decoder as well."""
+    return config.is_encoder_decoder and not hasattr(config, "blank_token_id")
 
 
 def encoder_config(config):

@@ -51,7 +51,7 @@ from asrlib.conversion.statistics import Statistics, collect_statistics
 from asrlib.data.corpus import Corpus, open_usable
 from asrlib.data.splits import check_splits
 from asrlib.evaluation import EvaluationResult, score, transcribe
-from asrlib.models.families import attention_modules, frames_of
+from asrlib.models.families import frames_of, latent_modules
 from asrlib.models.inference import choose_device, zero_attention
 from asrlib.runs import atomic_write, fingerprint, resolve
 from asrlib.significance import interval, paired_bootstrap, resample_sums
@@ -180,7 +180,7 @@ def _converted(recipe: Recipe, model: PreTrainedModel, statistics: Statistics) -
 @torch.no_grad()
 def _output_error(latent: PreTrainedModel, statistics: Statistics) -> float:
     """Relative error of the attention outputs on calibration speech, root mean square over layers."""
-    pairs = zip(attention_modules(latent), statistics.layers, strict=True)
+    pairs = zip(latent_modules(latent), statistics.layers, strict=True)
     errors = [layer.sample.error(attention) / layer.sample.size for attention, layer in pairs]
     return float(np.sqrt(np.mean(np.square(errors))))
 

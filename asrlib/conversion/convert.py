@@ -5,18 +5,27 @@ from collections.abc import Sequence
 from numbers import Integral
 
 import torch
+from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from asrlib.attention.kinds import LatentQuery
 from asrlib.attention.latent import LatentKV, check_latent_dim
-from asrlib.attention.names import NAMES, encoder_config, projections
+from asrlib.attention.names import NAMES, encoder_config, has_decoder, projections
 from asrlib.conversion.attended import AttendedDecomposition, decompose_attended
 from asrlib.conversion.factorize import METHODS, NEEDS_STATISTICS, Decomposition, Factors, LayerWeights, decompose_layer
 from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity, smallest_rank
 from asrlib.conversion.sequential import convert_in_sequence
 from asrlib.conversion.statistics import LayerStatistics, Statistics
-from asrlib.models.families import attention_modules, check_loaded, family_of, is_latent
+from asrlib.models.families import (
+    attention_modules,
+    check_loaded,
+    chosen_parts,
+    family_of,
+    is_latent,
+    latent_modules,
+    run,
+)
 from asrlib.models.inference import inference, on_cpu, spoken_logits
 
 Candidates = tuple[Decomposition | AttendedDecomposition, ...]  # of one layer
@@ -45,22 +54,27 @@ def decompose(
     layout: str = "joint",
     method: str = "svd",
     statistics: Statistics | None = None,
+    parts: Sequence[str] | None = None,
 ) -> list[Candidates]:
-    """The decompositions of every layer's key and value projections, first layer first.
+    """The decompositions of every layer's key and value projections, first layer first. `parts`: see `convert`.
 
     Computed once, they can be cut at many widths (`convert(..., decomposition=...)`). A layer has one, except for
     `two_sided` and a joint latent: there the keys' error can be weighed against the values' in several ways, and
     `convert` takes what is best at its width. Raises ValueError where the layout or the method is impossible.
     """
     _check_convertible(model, layout, method)
-    layers = tqdm(range(encoder_config(model.config).num_hidden_layers), desc="decomposing", unit="layer", leave=False)
-    return [
-        _candidates(model, index, layout, method, statistics.layers[index] if statistics else None) for index in layers
-    ]
+    parts = chosen_parts(model, parts)
+    modules = tqdm(attention_modules(model, parts), desc="decomposing", unit="layer", leave=False)
+    of_modules = _by_module(statistics, parts, len(modules))
+    return [_candidates(*pair, layout, method) for pair in zip(modules, of_modules, strict=True)]
 
 
-def _candidates(model, index: int, layout: str, method: str, statistics: LayerStatistics | None) -> Candidates:
-    weights = LayerWeights.of(attention_modules(model)[index])
+def _by_module(statistics: Statistics | None, parts: Sequence[str], modules: int) -> list[LayerStatistics | None]:
+    return statistics.of(parts) if statistics else [None] * modules
+
+
+def _candidates(attention: nn.Module, statistics: LayerStatistics | None, layout: str, method: str) -> Candidates:
+    weights = LayerWeights.of(attention)
     moments = statistics.moments() if statistics else None
     balances = BALANCES if method in ("two_sided", "attended") and layout == "joint" else (1.0,)
     if method == "attended":
@@ -93,6 +107,7 @@ def convert(
     sequential: bool = False,
     reestimate_batch_norm: bool = False,
     sensitivities: list[dict[int, float]] | None = None,
+    parts: Sequence[str] | None = None,
 ) -> PreTrainedModel:
     """The latent twin of `model`, on the CPU, in evaluation mode; `model` ends where it was.
 
@@ -103,21 +118,30 @@ def convert(
     `collect_statistics`) are what the methods `whitened` and `two_sided` weigh errors by; what each method minimises
     stands in factorize.py. `sequential` fits each layer to what reaches it through those already converted, and
     `reestimate_batch_norm` corrects the moments of BatchNorm likewise: see sequential.py. `decomposition` and
-    `sensitivities` (of `decompose` and `measure_sensitivity`) are computed where they are needed and not given. Raises
-    ValueError where the width, the layout or the method is impossible.
+    `sensitivities` (of `decompose` and `measure_sensitivity`) are computed where they are needed and not given. `parts`
+    of an encoder-decoder's attention to convert, of encoder, decoder and cross: without it those that keep something,
+    decoder and cross. Of these each module counts as a layer, in this order. Raises ValueError where the width, the
+    layout, the method or a part is impossible.
     """
     _check_convertible(model, layout, method)
+    parts = chosen_parts(model, parts)
+    modules = attention_modules(model, parts)
+    if (sequential or reestimate_batch_norm) and has_decoder(model.config):
+        raise ValueError(
+            "sequential and reestimate_batch_norm follow one stack of layers, and an encoder-decoder "
+            f"({model.config.model_type}) has two: leave them out"
+        )
     if (sequential or reestimate_batch_norm) and statistics is None:
         raise ValueError("sequential and reestimate_batch_norm need calibration speech: see asrlib.collect_statistics")
     if sequential and method not in NEEDS_STATISTICS:
         raise ValueError(f"method {method!r} looks at weights alone: sequential has nothing to change, leave it out")
-    family, encoder = family_of(model.config), encoder_config(model.config)
-    width = encoder.hidden_size
+    family, width = family_of(model.config), encoder_config(model.config).hidden_size
+    of_modules = _by_module(statistics, parts, len(modules))
     if decomposition and any(one.layout != layout for candidates in decomposition for one in candidates):
         raise ValueError(f"layout is {layout}, but the decomposition was made for the other one: decompose again")
     if ranks not in RANKS:
         raise ValueError(f"ranks is {ranks!r}: choose one of {', '.join(RANKS)}")
-    widths = _one_a_layer(latent_dim, cache_cut, width, encoder.num_hidden_layers)
+    widths = _one_a_layer(latent_dim, cache_cut, width, len(modules))
     for one in widths:
         check_latent_dim(one, width, layout)
     if decomposition and statistics is None and any(len(candidates) > 1 for candidates in decomposition):
@@ -127,31 +151,31 @@ def convert(
             smallest_rank(min(widths), [2 * width], rank_multiple)  # refuses what would be rounded down to nothing
             widths, key_widths = [one // rank_multiple * rank_multiple for one in widths], []
         else:
-            decomposition = decomposition or decompose(model, layout, method, statistics)
+            decomposition = decomposition or decompose(model, layout, method, statistics, parts)
             widths, key_widths = _spend(
-                model, widths, layout, ranks, rank_multiple, statistics, decomposition, sensitivities
+                model, widths, layout, ranks, rank_multiple, statistics, decomposition, sensitivities, parts
             )
 
-        config = family.to_latent(model.config, latent_dim=widths, latent_layout=layout, latent_key_dim=key_widths)
-        latent = family.latent_model(config).to(model.dtype)
-        latent.set_attn_implementation(model.config._attn_implementation)  # no part of the config's dict
-        if model.can_generate():  # nor what generation starts from
-            latent.generation_config = copy.deepcopy(model.generation_config)
+        where = {"latent_parts": parts} if family.parts else {}
+        config = family.to_latent(
+            model.config, latent_dim=widths, latent_layout=layout, latent_key_dim=key_widths, **where
+        )
+        latent = _twin(family.latent_model, config, model)
         replaced = latent.load_state_dict(model.state_dict(), strict=False)
         _check_replaced(replaced.missing_keys, replaced.unexpected_keys)
         latent.eval()
-        attentions = attention_modules(latent)
+        attentions = latent_modules(latent)
 
         def fit(index: int, layer: LayerStatistics | None) -> None:
             if decomposition and not sequential:
                 candidates = decomposition[index]
             else:
-                candidates = _candidates(model, index, layout, method, layer)
+                candidates = _candidates(modules[index], layer, layout, method)
             _fill_best(attentions[index], candidates, layer)
 
         if not sequential:
             for index in tqdm(range(len(attentions)), desc="converting", unit="layer", leave=False):
-                fit(index, statistics.layers[index] if statistics else None)
+                fit(index, of_modules[index])
         if sequential or reestimate_batch_norm:
             convert_in_sequence(
                 model,
@@ -164,8 +188,17 @@ def convert(
     return latent.to("cpu")
 
 
+def _twin(kind: type[PreTrainedModel], config: PreTrainedConfig, model: PreTrainedModel) -> PreTrainedModel:
+    """Random weights; what is no part of a config's dict is as in `model`."""
+    twin = kind(config).to(model.dtype)
+    twin.set_attn_implementation(model.config._attn_implementation)
+    if model.can_generate():
+        twin.generation_config = copy.deepcopy(model.generation_config)
+    return twin
+
+
 def _spend(
-    model, widths, layout, ranks, multiple, statistics, decomposition, sensitivities
+    model, widths, layout, ranks, multiple, statistics, decomposition, sensitivities, parts
 ) -> tuple[list[int], list[int]]:
     """(latent widths, how much of each is the keys': none if joint), one a layer, within the sum of `widths`.
 
@@ -182,7 +215,7 @@ def _spend(
     if ranks == "energy":
         spent = energy(groups, budget, multiple)
     else:
-        costs = sensitivities or measure_sensitivity(model, layout, statistics, decomposition)
+        costs = sensitivities or measure_sensitivity(model, layout, statistics, decomposition, parts)
         spent = sensitivity(costs, budget, group_widths, multiple)
     if layout == "joint":
         return spent, []
@@ -198,28 +231,34 @@ def exact_latent_dim(config, layout: str) -> int:
 
 @torch.no_grad()
 def measure_sensitivity(
-    model: PreTrainedModel, layout: str, statistics: Statistics, decomposition: list[Candidates]
+    model: PreTrainedModel,
+    layout: str,
+    statistics: Statistics,
+    decomposition: list[Candidates],
+    parts: Sequence[str] | None = None,
 ) -> list[dict[int, float]]:
-    """For every group of ranks.py, {rank: KL divergence per frame of the CTC output when that group alone is cut}.
+    """For every group of ranks.py, {rank: KL divergence per frame of the CTC output when that group alone is cut}; of
+    an encoder-decoder per token, each said after the right ones, of a transducer per frame and number of labels.
+    `parts`: see `convert`.
 
     Joint: one group a layer; split: two, keys and values, layer by layer.
     """
     width = encoder_config(model.config).hidden_size
     exact = exact_latent_dim(model.config, layout)
-    probe = convert(model, exact, layout=layout, statistics=statistics, decomposition=decomposition)
+    probe = convert(model, exact, layout=layout, statistics=statistics, decomposition=decomposition, parts=parts)
     name = model.main_input_name
     inputs = statistics.inputs | {name: statistics.inputs[name].to(model.dtype)}
 
     def log_posteriors(any_model) -> torch.Tensor:
         with inference(any_model, device=torch.device("cpu")):
-            return torch.cat(spoken_logits(any_model, inputs)).float().log_softmax(-1)
+            return _unpadded_logits(any_model, inputs).float().log_softmax(-1)
 
     wanted = log_posteriors(model)
     probed = sorted({max(1, round(share * width)) for share in PROBED_SHARES})
     groups = [(True, True)] if layout == "joint" else [(True, False), (False, True)]  # are keys, are values cut?
     costs = []
     for attention, candidates in zip(
-        tqdm(attention_modules(probe), desc="probing", unit="layer", leave=False), decomposition, strict=True
+        tqdm(latent_modules(probe), desc="probing", unit="layer", leave=False), decomposition, strict=True
     ):
         middle = candidates[len(candidates) // 2]
         for cut_keys, cut_values in groups:
@@ -232,6 +271,13 @@ def measure_sensitivity(
             costs.append(cost)
         _fill(attention.latent_kv, middle.cut(width, width))
     return costs
+
+
+def _unpadded_logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[N, V]"""
+    if has_decoder(model.config):
+        return run(model, inputs).logits[inputs["decoder_attention_mask"].bool()]
+    return torch.cat(spoken_logits(model, inputs))
 
 
 def _widened(cut: Factors, width: int) -> Factors:
@@ -253,14 +299,12 @@ def to_standard_attention(latent: PreTrainedModel) -> PreTrainedModel:
     if not is_latent(latent.config):
         raise ValueError(f"the model has no latent attention ({latent.config.model_type}): there is nothing to undo")
     family = family_of(latent.config)
-    model = family.standard_model(family.to_standard(latent.config)).to(latent.dtype)
-    model.set_attn_implementation(latent.config._attn_implementation)
-    if latent.can_generate():
-        model.generation_config = copy.deepcopy(latent.generation_config)
+    model = _twin(family.standard_model, family.to_standard(latent.config), latent)
     replaced = model.load_state_dict(latent.state_dict(), strict=False)
     _check_replaced(replaced.unexpected_keys, replaced.missing_keys)
     with torch.no_grad():
-        for ours, theirs in zip(attention_modules(model), attention_modules(latent), strict=True):
+        parts = getattr(latent.config, "latent_parts", None)
+        for ours, theirs in zip(attention_modules(model, parts), latent_modules(latent), strict=True):
             factors, our, query = factors_of(theirs.latent_kv), projections(ours), projections(theirs).query
             our.key.weight.copy_(factors.key_weight)
             our.value.weight.copy_(factors.value_weight)

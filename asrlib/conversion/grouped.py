@@ -35,7 +35,7 @@ from asrlib.attention.names import encoder_config
 from asrlib.conversion.convert import convert
 from asrlib.conversion.factorize import Factors, LayerWeights, Moments, decompose_layer
 from asrlib.conversion.statistics import LayerStatistics, Statistics
-from asrlib.models.families import attention_modules, family_of, is_latent
+from asrlib.models.families import attention_modules, chosen_parts, family_of, is_latent
 
 GROUPING_METHODS = ("mean", "svd", "whitened", "two_sided")
 
@@ -61,10 +61,11 @@ def group_heads(
     if method not in GROUPING_METHODS:
         raise ValueError(f"method is {method!r}: choose one of {', '.join(GROUPING_METHODS)}")
     kv_heads = int(kv_heads)  # numpy's integers too
-    of_layers = statistics.layers if statistics else [None] * encoder.num_hidden_layers
+    parts = chosen_parts(model, None)
+    modules = attention_modules(model, parts)
+    of_layers = statistics.of(parts) if statistics else [None] * len(modules)
     grouped = [
-        (GroupedHeads(attention, kv_heads, method, layer),)
-        for attention, layer in zip(attention_modules(model), of_layers, strict=True)
+        (GroupedHeads(attention, kv_heads, method, layer),) for attention, layer in zip(modules, of_layers, strict=True)
     ]
     latent_dim = 2 * kv_heads * (encoder.hidden_size // heads)
     return convert(model, latent_dim, layout="split", decomposition=grouped)

@@ -1,7 +1,7 @@
 """What attention loses in a latent model: keys, values, scores, attention weights and outputs, layer by layer.
 
-Names: B batch, S what a model reads (samples of audio, or frames of features), T frames, D width, H heads; 1: one
-utterance at a time.
+Names: B batch, S what a model reads (samples of audio, or frames of features), T frames, D width, H heads, U what is
+attended to, frames mostly; 1: one utterance at a time. Queries of a decoder are tokens.
 """
 
 import copy
@@ -14,9 +14,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from asrlib.attention.kinds import heard
-from asrlib.attention.names import call_arguments, projections
-from asrlib.models.families import attention_modules, family_of, frame_counts, is_latent
-from asrlib.models.inference import choose_device, inference
+from asrlib.attention.names import call_arguments, has_decoder, projections
+from asrlib.models.families import (
+    attention_parts,
+    chosen_parts,
+    family_of,
+    frame_counts,
+    is_latent,
+    latent_modules,
+    run,
+)
+from asrlib.models.inference import attention_weights, choose_device, inference
 
 # Relative error of the attention output. The first system's limits were 0.05 and 0.10; measured word errors allow more:
 # below GOOD 2 of 98 conversions were significantly worse than their baseline, by 0.28 and 1.03 points (LOG.md).
@@ -30,14 +38,15 @@ def analyze_compression_quality(
     """How far each layer of `mla` is from the layer of `mha` it came from, one row per layer.
 
     `inputs` is one batch as the collator makes it: what the models read [B, S, ...], by its name, and, where it is
-    padded, attention_mask [B, S]. Each utterance runs through `mha` alone, without its padding, and every layer of
-    `mla` is given what that layer of `mha` reads, so that its error is its own and not its predecessors'. Layers are
-    compared in float64, whatever the models' precision, on the device of `mha`; both models stay as they are.
+    padded, attention_mask [B, S]; for an encoder-decoder labels, which it says. Each utterance runs through `mha`
+    alone, without its padding, and every layer of `mla` with a latent is given what that layer of `mha` reads, so that
+    its error is its own and not its predecessors'. Layers are compared in float64, whatever the models' precision, on
+    the device of `mha`; both models stay as they are.
 
-    Columns: layer, latent_dim, and
+    Columns: part (of an encoder-decoder alone), layer (in it), latent_dim, and
     key_error, value_error, output_error: ‖ours − theirs‖ / ‖theirs‖ over all frames;
     score_error: the same of the attention scores, positions included. What is added to all scores of a query
-      alike is left out, since softmax cancels it: each row is centred over the keys that it may attend to;
+      alike is left out, since softmax cancels it: each row is centred over its keys;
     attention_tv: total variation ½ Σ_j |ours_ij − theirs_ij| of attention weights (0 to 1), mean over queries, heads;
     output_cosine: cosine of the angle between the attention outputs, mean over frames.
 
@@ -49,16 +58,30 @@ def analyze_compression_quality(
             f"the models are {latent[0]} ({mha.config.model_type}) and {latent[1]} ({mla.config.model_type}): give "
             "first the one with standard attention, then the latent one that was converted from it"
         )
-    modules = attention_modules(mha)
+    parts = {part: attention_parts(mha)[part] for part in chosen_parts(mha, getattr(mla.config, "latent_parts", None))}
+    names = [
+        {"part": part} | {"layer": layer} if has_decoder(mha.config) else {"layer": layer}
+        for part, modules in parts.items()
+        for layer in range(len(modules))
+    ]
+    modules = [module for of_part in parts.values() for module in of_part]
     device = choose_device(None, mha)
-    with inference(mha, device=device), _recorded_calls(modules) as calls:
-        for utterance_1S in _utterances(mha, inputs):
-            family_of(mha.config).encode(mha, {mha.main_input_name: utterance_1S.to(device, mha.dtype)})
+    # A decoder hides from a token what comes behind it; asked for weights, transformers says so in a mask.
+    asked = attention_weights(*[mha] * has_decoder(mha.config))
+    with inference(mha, device=device), asked, _recorded_calls(modules) as calls:
+        for utterance in _utterances(mha, inputs):
+            run(mha, {name: _as_read(values, device, mha.dtype) for name, values in utterance.items()})
     rows = [
-        {"layer": index, "latent_dim": mla.config.latent_dim[index]} | _layer_quality(theirs, ours, calls[index])
-        for index, (theirs, ours) in enumerate(zip(modules, attention_modules(mla), strict=True))
+        name | {"latent_dim": width} | _layer_quality(theirs, ours, of_module)
+        for name, width, theirs, ours, of_module in zip(
+            names, mla.config.latent_dim, modules, latent_modules(mla), calls, strict=True
+        )
     ]
     return pd.DataFrame(rows)
+
+
+def _as_read(values: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return values.to(device, dtype) if values.is_floating_point() else values.to(device)
 
 
 def summarise_quality(table: pd.DataFrame) -> dict[str, float | str]:
@@ -79,19 +102,32 @@ def verdict(output_error: float) -> str:
 # ---- what the layers read ----------------------------------------------------------------------------------
 
 
-def _utterances(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The utterances of a batch without their padding, [1, S, ...] each; those too short for a frame are left out."""
-    padded_BS = inputs[model.main_input_name]
+def _utterances(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """What `model` reads of each utterance of a batch, [1, S, ...], without padding; those too short for a frame are
+    left out."""
+    name, teacher_forced = model.main_input_name, family_of(model.config).teacher_forced
+    if teacher_forced:
+        return _said(teacher_forced(model, inputs))
+    padded_BS = inputs[name]
     mask_BS = inputs.get("attention_mask")
     lengths_B = torch.full((len(padded_BS),), padded_BS.shape[1]) if mask_BS is None else mask_BS.sum(-1).cpu()
     utterances = [
-        row_S[None, :length]
+        {name: row_S[None, :length]}
         for row_S, length, frames in zip(padded_BS, lengths_B, frame_counts(model, lengths_B), strict=True)
         if frames > 0
     ]
     if not utterances:
         raise ValueError(f"no utterance of the batch (lengths {lengths_B.tolist()}) is a frame long: give longer ones")
     return utterances
+
+
+def _said(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Of an encoder-decoder: the features of each utterance with the tokens that it has, and no more of these."""
+    rows = [{name: values[row : row + 1] for name, values in inputs.items()} for row in range(len(inputs[_TOKENS]))]
+    return [one | {_TOKENS: one[_TOKENS][:, : int(one.pop(_SAID).sum())]} for one in rows]
+
+
+_TOKENS, _SAID = "decoder_input_ids", "decoder_attention_mask"
 
 
 @contextmanager
@@ -148,22 +184,20 @@ def _float64_copy(attention: nn.Module, device: torch.device) -> nn.Module:
 
 def _fractions(theirs: nn.Module, ours: nn.Module, call: dict) -> dict[str, torch.Tensor]:
     """One utterance's (numerator, denominator) [2] of each column, to be added up; of errors, still squared."""
-    x_1TD, read_by_keys = call["hidden_states"], []
+    x_1TD, read_by_keys = call["hidden_states"], []  # of queries, and mostly of keys
     our, their = projections(ours), projections(theirs)
     hook = their.key.register_forward_pre_hook(lambda _, args: read_by_keys.append(args[0]))
-    their_output_1TD, their_weights_1HTT = theirs(**call)
-    our_output_1TD, our_weights_1HTT = ours(**call)
+    their_output_1TD, their_weights_1HTU = theirs(**call)
+    our_output_1TD, our_weights_1HTU = ours(**call)
     hook.remove()
-    (turned_1TD,) = read_by_keys  # rotary positions turn it
-    mask = call.get("attention_mask")
-    heard_1HTT = heard(mask) if mask is not None and mask.dim() == 4 else None
+    (turned_1UD,) = read_by_keys  # rotary positions turn it
+    read_1UD = x_1TD if call.get("key_value_states") is None else call["key_value_states"]
+    seen = _seen(call.get("attention_mask"))
     return {
-        "key_error": _squares(our.key(turned_1TD), their.key(turned_1TD)),
-        "value_error": _squares(our.value(x_1TD), their.value(x_1TD)),
-        "score_error": _squares(
-            _centred_scores(our_weights_1HTT, heard_1HTT), _centred_scores(their_weights_1HTT, heard_1HTT)
-        ),
-        "attention_tv": _count((our_weights_1HTT - their_weights_1HTT).abs().sum(-1) / 2),
+        "key_error": _squares(our.key(turned_1UD), their.key(turned_1UD)),
+        "value_error": _squares(our.value(read_1UD), their.value(read_1UD)),
+        "score_error": _squares(_centred_scores(our_weights_1HTU, seen), _centred_scores(their_weights_1HTU, seen)),
+        "attention_tv": _count((our_weights_1HTU - their_weights_1HTU).abs().sum(-1) / 2),
         "output_error": _squares(our_output_1TD, their_output_1TD),
         "output_cosine": _count(nn.functional.cosine_similarity(our_output_1TD, their_output_1TD, dim=-1)),
     }
@@ -177,12 +211,17 @@ def _count(values: torch.Tensor) -> torch.Tensor:
     return torch.stack([values.sum(), values.new_tensor(values.numel())])
 
 
-def _centred_scores(weights_1HTT: torch.Tensor, heard_1HTT: torch.Tensor | None) -> torch.Tensor:
-    """Scores less their mean over keys, from the weights whose logarithm they are but for a shift per query; 0 where
-    they may not be attended to."""
-    tiny = torch.finfo(weights_1HTT.dtype).tiny  # what underflowed counts as 708 below the largest
-    scores_1HTT = weights_1HTT.clamp(min=tiny).log()
-    if heard_1HTT is None:
-        return scores_1HTT - scores_1HTT.mean(-1, keepdim=True)
-    mean_1HT1 = (scores_1HTT * heard_1HTT).sum(-1, keepdim=True) / heard_1HTT.sum(-1, keepdim=True)
-    return (scores_1HTT - mean_1HT1) * heard_1HTT
+def _seen(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Which keys [1, 1, T, U] each query may attend to by such a mask; None: all."""
+    seen = heard(mask) if mask is not None and mask.dim() == 4 else None
+    return None if seen is None or seen.all() else seen
+
+
+def _centred_scores(weights_1HTU: torch.Tensor, seen_11TU: torch.Tensor | None) -> torch.Tensor:
+    """Scores less their mean over keys, from the weights whose logarithm they are but for a shift per query."""
+    tiny = torch.finfo(weights_1HTU.dtype).tiny  # what underflowed counts as 708 below the largest
+    scores_1HTU = weights_1HTU.clamp(min=tiny).log()
+    if seen_11TU is None:
+        return scores_1HTU - scores_1HTU.mean(-1, keepdim=True)
+    means_1HT1 = (scores_1HTU * seen_11TU).sum(-1, keepdim=True) / seen_11TU.sum(-1, keepdim=True)
+    return (scores_1HTU - means_1HT1) * seen_11TU

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from asrlib.attention.kinds import LinearAttention
-from asrlib.models.families import attention_modules, family_of, is_latent
+from asrlib.models.families import attention_modules, family_of, is_latent, latent_modules
 
 
 def rotated(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -68,7 +68,7 @@ def rotate_latents(model: nn.Module, seed: int = 0) -> nn.Module:
     turned = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for attention in attention_modules(turned):
+        for attention in latent_modules(turned):
             latent = attention.latent_kv
             if latent.layout == "joint":
                 pairs = [(latent.down, (latent.up_k, latent.up_v))]

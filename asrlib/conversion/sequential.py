@@ -17,8 +17,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from asrlib.conversion.statistics import CalibrationSpeech, LayerStatistics, Reading, observed, unpadded
-from asrlib.models.families import family_of, layer_frame_counts
+from asrlib.conversion.statistics import CalibrationSpeech, Kept, LayerStatistics, Reading, observed, unpadded
+from asrlib.models.families import family_of, layer_frame_counts, run
 from asrlib.models.inference import attention_weights, inference
 
 
@@ -58,7 +58,7 @@ def convert_in_sequence(
                 if fit:
                     with _recorded(family.attention(ours)) as found:
                         _call(ours, batch, batch.ours_BTD)
-                    statistics.add(*found, kept_BT, *expected)
+                    statistics.add(*found, Kept(kept_BT, kept_BT), *expected)
             if fit:
                 fit(index, statistics)
             if batch_norm:
@@ -88,7 +88,7 @@ def _encoder_input(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> _B
 
     hook = first.register_forward_pre_hook(reach, with_kwargs=True)
     try:
-        family_of(model.config).encode(model, batch)
+        run(model, batch)
     except _Reached:
         pass
     finally:

@@ -1,10 +1,12 @@
 """What calibration speech says about each attention layer: one streaming pass, memory independent of its length.
 
 Names: B batch, T frames, D width, H heads, d_h = D / H, N frames seen. Sums are float64, over unpadded frames alone.
+An encoder-decoder is read while it says transcripts, each token after the right ones before it: in its decoder's
+self-attention a frame is a token, and in cross-attention, where queries are tokens and keys frames, S are the frames.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,29 +17,46 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from asrlib.attention.names import call_arguments, is_rotary, projections
+from asrlib.attention.names import call_arguments, has_decoder, is_rotary, projections
 from asrlib.conversion.factorize import InputMoments, Moments
 from asrlib.data.batches import CTCCollator, CTCDataset
 from asrlib.data.corpus import Corpus, check_corpus
-from asrlib.models.families import attention_modules, check_loaded, family_of, frames_per_second, layer_frame_counts
+from asrlib.models.families import (
+    attention_parts,
+    check_loaded,
+    chosen_parts,
+    family_of,
+    frames_per_second,
+    layer_frame_counts,
+    run,
+)
 from asrlib.models.inference import attention_weights, choose_device, inference, padding_silenced
 from asrlib.out_of_memory import out_of_memory_explained
 
 FRAMES_PER_DIMENSION = 10  # fewer frames than so many times the width, and the covariance is noise to a good part
 SHRINKAGE = 1e-6  # of the covariance towards its mean variance, with speech in plenty
 SAMPLE_FRAMES = 1000  # of a batch are kept, to measure attention outputs on
+SAMPLE_KEYS = 6 * SAMPLE_FRAMES  # at most, where each query attends to many times as many frames as there are queries
 
 
 @dataclass(frozen=True)
 class Reading:
     """What one attention layer read in a call, and what it gave."""
 
-    key_input: torch.Tensor  # what queries and keys are made of [B, T, D]: turned, for rotary positions
-    value_input: torch.Tensor  # what values are made of [B, T, D]
+    key_input: torch.Tensor  # what keys are made of [B, S, D], mostly as queries are: turned, for rotary positions
+    value_input: torch.Tensor  # what values are made of [B, S, D]
     queries: torch.Tensor  # q_h + u [B, T, H, d_h]
     arguments: dict  # of the call
     output: torch.Tensor  # [B, T, D]
-    weights: torch.Tensor | None  # of attention [B, H, T, T], where they are computed (eager attention)
+    weights: torch.Tensor | None  # of attention [B, H, T, S], where they are computed (eager attention)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which queries and which keys of a batch are no padding."""
+
+    queries_BT: torch.Tensor
+    keys_BS: torch.Tensor  # the same as the queries, but in cross-attention
 
 
 @contextmanager
@@ -54,7 +73,10 @@ def observed(attention: nn.Module, record: Callable[[Reading], None]) -> Iterato
         if of.query_bias_HE is not None:
             queries_BTHE = queries_BTHE + of.query_bias_HE
         arguments = call_arguments(args, arguments)
-        record(Reading(key_input_BTD, arguments["hidden_states"], queries_BTHE, arguments, *output[:2]))
+        value_input_BTD = arguments["hidden_states"]
+        if arguments.get("key_value_states") is not None:  # cross-attention
+            key_input_BTD = value_input_BTD = arguments["key_value_states"]
+        record(Reading(key_input_BTD, value_input_BTD, queries_BTHE, arguments, *output[:2]))
 
     hooks = [
         of.query.register_forward_hook(queries_made),
@@ -110,13 +132,14 @@ class Sample:
     """One call of an attention layer, over a few utterances, and what it should give: to try factors on. On the CPU."""
 
     arguments: dict
-    kept_BT: torch.Tensor  # frames that are no padding
+    kept_BT: torch.Tensor  # queries that are no padding
     wanted_BTD: torch.Tensor
 
     @classmethod
-    def of(cls, arguments: dict, kept_BT: torch.Tensor, wanted_BTD: torch.Tensor) -> "Sample":
+    def of(cls, arguments: dict, kept: Kept, wanted_BTD: torch.Tensor) -> "Sample":
         """Of the first utterances of a batch."""
-        batch, rows = len(kept_BT), _sample_rows(kept_BT)
+        kept_BT = kept.queries_BT
+        batch, rows = len(kept_BT), _sample_rows(kept)
 
         def first(name, value):  # a table of positions is all utterances', even where it counts as many rows
             if not torch.is_tensor(value):
@@ -139,8 +162,8 @@ class Sample:
         return (output_BTD - self.wanted_BTD)[self.kept_BT].norm().item()
 
 
-def _sample_rows(kept_BT: torch.Tensor) -> int:
-    return max(1, SAMPLE_FRAMES // kept_BT.shape[1])
+def _sample_rows(kept: Kept) -> int:
+    return max(1, min(SAMPLE_FRAMES // kept.queries_BT.shape[1], SAMPLE_KEYS // kept.keys_BS.shape[1]))
 
 
 @dataclass
@@ -150,6 +173,7 @@ class LayerStatistics:
     key: InputSums
     value: InputSums  # the same as `key`, but for rotary positions
     queries: torch.Tensor  # Σ (q_h + u)(q_h + u)ᵀ [H, d_h, d_h]
+    queries_seen: int = 0
     attention: "AttentionSums | None" = None
     sample: Sample | None = field(default=None, repr=False)
 
@@ -161,29 +185,31 @@ class LayerStatistics:
         key = InputSums(width)
         value = InputSums(width) if is_rotary(attention) else key
         queries = torch.zeros(heads, width // heads, width // heads, dtype=torch.float64)
-        return cls(key, value, queries, AttentionSums(width, heads) if weights else None)
+        return cls(key, value, queries, attention=AttentionSums(width, heads) if weights else None)
 
     @property
     def frames(self) -> int:
         return self.key.frames
 
-    def add(self, reading: Reading, kept_BT: torch.Tensor, wanted: Reading | None = None) -> None:
+    def add(self, reading: Reading, kept: Kept, wanted: Reading | None = None) -> None:
         """A call, and behind converted layers what the unconverted model has in its place."""
-        self.key.add(reading.key_input[kept_BT], wanted and wanted.key_input[kept_BT])
+        keys_BS = kept.keys_BS
+        self.key.add(reading.key_input[keys_BS], wanted and wanted.key_input[keys_BS])
         if self.value is not self.key:
-            self.value.add(reading.value_input[kept_BT], wanted and wanted.value_input[kept_BT])
-        queries_NHE = reading.queries[kept_BT].double()
+            self.value.add(reading.value_input[keys_BS], wanted and wanted.value_input[keys_BS])
+        queries_NHE = reading.queries[kept.queries_BT].double()
         self.queries += torch.einsum("nhi,nhj->hij", queries_NHE, queries_NHE).cpu()
+        self.queries_seen += len(queries_NHE)
         if self.attention:
-            self.attention.add(reading, kept_BT, wanted or reading)
+            self.attention.add(reading, kept, wanted or reading)
         if self.sample is None:
-            self.sample = Sample.of(reading.arguments, kept_BT, (wanted or reading).output)
+            self.sample = Sample.of(reading.arguments, kept, (wanted or reading).output)
 
     def moments(self) -> Moments:
         """μ, Σ and Q, and where weights were seen, Σ as attention sees it."""
         key = self.key.moments()
         value = key if self.value is self.key else self.value.moments()
-        query = self.queries / self.frames
+        query = self.queries / self.queries_seen
         if self.attention is None:
             return Moments(key, value, query)
         # Softmax knows no mean of the keys; that of all frames keeps them comparable.
@@ -201,34 +227,34 @@ class AttentionSums:
         self.key = InputSums(width)  # around each query's mean, by its weights; all heads together
         self.values = [InputSums(width) for _ in range(heads)]  # means by the weights
 
-    def add(self, reading: Reading, kept_BT: torch.Tensor, wanted: Reading) -> None:
+    def add(self, reading: Reading, kept: Kept, wanted: Reading) -> None:
         behind = wanted is not reading
-        for utterance, kept_T in enumerate(kept_BT):
-            weights_HTT = wanted.weights[utterance][:, kept_T][:, :, kept_T].float()
+        for utterance, (queries_T, keys_S) in enumerate(zip(kept.queries_BT, kept.keys_BS, strict=True)):
+            weights_HTS = wanted.weights[utterance][:, queries_T][:, :, keys_S].float()
             inputs = [
-                (one.key_input[utterance][kept_T].float(), one.value_input[utterance][kept_T].float())
+                (one.key_input[utterance][keys_S].float(), one.value_input[utterance][keys_S].float())
                 for one in ((reading, wanted) if behind else (reading,))
             ]
-            self._add_keys(weights_HTT, *(key_TD for key_TD, _ in inputs))
-            means = [weights_HTT @ value_TD for _, value_TD in inputs]  # [H, T, D]
+            self._add_keys(weights_HTS, *(key_SD for key_SD, _ in inputs))
+            means = [weights_HTS @ value_SD for _, value_SD in inputs]  # [H, T, D]
             for head, sums in enumerate(self.values):
                 sums.add(*(mean_HTD[head] for mean_HTD in means))
 
-    def _add_keys(self, weights_HTT: torch.Tensor, x_TD: torch.Tensor, wanted_TD: torch.Tensor | None = None) -> None:
-        attended_T = weights_HTT.sum((0, 1)).double()
+    def _add_keys(self, weights_HTS: torch.Tensor, x_SD: torch.Tensor, wanted_SD: torch.Tensor | None = None) -> None:
+        attended_S = weights_HTS.sum((0, 1)).double()
 
-        def covariance(a_TD, b_TD):  # Σ_hi Σ_j a_hij (a_j − ā_hi)(b_j − b̄_hi)ᵀ
-            a_mean, b_mean = ((weights_HTT @ one_TD).flatten(0, 1).double() for one_TD in (a_TD, b_TD))
-            a_TD, b_TD = a_TD.double(), b_TD.double()
-            return ((a_TD * attended_T[:, None]).T @ b_TD - a_mean.T @ b_mean).cpu()
+        def covariance(a_SD, b_SD):  # Σ_hi Σ_j a_hij (a_j − ā_hi)(b_j − b̄_hi)ᵀ
+            a_mean, b_mean = ((weights_HTS @ one_SD).flatten(0, 1).double() for one_SD in (a_SD, b_SD))
+            a_SD, b_SD = a_SD.double(), b_SD.double()
+            return ((a_SD * attended_S[:, None]).T @ b_SD - a_mean.T @ b_mean).cpu()
 
-        self.key.frames += weights_HTT.shape[0] * weights_HTT.shape[1]
-        self.key.products += covariance(x_TD, x_TD)
-        if wanted_TD is not None:
+        self.key.frames += weights_HTS.shape[0] * weights_HTS.shape[1]
+        self.key.products += covariance(x_SD, x_SD)
+        if wanted_SD is not None:
             if self.key.cross is None:
                 self.key.wanted_total = torch.zeros_like(self.key.total)
                 self.key.cross = torch.zeros_like(self.key.products)
-            self.key.cross += covariance(wanted_TD, x_TD)
+            self.key.cross += covariance(wanted_SD, x_SD)
 
 
 @dataclass(frozen=True)
@@ -237,29 +263,68 @@ class CalibrationSpeech:
 
     batches: Iterable[dict[str, torch.Tensor]] = field(repr=False)
     device: torch.device
+    read: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = field(repr=False)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, batches: Iterable, device: torch.device) -> "CalibrationSpeech":
+        """For `model` to read as its family does: without labels, but where what it says depends on them."""
+        family = family_of(model.config)
+        if family.teacher_forced:
+            return cls(batches, device, partial(family.teacher_forced, model))
+        return cls(batches, device, dict if family.head.reads_labels else _without_labels)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """What a model reads of each batch, its attention_mask included, on the device."""
+        """What a model reads of each batch, with what masks its padding, on the device."""
         for batch in tqdm(self.batches, desc="calibration speech", unit="batch", leave=False):
-            yield {name: values.to(self.device) for name, values in batch.items() if name != "labels"}
+            yield {name: values.to(self.device) for name, values in self.read(batch).items()}
+
+
+def _without_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: values for name, values in batch.items() if name != "labels"}
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """One `LayerStatistics` a layer, and the speech that they come from."""
+    """One `LayerStatistics` for each attention module, and the speech that they come from."""
 
-    layers: list[LayerStatistics]
+    parts: dict[str, list[LayerStatistics]]  # of the model, as `families.attention_parts` names them
     speech: CalibrationSpeech = field(repr=False)
     inputs: dict[str, torch.Tensor] = field(repr=False)  # a few utterances of it, on the CPU
+
+    @property
+    def layers(self) -> list[LayerStatistics]:
+        return [layer for layers in self.parts.values() for layer in layers]
 
     @property
     def frames(self) -> int:
         return self.layers[0].frames
 
+    def of(self, parts: Sequence[str]) -> list[LayerStatistics]:
+        """Those of some parts of the model; ValueError where they were not collected."""
+        if missing := ", ".join(part for part in parts if part not in self.parts):
+            raise ValueError(
+                f"the statistics say nothing of attention in {missing}: collect_statistics(..., parts={list(parts)})"
+            )
+        return [layer for part in parts for layer in self.parts[part]]
+
     @property
     def condition_numbers(self) -> list[float]:
         """Of each layer's covariance: largest over smallest eigenvalue."""
         return [torch.linalg.cond(layer.moments().key.covariance).item() for layer in self.layers]
+
+
+@contextmanager
+def kept_frames(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Iterator[dict[str, Kept]]:
+    """What of a batch is no padding, by part of `model`, while padding does not leak through its convolutions."""
+    if "decoder_attention_mask" not in inputs:
+        with unpadded(model, layer_frame_counts(model, inputs["attention_mask"].sum(-1))) as kept_BT:
+            yield {"encoder": Kept(kept_BT, kept_BT)}
+        return
+    # An encoder whose decoder attends to padding as to speech: all frames count.
+    said_BT, features = inputs["decoder_attention_mask"].bool(), inputs[model.main_input_name]
+    frames = layer_frame_counts(model, torch.tensor(features.shape[-1]))
+    heard_BS = said_BT.new_ones(len(said_BT), int(frames))
+    yield {"encoder": Kept(heard_BS, heard_BS), "decoder": Kept(said_BT, said_BT), "cross": Kept(said_BT, heard_BS)}
 
 
 @contextmanager
@@ -277,13 +342,15 @@ def collect_statistics(
     batch_seconds: float = 60.0,
     device: str | None = None,
     attention: bool = False,
+    parts: Sequence[str] | None = None,
 ) -> Statistics:
     """Statistics of every attention layer of `model` over about `max_seconds` of `corpus`, first layer first.
 
     Take the training split. Raises ValueError for a test split or for fewer frames than the model is wide; warns where
     there is too little speech for the width and says how much is enough. `device`: where to run, see
     `models.inference.choose_device`; the model ends where it was. `attention`: also what attention makes of the inputs,
-    which the method `attended` needs. 24 layers of width 1024 take 0.3 GB, with attention's 16 heads 3.6 GB.
+    which the method `attended` needs. 24 layers of width 1024 take 0.3 GB, with attention's 16 heads 3.6 GB. `parts`:
+    of what, as `convert` takes them.
     """
     check_loaded(model, processor)
     check_corpus(corpus)
@@ -294,40 +361,43 @@ def collect_statistics(
     dataset = CTCDataset(corpus, processor)
     sampler = dataset.batches(batch_seconds, shuffle=False)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=CTCCollator(processor))
-    speech = CalibrationSpeech(loader, device)
+    speech = CalibrationSpeech.of(model, loader, device)
     limits = {"batch_seconds": batch_seconds, "method": "attended" if attention else None}
-    modules = attention_modules(model)
-    layers = [LayerStatistics.of(module, attention) for module in modules]
+    modules = {part: attention_parts(model)[part] for part in chosen_parts(model, parts)}
+    layers = {part: [LayerStatistics.of(one, attention) for one in found] for part, found in modules.items()}
     inputs: dict[str, torch.Tensor] = {}
     try:
         with inference(model, device=device), attention_weights(*[model] * attention):
             for indices, batch in zip(sampler, speech, strict=True):
                 named = [(corpus[i].id, corpus[i].seconds) for i in indices]
-                frames_B = layer_frame_counts(model, batch["attention_mask"].sum(-1))
-                with unpadded(model, frames_B) as kept_BT, ExitStack() as watching:
-                    for module, layer in zip(modules, layers, strict=True):
-                        watching.enter_context(observed(module, partial(layer.add, kept_BT=kept_BT)))
+                with kept_frames(model, batch) as kept, ExitStack() as watching:
+                    for part, found in modules.items():
+                        for module, layer in zip(found, layers[part], strict=True):
+                            watching.enter_context(observed(module, partial(layer.add, kept=kept[part])))
                     with out_of_memory_explained("calibration", named, limits):
-                        family_of(model.config).encode(model, batch)
-                inputs = inputs or {name: value[: _sample_rows(kept_BT)].cpu() for name, value in batch.items()}
+                        run(model, batch)
+                rows = min(_sample_rows(kept[part]) for part in modules)
+                inputs = inputs or {name: value[:rows].cpu() for name, value in batch.items()}
     finally:
         model.to(home)
-    _check_amount(layers[0], model.config)
+    for part, (first, *_) in layers.items():
+        rate = first.frames / corpus.seconds if has_decoder(model.config) else frames_per_second(model.config)
+        _check_amount(first, "tokens" if part == "decoder" else "frames", rate)
     return Statistics(layers, speech, inputs)
 
 
-def _check_amount(layer: LayerStatistics, config) -> None:
+def _check_amount(layer: LayerStatistics, what: str, per_second: float) -> None:
     width = len(layer.key.total)
     enough = FRAMES_PER_DIMENSION * width
-    seconds = enough / frames_per_second(config)
+    seconds = enough / per_second
     if layer.frames < width:
         raise ValueError(
-            f"{layer.frames} frames of calibration speech say too little about inputs of width {width}: give at least "
+            f"{layer.frames} {what} of calibration speech say too little about inputs of width {width}: give at least "
             f"{seconds:.0f} s"
         )
     if layer.frames < enough:
         warnings.warn(
-            f"{layer.frames} frames of calibration speech are few for inputs of width {width}, whose covariance is "
+            f"{layer.frames} {what} of calibration speech are few for inputs of width {width}, whose covariance is "
             f"shrunk: {seconds:.0f} s are enough",
             stacklevel=3,
         )

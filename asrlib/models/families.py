@@ -6,8 +6,8 @@ A new family is one file beside this one, which registers its classes with trans
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
-    AutoModelForCTC,
+    AutoConfig,
     AutoProcessor,
     HubertForCTC,
     NemotronAsrStreamingForRNNT,
@@ -23,14 +23,17 @@ from transformers import (
     ParakeetForRNNT,
     PreTrainedConfig,
     PreTrainedModel,
+    ProcessorMixin,
     Wav2Vec2BertForCTC,
     Wav2Vec2ConformerForCTC,
     Wav2Vec2ForCTC,
-    Wav2Vec2Processor,
+    WhisperForConditionalGeneration,
 )
 
+from asrlib.attention.names import has_decoder
 from asrlib.data.audio import SAMPLE_RATE
-from asrlib.models import encoder, nemotron, parakeet, wav2vec2, wav2vec2_bert, wav2vec2_conformer
+from asrlib.models import encoder, nemotron, parakeet, wav2vec2, wav2vec2_bert, wav2vec2_conformer, whisper
+from asrlib.models.heads import CTC, Decoder, Transducer
 from asrlib.models.latent_twin import LatentConfig, check_layout
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"  # the models shipped with the package
@@ -48,6 +51,7 @@ class Family:
     layers: Callable[[PreTrainedModel], list[nn.Module]]  # encoder layers, in order
     attention: Callable[[nn.Module], nn.Module]  # layer → attention, with projections of `attention.names`
     check_streaming: Callable[[PreTrainedConfig], None]  # raises where something takes the whole recording
+    head: CTC = field(default_factory=CTC)  # what writes the text: see heads.py
     check_layout: Callable[[PreTrainedConfig, str], None] = check_layout  # raises where attention forbids a layout
     # Of those that can stream: inputs → what the layers read [B, T, D], and what the last layer gives → [B, T, V].
     frames: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] | None = None
@@ -61,8 +65,13 @@ class Family:
     frame_counts: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] = lambda model, lengths: (
         model._get_feat_extract_output_lengths(lengths)
     )
-    # Runs all layers over what the model reads of a batch, of labels nothing: where `forward` wants those too.
-    encode: Callable[[PreTrainedModel, dict[str, torch.Tensor]], object] = lambda model, inputs: model(**inputs)
+    # Of encoder-decoders: {part: attention modules, first layer first}, and of which a run keeps something.
+    parts: Callable[[PreTrainedModel], dict[str, list[nn.Module]]] | None = None
+    cached_parts: tuple[str, ...] = ("encoder",)
+    # Where a pass of the model asks for a text: runs its layers over what they read of a batch, of labels nothing.
+    encode: Callable[[PreTrainedModel, dict[str, torch.Tensor]], object] | None = None
+    # A batch with labels → what the model reads to say each after those before it, see `whisper.teacher_forced`.
+    teacher_forced: Callable[[PreTrainedModel, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
 
 
 WAV2VEC2_CONFORMER = Family(
@@ -142,11 +151,12 @@ PARAKEET_RNNT = replace(
     PARAKEET,
     standard_model=ParakeetForRNNT,
     latent_model=parakeet.ParakeetMLAForRNNT,
-    encode=lambda model, inputs: model.get_audio_features(**inputs),
+    encode=parakeet.encode,
+    head=Transducer(),
 )
 
 NEMOTRON = replace(
-    PARAKEET,
+    PARAKEET_RNNT,
     standard_model=NemotronAsrStreamingForRNNT,
     latent_model=nemotron.NemotronMLAForRNNT,
     to_standard=nemotron.to_standard,
@@ -154,6 +164,25 @@ NEMOTRON = replace(
     check_streaming=nemotron.check_streaming,
     work_in_blocks=nemotron.work_in_blocks,
     encode=nemotron.encode,
+)
+
+WHISPER = Family(
+    standard_model=WhisperForConditionalGeneration,
+    latent_model=whisper.WhisperMLAForConditionalGeneration,
+    to_standard=whisper.to_standard,
+    to_latent=whisper.to_latent,
+    is_latent=lambda config: isinstance(config, LatentConfig),
+    layers=lambda model: list(model.model.encoder.layers),
+    attention=lambda layer: layer.self_attn,
+    check_streaming=whisper.check_streaming,
+    positions=lambda config: "sinusoidal",
+    input_length=lambda config, samples: samples // whisper.HOP,
+    samples_per_frame=lambda config: whisper.SAMPLES_PER_FRAME,
+    parts=whisper.parts,
+    cached_parts=whisper.CACHED,
+    teacher_forced=whisper.teacher_forced,
+    head=Decoder(),
+    frame_counts=lambda model, lengths: torch.full_like(lengths, model.config.max_source_positions),
 )
 
 FAMILIES = {
@@ -171,6 +200,8 @@ FAMILIES = {
     "parakeet_rnnt-mla": PARAKEET_RNNT,
     "nemotron_asr_streaming": NEMOTRON,
     "nemotron_asr_streaming-mla": NEMOTRON,
+    "whisper": WHISPER,
+    "whisper-mla": WHISPER,
     "speech-encoder": SPEECH_ENCODER,
 }
 
@@ -183,10 +214,45 @@ def family_of(config) -> Family:
     return FAMILIES[config.model_type]
 
 
-def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention modules of `model`, first layer first."""
+def attention_parts(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
+    """The attention modules of `model`, first layer first, by what they are part of: the encoder, if nothing else."""
     family = family_of(model.config)
-    return [family.attention(layer) for layer in family.layers(model)]
+    if family.parts:
+        return family.parts(model)
+    return {"encoder": [family.attention(layer) for layer in family.layers(model)]}
+
+
+def attention_modules(model: PreTrainedModel, parts: Sequence[str] | None = None) -> list[nn.Module]:
+    """The attention modules of `model`, or those of some `parts` of it, first layer first."""
+    modules = attention_parts(model)
+    return [module for part in (modules if parts is None else parts) for module in modules[part]]
+
+
+def latent_modules(latent: PreTrainedModel) -> list[nn.Module]:
+    """The attention modules of a latent model that have a latent, in the order of its config's widths."""
+    return attention_modules(latent, getattr(latent.config, "latent_parts", None))
+
+
+def chosen_parts(model: PreTrainedModel, parts: Sequence[str] | None) -> list[str]:
+    """The parts of `model` to convert, in order: those given, else all of which a run keeps something.
+
+    Raises ValueError where `model` has no such part.
+    """
+    known, given = list(attention_parts(model)), family_of(model.config).cached_parts if parts is None else parts
+    if isinstance(given, str) or not given or set(given) - set(known):
+        raise ValueError(
+            f"parts is {given!r}, but attention of {model.config.model_type} is of the {', '.join(known)}: give a list "
+            "of one or more"
+        )
+    return [part for part in known if part in given]
+
+
+def run(model: PreTrainedModel, inputs: dict[str, torch.Tensor]):
+    """Runs all layers once, of which nothing is kept. Gives what `model` gives, or of a transducer what its encoder
+    does."""
+    if encode := family_of(model.config).encode:
+        return encode(model, {name: values for name, values in inputs.items() if name != "labels"})
+    return model(**inputs, **({"use_cache": False} if has_decoder(model.config) else {}))
 
 
 def positions_of(config) -> str | None:
@@ -210,10 +276,24 @@ def layer_frame_counts(model: PreTrainedModel, lengths: torch.Tensor) -> torch.T
     return frame_counts(model, lengths)
 
 
-def frames_of(model: PreTrainedModel) -> Callable[[int], int]:
-    """The function samples of audio → encoder frames of `model`."""
-    length = family_of(model.config).input_length
-    return lambda samples: max(0, int(frame_counts(model, torch.tensor(length(model.config, samples)))))
+@dataclass(frozen=True)
+class EncoderFrames:
+    """The function samples of audio → encoder frames of `model`, and what can not be learnt from so many."""
+
+    model: PreTrainedModel
+
+    def __call__(self, samples: int) -> int:
+        length = family_of(self.model.config).input_length(self.model.config, samples)
+        return max(0, int(frame_counts(self.model, torch.tensor(length))))
+
+    def problem(self, ids: list[int], samples: int) -> str | None:
+        """Why `model` can not be trained or scored on these labels of audio that long, or None."""
+        head = family_of(self.model.config).head
+        return head.problem(self.model.config, ids, samples, self(samples))
+
+
+def frames_of(model: PreTrainedModel) -> EncoderFrames:
+    return EncoderFrames(model)
 
 
 def frames_per_second(config) -> float:
@@ -282,7 +362,7 @@ def check_loaded(model, processor=None) -> None:
         )
 
 
-def load(source: str | Path, revision: str | None = None) -> tuple[PreTrainedModel, Wav2Vec2Processor]:
+def load(source: str | Path, revision: str | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Loads (model, processor) from a folder, a hub id or a shipped name; the model is in evaluation mode.
 
     Weights are safetensors, or a .bin read by torch's restricted loader; remote code never runs. `revision` is a hub
@@ -296,7 +376,8 @@ def load(source: str | Path, revision: str | None = None) -> tuple[PreTrainedMod
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     try:
         processor = AutoProcessor.from_pretrained(name, revision=revision or "main")
-        model, report = AutoModelForCTC.from_pretrained(
+        head = _head_of(AutoConfig.from_pretrained(name, revision=revision or "main"))
+        model, report = head.auto_model.from_pretrained(
             name, revision=revision or "main", output_loading_info=True, dtype=torch.float32
         )
     except Exception as error:
@@ -308,7 +389,13 @@ def load(source: str | Path, revision: str | None = None) -> tuple[PreTrainedMod
             "numbers. Is it the checkpoint of a fine-tuned CTC model?"
         )
     family_of(model.config)
+    head.prepare(model, processor)
     return model.eval(), processor
+
+
+def _head_of(config: PreTrainedConfig) -> CTC:
+    """CTC too where no family is known, so that it is `family_of` that says so, and not transformers."""
+    return FAMILIES[config.model_type].head if config.model_type in FAMILIES else CTC()
 
 
 def _reason(error: Exception) -> str:

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from asrlib.attention.latent import LatentKV, check_latent_widths, split_ranks
-from asrlib.attention.names import encoder_config
+from asrlib.attention.names import encoder_config, latent_modules
 
 OWN = {
     "model_type",
@@ -15,6 +15,7 @@ OWN = {
     "latent_dim",
     "latent_layout",
     "latent_key_dim",
+    "latent_parts",
 }  # what tells twins apart
 
 
@@ -39,7 +40,7 @@ class LatentConfig:
         encoder = encoder_config(self)
         if not self.latent_dim:
             exact = encoder.hidden_size if self.latent_layout == "joint" else 2 * encoder.hidden_size
-            self.latent_dim = [exact] * encoder.num_hidden_layers
+            self.latent_dim = [exact] * latent_modules(self)
         if self.latent_layout == "split" and not self.latent_key_dim:
             self.latent_key_dim = [split_ranks(width)[0] for width in self.latent_dim]
         self.latent_dim, self.latent_key_dim = list(self.latent_dim), list(self.latent_key_dim)
@@ -69,7 +70,7 @@ def settings(config: PreTrainedConfig) -> dict:
 
 
 def latent_kv(config: LatentConfig, layer: int) -> LatentKV:
-    """The latent of one layer, with random weights."""
+    """The latent of one layer, or one attention module, with random weights."""
     width = encoder_config(config).hidden_size
     return LatentKV(width, config.latent_dim[layer], config.latent_layout, config.key_dim(layer))
 

@@ -66,6 +66,11 @@ def check_streaming(config: ParakeetConfig) -> None:
     raise ValueError(f"features of {config.model_type} are normalised over whole recordings, so it can not stream")
 
 
+def encode(model: ParakeetForRNNT, inputs: dict[str, torch.Tensor]):
+    """What the encoder makes of a batch."""
+    return model.get_audio_features(**inputs)
+
+
 class FastConformerNames:
     """What `attention.relative` works on, by the names that FastConformers have for it."""
 

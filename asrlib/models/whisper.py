@@ -1,0 +1,216 @@
+"""The latent twin of transformers' WhisperForConditionalGeneration.
+
+Its encoder's self-attention, its decoder's self-attention and its cross-attention can each be latent or stay as they
+are. The encoder hears a whole window at once and keeps nothing; `generate` keeps the decoder's tokens, and of every
+decoder layer keys and values of all frames, which are there before the first token. Keys have no bias and positions are
+added before the first layer, so keys and values read the same in all three, and a joint latent serves both.
+
+Shapes: B batch, H heads, n queries, T frames or tokens attended to, m = H·n, D width, E = D / H, R latent width.
+"""
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, WhisperConfig, WhisperForConditionalGeneration
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.whisper.modeling_whisper import WhisperAttention, eager_attention_forward, shift_tokens_right
+
+from asrlib.attention.kinds import absorbing_pays
+from asrlib.models.latent_twin import LatentConfig, LatentProjections, settings
+
+PARTS = ("encoder", "decoder", "cross")  # self-attention of either, and the decoder's to the encoder's frames
+CACHED = ("decoder", "cross")  # of which `generate` keeps something
+HOP = 160  # samples
+SAMPLES_PER_FRAME = 2 * HOP
+
+
+@strict
+class WhisperMLAConfig(LatentConfig, WhisperConfig):
+    """WhisperConfig plus what `LatentConfig` says of the latent, and `latent_parts`, which attention has one: any of
+    encoder, decoder and cross. `latent_dim` has a width for each of their modules, in this order, first layer first.
+    """
+
+    model_type = "whisper-mla"
+    latent_parts: list[str] | tuple[str, ...] = CACHED
+
+    def __post_init__(self, **kwargs):
+        check_parts(self.latent_parts)
+        self.latent_parts = [part for part in PARTS if part in self.latent_parts]
+        super().__post_init__(**kwargs)
+
+    @property
+    def latent_modules(self) -> int:
+        """How many attention modules have a latent."""
+        return sum(self.encoder_layers if part == "encoder" else self.decoder_layers for part in self.latent_parts)
+
+
+def check_parts(parts: list[str] | tuple[str, ...]) -> None:
+    """Raises ValueError unless `parts` are one or more of Whisper's attentions, each once."""
+    if not parts or set(parts) - set(PARTS) or len(set(parts)) < len(parts):
+        raise ValueError(f"latent_parts is {list(parts)}: give one or more of {', '.join(PARTS)}, each once")
+
+
+def to_latent(config: WhisperConfig, **latent) -> WhisperMLAConfig:
+    """The config of the latent twin; `latent` are latent_dim, latent_layout, latent_key_dim and latent_parts."""
+    return WhisperMLAConfig(**settings(config), **latent)
+
+
+def to_standard(config: WhisperMLAConfig) -> WhisperConfig:
+    return WhisperConfig(**settings(config))
+
+
+def check_streaming(config: WhisperConfig) -> None:
+    """Raises ValueError: the encoder hears windows as a whole."""
+    seconds = config.max_source_positions * SAMPLES_PER_FRAME / 16_000
+    raise ValueError(f"{config.model_type} hears windows of {seconds:g} s as a whole, so it can not stream")
+
+
+def parts(model: WhisperForConditionalGeneration) -> dict[str, list[nn.Module]]:
+    """{part: attention modules, first layer first}"""
+    return {part: [getattr(layer, name) for layer, name in _places(model, part)] for part in PARTS}
+
+
+def _places(model: WhisperForConditionalGeneration, part: str) -> list[tuple[nn.Module, str]]:
+    """(layer, name of its attention)"""
+    layers = model.model.encoder.layers if part == "encoder" else model.model.decoder.layers
+    return [(layer, "encoder_attn" if part == "cross" else "self_attn") for layer in layers]
+
+
+def teacher_forced(model: WhisperForConditionalGeneration, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `model` reads of a batch to say each of its labels after those before it: its features,
+    `decoder_input_ids` [B, n], and `decoder_attention_mask` [B, n], which of these have a label.
+
+    Raises ValueError where there are neither `labels` (−100: padding) nor decoder_input_ids.
+    """
+    if "labels" in batch:
+        labels, config = batch["labels"], model.config
+        tokens = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
+        said = (labels != -100).long()
+    elif "decoder_input_ids" in batch:
+        tokens = batch["decoder_input_ids"]
+        said = batch.get("decoder_attention_mask", torch.ones_like(tokens))
+    else:
+        raise ValueError(f"{model.config.model_type} says a token after those before it: the batch has no labels")
+    name = model.main_input_name
+    return {name: batch[name], "decoder_input_ids": tokens, "decoder_attention_mask": said}
+
+
+class LatentWhisperAttention(LatentProjections, WhisperAttention):
+    """Attention whose keys and values come from a latent.
+
+    That is what a cache of transformers holds then, in the place of the keys [B, 1, T, R]; in that of the values are
+    no numbers [B, 1, T, 0], or a split latent's second half. `form`: see `kinds.LatentMemory`.
+    """
+
+    form = "auto"
+
+    def __init__(self, replaced: WhisperAttention, config: WhisperMLAConfig, index: int):
+        super().__init__(
+            replaced.embed_dim,
+            replaced.num_heads,
+            replaced.dropout,
+            replaced.is_decoder,
+            is_causal=replaced.is_causal,
+            layer_idx=replaced.layer_idx,
+            config=config,
+        )
+        self.use_latent(config, index)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        key_value_states: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(output [B, n, D], weights [B, H, n, T] of eager attention) of queries [B, n, D] and, in cross-attention,
+        `key_value_states` [B, T, D]."""
+        query_BHnE = self._by_head(self.q_proj(hidden_states) * self.scaling)
+        latents = self._latents(hidden_states, key_value_states, past_key_values)
+        attend = self._absorbed if self._absorbs(query_BHnE, latents[0].shape[1], attention_mask) else self._expanded
+        output_BnHE, weights = attend(query_BHnE, latents, attention_mask, **kwargs)
+        return self.out_proj(output_BnHE.flatten(2)), weights
+
+    def _latents(self, x_BnD, frames_BTD, cache: Cache | None) -> tuple[torch.Tensor, ...]:
+        """The latents [B, T, R] of all that is attended to; the cache keeps them."""
+        crossed, there = frames_BTD is not None, False
+        if isinstance(cache, EncoderDecoderCache):
+            if crossed:
+                there, cache.is_updated[self.layer_idx] = cache.is_updated.get(self.layer_idx), True
+            cache = cache.cross_attention_cache if crossed else cache.self_attention_cache
+        if there:
+            layer = cache.layers[self.layer_idx]
+            held = layer.keys, layer.values
+        else:
+            latents = self.latent_kv.latents(frames_BTD if crossed else x_BnD)
+            if cache is None:
+                return latents
+            no_numbers = latents[0][..., :0]
+            held = cache.update(*(one[:, None] for one in (*latents, no_numbers)[:2]), self.layer_idx)
+        return tuple(one[:, 0] for one in held if one.shape[-1])
+
+    def _absorbs(self, query_BHnE: torch.Tensor, frames: int, mask_B1nT: torch.Tensor | None) -> bool:
+        queries = query_BHnE.shape[2]
+        if self.config._attn_implementation not in ("eager", "sdpa") or (
+            self.is_causal and mask_B1nT is None and queries > 1  # the mask is the kernel's, which knows heads only
+        ):
+            return False
+        if self.form != "auto":
+            return self.form == "absorbed"
+        fewer = absorbing_pays(queries, frames, self.num_heads, self.head_dim, self.latent_kv.ranks)
+        return fewer and not self.training
+
+    def _expanded(self, query_BHnE, latents, mask_B1nT, **kwargs):
+        key_BHTE, value_BHTE = (self._by_head(one) for one in self.latent_kv.expand(*latents))
+        how = {"dropout": self.dropout if self.training else 0.0, "scaling": 1.0} | kwargs
+        return self._kernel(self, query_BHnE, key_BHTE, value_BHTE, mask_B1nT, **how)
+
+    def _absorbed(self, query_BHnE, latents, mask_B1nT, **kwargs):
+        """Queries go to the latents, all heads' as rows of one matrix, so that latents are read once for all of them.
+
+        b_k adds the same to all scores of a query, which softmax takes away; b_v passes, as weights add up to one.
+        """
+        heads = (self.num_heads, self.head_dim)
+        up_k_HER, up_v_HER = (up.weight.unflatten(0, heads) for up in (self.latent_kv.up_k, self.latent_kv.up_v))
+        rows_B1mR = torch.einsum("bhne,her->bhnr", query_BHnE, up_k_HER).flatten(1, 2)[:, None]
+        if mask_B1nT is not None:
+            mask_B1nT = mask_B1nT.expand(-1, self.num_heads, -1, -1).flatten(1, 2)[:, None]  # [B, 1, m, T]
+        how = kwargs | {"dropout": 0.0, "scaling": 1.0, "is_causal": False}
+        latent_Bm1R, weights = self._kernel(
+            self, rows_B1mR, latents[0][:, None], latents[-1][:, None], mask_B1nT, **how
+        )
+        by_head = (1, (self.num_heads, -1))
+        latent_BHnR = latent_Bm1R[:, :, 0].unflatten(*by_head)
+        output_BnHE = torch.einsum("bhnr,her->bnhe", latent_BHnR, up_v_HER) + self.latent_kv.up_v.bias.unflatten(
+            0, heads
+        )
+        return output_BnHE, None if weights is None else weights[:, 0].unflatten(*by_head)
+
+    def _by_head(self, x_BND: torch.Tensor) -> torch.Tensor:
+        return x_BND.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2).contiguous()
+
+    @property
+    def _kernel(self):
+        """transformers' function for the attention that the config asks for; its output is [B, n, H, E]."""
+        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+
+
+class WhisperMLAForConditionalGeneration(WhisperForConditionalGeneration):
+    """WhisperForConditionalGeneration with latent keys and values."""
+
+    config_class = WhisperMLAConfig
+    config: WhisperMLAConfig
+
+    def __init__(self, config: WhisperMLAConfig):
+        super().__init__(config)
+        places = [place for part in config.latent_parts for place in _places(self, part)]
+        for index, (layer, name) in enumerate(places):
+            setattr(layer, name, LatentWhisperAttention(getattr(layer, name), config, index))
+        self.post_init()
+
+
+AutoConfig.register("whisper-mla", WhisperMLAConfig)
+AutoModelForSpeechSeq2Seq.register(WhisperMLAConfig, WhisperMLAForConditionalGeneration)
