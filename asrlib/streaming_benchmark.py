@@ -10,33 +10,29 @@ Shapes: B streams, n frames of a chunk, t frames kept, D width, N numbers of a f
 """
 
 import argparse
-import copy
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from transformers import NemotronAsrStreamingConfig, NemotronAsrStreamingForRNNT
 
-from asrlib.attention.cache import kv_cache_bytes
 from asrlib.attention.chunks import Chunks
 from asrlib.attention.formats import cache_format
 from asrlib.attention.kinds import KINDS, LinearAttention, absorbing_pays
 from asrlib.attention.memory import StreamMemory
 from asrlib.attention.relative import sinusoids
-from asrlib.benchmark import measured_on, peak_memory_bytes, take_turns
+from asrlib.benchmark import measured_on, multiplications, peak_memory_bytes, take_turns
 from asrlib.command_line import add_debug, sentence, tell
 from asrlib.models.encoder import SpeechEncoderConfig, SpeechEncoderForCTC
 from asrlib.models.families import attention_modules, family_of, frames_per_second
 from asrlib.models.inference import choose_device, inference
 from asrlib.streaming import Streams, chunks_of
+from asrlib.window_benchmark import benchmark_windows, window_models
 
 HOP = 80  # samples: 50 encoder frames a second, as wav2vec2 has
 SIZES = {
@@ -178,7 +174,7 @@ def benchmark_steps(
                 peak = peak_memory_bytes(step, device)
                 rows.append(
                     {**row, "system": name, "streams": streams, "cache": cache, "peak_memory_bytes": peak}
-                    | {"multiplications": _multiplications(step)}
+                    | {"multiplications": multiplications(step)}
                 )
             del running, steps
     table = pd.DataFrame(rows)
@@ -204,13 +200,6 @@ def _row(running: Streams | None, chunks: Chunks, model: nn.Module, streams: int
         "cache_bytes_per_second": kept / (chunks.left / rate) if chunks.left else float("nan"),
         "position_bytes": running.position_bytes if running else 0,
     }
-
-
-def _multiplications(step: Callable[[], object]) -> int:
-    """Of matrices, each with its addition. Fused attention is counted as the two products that it is."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops() // 2
 
 
 # ---- many streams ------------------------------------------------------------------------------------------
@@ -309,77 +298,6 @@ def _forms_row(attention: nn.Module, memory: StreamMemory, rank: int, repeats: i
         "chosen": "absorbed" if chosen else "expanded",
         "loss": ms["absorbed" if chosen else "expanded"] / ms.min() - 1,
     }
-
-
-# ---- a window of the model's own ---------------------------------------------------------------------------
-
-
-def window_models(latent_dims: Sequence[int] = (1024, 512, 128), **encoder) -> dict[str, nn.Module]:
-    """{name: NemotronAsrStreamingForRNNT, or its latent twin, of the published size but for its one layer}: random
-    weights. The second is the first in blocks of queries, as the twins are. `encoder` are settings of its encoder."""
-    torch.manual_seed(0)
-    small = {"vocab_size": 8, "blank_token_id": 7, "decoder_hidden_size": 8, "num_decoder_layers": 1}  # not measured
-    encoder = {"num_hidden_layers": 1, "subsampling_conv_channels": 8, **encoder}
-    config = NemotronAsrStreamingConfig(encoder_config=encoder, **small)
-    standard = NemotronAsrStreamingForRNNT(config)
-    family = family_of(config)
-    blocked = family.work_in_blocks(copy.deepcopy(standard))
-    latents = {f"MLA {dim}": family.latent_model(family.to_latent(config, latent_dim=[dim])) for dim in latent_dims}
-    return {"MHA": standard, "MHA in blocks": blocked, **latents}
-
-
-def benchmark_windows(
-    models: dict[str, nn.Module],
-    lookaheads: Sequence[int] = (0, 1, 6, 13),
-    repeats: int = 15,
-    device: str | None = None,
-) -> pd.DataFrame:
-    """One row per lookahead, in encoder frames, and model: what a layer's window takes once it is full, in turns.
-
-    lookahead, chunk_ms, system, window_bytes (counted, of one stream and layer), formula_bytes, ms (of a layer's step,
-    its feed-forward and convolution included: median), ratio (to the first model's in the same round: median).
-    """
-    device = choose_device(device, next(iter(models.values())))
-    rows = []
-    with inference(*models.values(), device=device):
-        for turn, ahead in enumerate(lookaheads):
-            steps, windows = {}, {}
-            for name, model in models.items():
-                steps[name], windows[name] = _full_window(model, ahead, device)
-            take_turns(steps, turn, device)  # to warm up
-            rounds = pd.DataFrame([take_turns(steps, turn + repeat, device) for repeat in range(repeats)])
-            ratios = rounds.div(rounds[next(iter(models))], axis=0).median()
-            for name, model in models.items():
-                kept = model.config.encoder_config.sliding_window - 1
-                rows.append(
-                    {
-                        "lookahead": ahead,
-                        "chunk_ms": 1000 * (ahead + 1) / frames_per_second(model.config),
-                        "system": name,
-                        "window_bytes": windows[name].keys.nbytes + windows[name].values.nbytes,
-                        "formula_bytes": kv_cache_bytes(model.config, kept),
-                        "ms": rounds[name].median(),
-                        "ratio": ratios[name],
-                    }
-                )
-    return pd.DataFrame(rows)
-
-
-def _full_window(model: nn.Module, ahead: int, device: torch.device) -> tuple[Callable[[], object], object]:
-    """(a step of the first layer behind a stream that has filled its window, that window)"""
-    encoder, config, called = model.encoder, model.config.encoder_config, {}
-    hook = encoder.layers[0].register_forward_pre_hook(
-        lambda layer, args, arguments: called.update(args=args, arguments=arguments), with_kwargs=True
-    )
-    past = padding = None
-    chunks = -(-config.sliding_window // (ahead + 1)) + 2
-    for chunk in range(chunks):
-        frames = config.subsampling_factor * ahead + (config.subsampling_factor if chunk else 1)
-        x_1SF = torch.randn(1, frames, config.num_mel_bins, device=device)
-        output = encoder(x_1SF, past_key_values=past, padding_cache=padding, use_cache=True, num_lookahead_tokens=ahead)
-        past, padding = output.past_key_values, output.padding_cache
-    hook.remove()
-    return partial(encoder.layers[0], *called["args"], **called["arguments"]), past.layers[0]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,11 +10,13 @@ from family_models import LAYERS, LOOKAHEADS, WIDTH, WINDOW, nemotron, parakeet_
 from transformers import AutoModelForRNNT, DynamicCache
 
 import asrlib
+from asrlib.attention.cache import held_bytes
 from asrlib.conversion.convert import convert
 from asrlib.conversion.quality import analyze_compression_quality, summarise_quality
 from asrlib.data.batches import CTCCollator, CTCDataset
-from asrlib.models.families import attention_modules, family_of, frame_counts, frames_of
+from asrlib.models.families import attention_modules, family_of, frame_counts, frames_of, run
 from asrlib.models.inference import zero_attention
+from asrlib.window_benchmark import benchmark_windows, window_models
 
 FACTOR = 8  # frames of features in a frame of the encoder
 FULL = (("joint", WIDTH), ("split", 2 * WIDTH))
@@ -56,10 +58,6 @@ def spoken(model, batch: dict[str, torch.Tensor], ahead: int) -> torch.Tensor:
     x_BTD = model.encoder(**batch, num_lookahead_tokens=ahead).last_hidden_state
     frames_B = frame_counts(model, batch["attention_mask"].sum(-1))
     return x_BTD[torch.arange(x_BTD.shape[1]) < frames_B[:, None]]
-
-
-def window_bytes(past: DynamicCache) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in past.layers)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +167,7 @@ def test_it_streams_by_its_own_cache_alone():
 def test_the_window_takes_the_bytes_of_the_formula(layout, width):
     model, x_1SF = nemotron(), features((201,))["input_features"]
     latent = convert(model, width, layout=layout)
-    held, standard = (window_bytes(streamed(one, x_1SF, 1)[1]) for one in (latent, model))
+    held, standard = (held_bytes(streamed(one, x_1SF, 1)[1]) for one in (latent, model))
     assert held == asrlib.kv_cache_bytes(latent.config, frames=WINDOW - 1) == 4 * (WINDOW - 1) * LAYERS * width
     assert standard == asrlib.kv_cache_bytes(model.config, frames=WINDOW - 1)
     assert held * 2 * WIDTH == standard * width
@@ -180,6 +178,18 @@ def test_nothing_but_latents_is_held():
         _, window = streamed(convert(nemotron(), 8, layout=layout), features((201,))["input_features"], 1)
         for layer in window.layers:
             assert (layer.keys.shape, layer.values.shape) == tuple((1, 1, WINDOW - 1, width) for width in widths)
+
+
+def test_windows_are_measured_full():
+    models = window_models([8, 2], hidden_size=16, num_attention_heads=4, intermediate_size=24, num_mel_bins=24)
+    table = benchmark_windows(models, lookaheads=(0, 2), repeats=1)
+    assert table["system"].tolist() == ["MHA", "MHA in blocks", "MLA 8", "MLA 2"] * 2
+    assert (table["window_bytes"] == table["formula_bytes"]).all()
+    assert table["window_bytes"].tolist() == [4 * 70 * width for width in (32, 32, 8, 2)] * 2
+    assert (table["reserved_bytes"] / table["window_bytes"]).round(6).tolist() == [round(71 / 70, 6)] * 4 + [
+        round(73 / 70, 6)
+    ] * 4
+    assert (table["chunk_ms"] == 80 * (table["lookahead"] + 1)).all() and (table["ratio"] > 0).all()
 
 
 # ---- conversion --------------------------------------------------------------------------------------------
@@ -210,6 +220,11 @@ def test_scores_that_no_frame_may_have_are_no_error():
     assert (errors > 0.1).all()  # what is left are positions alone
 
 
+def test_ranks_go_where_the_output_feels_them(statistics):
+    latent = convert(nemotron(), 6, ranks="sensitivity", method="two_sided", statistics=statistics)
+    assert sum(latent.config.latent_dim) == 6 * LAYERS
+
+
 def test_in_sequence(statistics):
     model, batch = nemotron(), features()
     exact = convert(model, WIDTH, method="two_sided", sequential=True, statistics=statistics)
@@ -223,22 +238,23 @@ def test_in_sequence(statistics):
 def test_it_loads_back(make, tmp_path):
     latent, batch = convert(make(), [7, 5], layout="split"), features()
     latent.save_pretrained(tmp_path)
-    again = AutoModelForRNNT.from_pretrained(tmp_path).eval()
+    processor_of("nemotron").save_pretrained(tmp_path)
+    again, processor = asrlib.load(tmp_path)
     assert type(again) is type(latent) and again.config.latent_dim == [7, 5]
-    encode = family_of(latent.config).encode
+    assert again.generation_config.decoder_start_token_id == processor.blank_token_id
     with torch.no_grad():
-        wanted_BTD, said_BTD = (encode(model, batch).last_hidden_state for model in (latent, again))
+        wanted_BTD, said_BTD = (run(model, batch).last_hidden_state for model in (latent, again))
     assert torch.equal(said_BTD, wanted_BTD)
+    assert type(AutoModelForRNNT.from_pretrained(tmp_path)) is type(latent)
 
 
 def test_a_parakeet_with_a_transducer_at_full_width():
     model, batch = parakeet_rnnt(), features()
-    encode = family_of(model.config).encode
     kept_BT = torch.arange(26) < frame_counts(model, batch["attention_mask"].sum(-1))[:, None]
     with torch.no_grad():
-        wanted_BTD = encode(model, batch).last_hidden_state
+        wanted_BTD = run(model, batch).last_hidden_state
         for layout, width in FULL:
-            said_BTD = encode(convert(model, width, layout=layout), batch).last_hidden_state
+            said_BTD = run(convert(model, width, layout=layout), batch).last_hidden_state
             torch.testing.assert_close(said_BTD[kept_BT], wanted_BTD[kept_BT], atol=1e-4, rtol=1e-4)
 
 
