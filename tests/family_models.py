@@ -159,6 +159,10 @@ def processor_of(family: str):
         return ParakeetProcessor(ParakeetFeatureExtractor(feature_size=24), pieces())
     if family == "whisper":
         return WhisperProcessor(WhisperFeatureExtractor(MEL_BINS, chunk_length=SECONDS), byte_pairs())
+    if family == "parakeet_rnnt":
+        return ParakeetProcessor(
+            ParakeetFeatureExtractor(feature_size=24), pieces(additional_special_tokens=["<blank>"])
+        )
     if family == "nemotron":
         extractor = NemotronAsrStreamingFeatureExtractor(feature_size=24)
         return NemotronAsrStreamingProcessor(
