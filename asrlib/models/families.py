@@ -205,6 +205,13 @@ def latent_modules(latent: PreTrainedModel) -> list[nn.Module]:
     return attention_modules(latent, getattr(latent.config, "latent_parts", None))
 
 
+def latent_names(latent: PreTrainedModel) -> list[str]:
+    """What to call each of `latent_modules`: the layer's number, and what it is part of where there are several."""
+    parts = attention_parts(latent)
+    chosen = getattr(latent.config, "latent_parts", None) or list(parts)
+    return [f"{part} {i}" if len(parts) > 1 else str(i) for part in chosen for i in range(len(parts[part]))]
+
+
 def chosen_parts(model: PreTrainedModel, parts: Sequence[str] | None) -> list[str]:
     """The parts of `model` to convert, in order: those given, else all of which a run keeps something.
 
