@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from asrlib.attention.cache import kv_cache_bytes
 from asrlib.data.corpus import SAMPLE_RATE, Corpus
-from asrlib.models.families import frames_per_second
+from asrlib.models.families import family_of, frames_per_second
 from asrlib.models.inference import choose_device, inference
 from asrlib.out_of_memory import out_of_memory_explained
 from asrlib.significance import interval, resample_sums
@@ -105,8 +105,11 @@ def benchmark(
 
 
 def best_symbols(model: nn.Module, inputs_1S: torch.Tensor) -> torch.Tensor:
-    """The work that is timed: what a model reads [1, S, ...] → token ids of its frames [1, T]."""
-    return model(inputs_1S.to(model.dtype)).logits.argmax(-1)
+    """The work that is timed: what a model reads [1, S, ...] → token ids, of its frames [1, T] or as it writes them."""
+    inputs_1S = inputs_1S.to(model.dtype)
+    if family_of(model.config).head.reads_labels:
+        return model.generate(inputs_1S)
+    return model(inputs_1S).logits.argmax(-1)
 
 
 def inputs_of_each(

@@ -1,6 +1,6 @@
 """What a recogniser writes down, and how many of its words are wrong.
 
-Transcripts are greedy CTC. Error rates are fractions over a whole corpus (errors of all utterances divided by
+Transcripts are greedy. Error rates are fractions over a whole corpus (errors of all utterances divided by
 words of all utterances); intervals and tests are those of significance.py.
 
     python -m asrlib.evaluation A.jsonl B.jsonl    # transcripts of one corpus by two models: is B better?
@@ -30,8 +30,8 @@ from asrlib.data.batches import CTCCollator, CTCDataset
 from asrlib.data.corpus import Corpus, check_corpus
 from asrlib.data.normalising import HeardSoFar
 from asrlib.data.text import folded, whisper_normalised
-from asrlib.models.families import check_loaded, frame_counts
-from asrlib.models.inference import choose_device, inference, spoken_logits, without_padding
+from asrlib.models.families import check_loaded, family_of, frame_counts
+from asrlib.models.inference import choose_device, inference, recognise, spoken_logits, without_padding
 from asrlib.out_of_memory import out_of_memory_explained
 from asrlib.runs import atomic_write, resolve
 from asrlib.significance import compare_errors, rate_interval, sums_by_speaker
@@ -56,16 +56,18 @@ def transcribe(
 ) -> list[dict]:
     """Greedy transcripts in the order of the corpus: {id, speaker, seconds, reference, hypothesis} each.
 
-    The reference is the text of the corpus as it stands. `batch_seconds` bounds the padded audio in a batch
-    and changes the speed, not the transcripts: each is that of the utterance alone. `record` is called once for every
-    utterance, in no particular order, with its place in the corpus and its logits [T, V], unpadded frames alone, on the
-    device. With `chunks` they are what a stream would give, whose cache is held in that format. Raises UnusableAudio
-    where an utterance cannot be decoded, torch.OutOfMemoryError where a batch is too large, with what to lower.
+    The reference is the text of the corpus as it stands. `batch_seconds` bounds the padded audio in a batch and changes
+    the speed, not the transcripts: each is that of the utterance alone. `record` is called once for every utterance, in
+    no particular order, with its place in the corpus and its logits [T, V], unpadded frames alone, on the device (where
+    no CTC writes the text, those of the reference's tokens: see models.heads). With `chunks` they are what a stream
+    would give, whose cache is held in that format. Raises UnusableAudio where an utterance cannot be decoded,
+    torch.OutOfMemoryError where a batch is too large, with what to lower.
     """
     check_loaded(model, processor)
     check_corpus(corpus)
     device = choose_device(device, model)
     limits = {"batch_seconds": batch_seconds, "precision": precision}
+    writes = family_of(model.config).head.reads_labels  # token by token, instead of frame by frame
     dataset = CTCDataset(corpus, processor)
     if getattr(model.config, "feat_extract_norm", "layer") == "group":
         batches = [[i] for i in range(len(corpus))]  # this norm averages over the padding too
@@ -87,11 +89,15 @@ def transcribe(
         for indices, batch in zip(batches, loader, strict=True):
             named = [(corpus[i].id, corpus[i].seconds) for i in indices]
             with out_of_memory_explained(f"transcribing {corpus.split}", named, limits):
-                logits = _logits(model, batch, device, chunks, cache)
-            texts = processor.batch_decode([logits_TV.argmax(-1).tolist() for logits_TV in logits])
-            for i, text, logits_TV in zip(indices, texts, logits, strict=True):
+                batch = _on_device(model, batch, device)
+                texts = recognise(model, processor, batch) if writes else None
+                logits = [] if writes and record is None else _logits(model, batch, chunks, cache)
+            if texts is None:
+                texts = processor.batch_decode([logits_TV.argmax(-1).tolist() for logits_TV in logits])
+            for i, text in zip(indices, texts, strict=True):
                 hypotheses[i] = text
-                if record is not None:
+            if record is not None:
+                for i, logits_TV in zip(indices, logits, strict=True):
                     record(i, logits_TV)
             progress.update(len(indices))
     return [
@@ -100,14 +106,17 @@ def transcribe(
     ]
 
 
-def _logits(
-    model: nn.Module, batch: dict, device: torch.device, chunks: Chunks | None, cache: str
-) -> list[torch.Tensor]:
+def _on_device(model: nn.Module, batch: dict, device: torch.device) -> dict:
+    moved = {name: values.to(device) for name, values in batch.items()}
+    name = model.main_input_name
+    return moved | {name: moved[name].to(model.dtype)}
+
+
+def _logits(model: nn.Module, batch: dict, chunks: Chunks | None, cache: str) -> list[torch.Tensor]:
     """Logits [T, V] of the unpadded frames of each utterance: B tensors of different lengths."""
-    mask_BS = batch["attention_mask"].to(device)
-    inputs_BS = batch[model.main_input_name].to(device, model.dtype)  # [B, S, F] of features
     if chunks is None:
-        return spoken_logits(model, {model.main_input_name: inputs_BS, "attention_mask": mask_BS})
+        return spoken_logits(model, batch)
+    inputs_BS, mask_BS = batch[model.main_input_name], batch["attention_mask"]  # [B, S, F] of features
     return without_padding(chunked_pass(model, inputs_BS, chunks, mask_BS, cache), frame_counts(model, mask_BS.sum(-1)))
 
 

@@ -1,4 +1,4 @@
-"""CTC training and fine-tuning on transformers' Trainer."""
+"""Training and fine-tuning on transformers' Trainer."""
 
 import shutil
 import time
@@ -20,7 +20,7 @@ from asrlib.attention.latent import LatentKV
 from asrlib.data.batches import CTCCollator, CTCDataset
 from asrlib.data.corpus import Corpus
 from asrlib.distributed import average_batch_norm, process_count, rows_of_all, strategy_arguments, wait_for_all
-from asrlib.models.families import attention_modules, frame_counts, layer_frame_counts
+from asrlib.models.families import attention_modules, family_of, frame_counts, layer_frame_counts
 from asrlib.models.inference import inference, padding_silenced
 from asrlib.out_of_memory import in_words, out_of_memory_explained
 from asrlib.runs import read_json, resolve, write_json
@@ -48,8 +48,8 @@ class TrainingSettings:
     gradient_checkpointing: bool = False
     evaluations_per_epoch: int = 1  # each is followed by a checkpoint
     patience: int = 3  # evaluations without a lower WER before stopping
-    ctc_weight: float = 1.0  # of the CTC loss; 0 learns from a teacher alone
-    kl_weight: float = 0.0  # of the KL divergence from a teacher's CTC posteriors, nats per frame
+    ctc_weight: float = 1.0  # of the loss on the transcripts (CTC; or what the head has); 0: a teacher alone
+    kl_weight: float = 0.0  # of the KL divergence from a teacher's posteriors, nats per frame (or token)
     hidden_weight: float = 0.0  # of the squared error of each layer's output, relative to the teacher's
     precision: str = "fp32"  # fp32 | bf16 | fp16
     device: str = "auto"  # auto | cpu | cuda
@@ -104,10 +104,11 @@ class CTCTrainer(Trainer):
     def __init__(self, *args, settings: TrainingSettings, processor, teacher=None, **kwargs):
         super().__init__(*args, **kwargs)
         # Trainer takes a forward with **kwargs for one whose loss is divided by the labels of all accumulated
-        # batches. The CTC loss is not: accumulated gradients would be added up instead of averaged.
+        # batches. Ours are not: accumulated gradients would be added up instead of averaged.
         self.model_accepts_loss_kwargs = False
         self.settings = settings
         self.processor = processor
+        self.head = family_of(self.model.config).head
         self.teacher = teacher and teacher.to(self.args.device).eval().requires_grad_(False)
 
     def _loader(self, dataset: CTCDataset, shuffle: bool) -> DataLoader:
@@ -131,23 +132,20 @@ class CTCTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.teacher is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        heard = {name: inputs[name] for name in (self.teacher.main_input_name, "attention_mask")}
+            ours = self.head.forward(model, inputs)
+            return (ours.loss, ours) if return_outputs else ours.loss
+        heard = inputs if self.head.reads_labels else {k: v for k, v in inputs.items() if k != "labels"}
         with inference(self.teacher, device=self.args.device, precision=self.settings.precision):
-            theirs = self.teacher(**heard, output_hidden_states=True)
-        ours = model(**inputs, output_hidden_states=True)
+            theirs = self.head.forward(self.teacher, heard, output_hidden_states=True)
+        ours = self.head.forward(model, inputs, output_hidden_states=True)
         frames_B = frame_counts(self.teacher, inputs["attention_mask"].sum(-1))
-        kept_BT = torch.arange(ours.logits.shape[1], device=ours.logits.device) < frames_B[:, None]
         layer_frames_B = layer_frame_counts(self.teacher, inputs["attention_mask"].sum(-1))
-        longest = ours.hidden_states[-1].shape[1]
-        heard_BT = torch.arange(longest, device=ours.logits.device) < layer_frames_B[:, None]
-        layers = [
-            relative_squared_error(a[heard_BT], b[heard_BT])
-            for a, b in zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True)
-        ]
+        said, taught = (torch.cat(self.head.spoken(inputs, output, frames_B)) for output in (ours, theirs))
+        states = (self.head.layers(inputs, output, layer_frames_B) for output in (ours, theirs))
+        layers = [relative_squared_error(*pair) for pair in zip(*states, strict=True)]
         settings = self.settings
         loss = settings.ctc_weight * ours.loss
-        loss = loss + settings.kl_weight * posterior_divergence(ours.logits[kept_BT], theirs.logits[kept_BT])
+        loss = loss + settings.kl_weight * posterior_divergence(said, taught)
         loss = loss + settings.hidden_weight * sum(layers) / len(layers)
         return (loss, ours) if return_outputs else loss
 
@@ -186,11 +184,9 @@ class CTCTrainer(Trainer):
         frames_B, layer_frames_B = frame_counts(self.model, lengths_B), layer_frame_counts(self.model, lengths_B)
         explained = out_of_memory_explained("validation", utterances, limits)
         with explained, torch.no_grad(), self.compute_loss_context_manager(), padding_silenced(model, layer_frames_B):
-            output = model(**inputs)
-        ids_BT = output.logits.argmax(-1)
-        beyond_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) >= frames_B[:, None]
-        ids_BT = ids_BT.masked_fill(beyond_BT, self.processor.tokenizer.pad_token_id)  # the CTC blank
-        return output.loss.detach(), ids_BT, inputs["labels"]
+            output = self.head.forward(model, inputs)
+            ids_BK = self.head.recognised(self.model, self.processor, inputs, output, frames_B)
+        return output.loss.detach(), ids_BK, inputs["labels"]
 
 
 def posterior_divergence(logits_NV: torch.Tensor, teacher_NV: torch.Tensor) -> torch.Tensor:
@@ -272,7 +268,7 @@ def train(
     teacher=None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
-    """Trains `model` in place on CTC and leaves it with the weights of the lowest validation WER.
+    """Trains `model` in place on the loss of its head and leaves it with the weights of the lowest validation WER.
 
     Checkpoints and TensorBoard logs go to `folder`; called again with the same folder, training resumes
     after the last whole checkpoint and, on the CPU, ends with the same weights as an undisturbed run. A relative
@@ -292,8 +288,11 @@ def train(
         teacher = None
     elif teacher is None:
         raise ValueError("kl_weight and hidden_weight weigh what is learnt from a teacher, and none was given")
+    head = family_of(model.config).head
     model.config.ctc_zero_infinity = True
     model.config.ctc_loss_reduction = "mean"  # a sum would tie the learning rate to the batch size
+    if tied := getattr(model, "_tied_weights_keys", None):
+        model._keys_to_ignore_on_save = set(tied)  # else Trainer warns that a checkpoint lacks what is in it once
     trainable_parameters = select_trainable(model, settings.trainable)
     checkpoint = last_checkpoint(folder)
     facts = read_json(checkpoint / CHECKPOINT_MARKER) if checkpoint else {"seconds": 0.0, "finished": False}
@@ -312,7 +311,7 @@ def train(
         data_collator=CTCCollator(processor, named=True),
         train_dataset=train_dataset,
         eval_dataset=CTCDataset(validation, processor),
-        compute_metrics=lambda prediction: {"wer": _word_error_rate(prediction, processor)},
+        compute_metrics=lambda prediction: {"wer": _word_error_rate(prediction, processor, head)},
         callbacks=[marker, EarlyStoppingCallback(early_stopping_patience=settings.patience), *callbacks],
         settings=settings,
         processor=processor,
@@ -397,10 +396,8 @@ def _arguments(
     return arguments
 
 
-def _word_error_rate(prediction, processor) -> float:
-    blank = processor.tokenizer.pad_token_id
-    ids = np.where(prediction.predictions == -100, blank, prediction.predictions)
-    labels = np.where(prediction.label_ids == -100, blank, prediction.label_ids)
-    # References are no CTC paths: grouping would swallow their doubled letters.
-    references = processor.tokenizer.batch_decode(labels, group_tokens=False)
-    return jiwer.wer(references, processor.tokenizer.batch_decode(ids))
+def _word_error_rate(prediction, processor, head) -> float:
+    nothing = processor.tokenizer.pad_token_id
+    ids = np.where(prediction.predictions == -100, nothing, prediction.predictions)
+    labels = np.where(prediction.label_ids == -100, nothing, prediction.label_ids)
+    return jiwer.wer(head.references(processor, labels), head.texts(processor, ids))

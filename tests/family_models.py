@@ -8,10 +8,16 @@ from transformers import (
     GenerationConfig,
     HubertConfig,
     HubertForCTC,
+    NemotronAsrStreamingConfig,
+    NemotronAsrStreamingFeatureExtractor,
+    NemotronAsrStreamingForRNNT,
+    NemotronAsrStreamingProcessor,
     ParakeetCTCConfig,
     ParakeetFeatureExtractor,
     ParakeetForCTC,
+    ParakeetForRNNT,
     ParakeetProcessor,
+    ParakeetRNNTConfig,
     ParakeetTokenizer,
     PreTrainedModel,
     SeamlessM4TFeatureExtractor,
@@ -30,6 +36,8 @@ from transformers import (
 from asrlib.models.scratch import new_processor
 
 WIDTH, LAYERS, HEADS = 16, 2, 4
+WINDOW, LOOKAHEADS = 7, [2, 1, 0]  # of a stream with a cache of its own, in encoder frames
+BLANK = 2.0
 PIECES = ["▁", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ", "▁T", "HE", "▁THE", "AN", "▁A", "ING", "▁TO"]
 
 SIZES = dict(hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=24)
@@ -99,6 +107,29 @@ def whisper(**changes) -> WhisperForConditionalGeneration:
     return model
 
 
+def nemotron(sliding_window: int = WINDOW, **changes) -> NemotronAsrStreamingForRNNT:
+    """`sliding_window` counts a frame, and those before it that it hears."""
+    streaming = dict(sliding_window=sliding_window, default_num_lookahead_tokens=LOOKAHEADS[0])
+    return _transducer(NemotronAsrStreamingForRNNT, NemotronAsrStreamingConfig, SIZES | FAST | streaming | changes)
+
+
+def parakeet_rnnt(**changes) -> ParakeetForRNNT:
+    return _transducer(ParakeetForRNNT, ParakeetRNNTConfig, SIZES | FAST | changes)
+
+
+def _transducer(kind, config_kind, encoder: dict):
+    blank = len(PIECES) + 2
+    config = config_kind(
+        vocab_size=blank + 1, pad_token_id=blank - 1, blank_token_id=blank, decoder_hidden_size=12,
+        num_decoder_layers=1, max_symbols_per_step=3, encoder_config=encoder,
+    )  # fmt: skip
+    model = _filled(kind, config)
+    with torch.no_grad():  # so that some frames say nothing, and others something
+        model.joint.head.weight.normal_()
+        model.joint.head.bias[blank] += BLANK
+    return model
+
+
 FAMILIES = {"wav2vec2": wav2vec2, "hubert": hubert, "wav2vec2-bert": wav2vec2_bert, "parakeet_ctc": parakeet}
 
 
@@ -122,6 +153,11 @@ def processor_of(family: str):
         return ParakeetProcessor(ParakeetFeatureExtractor(feature_size=24), pieces())
     if family == "whisper":
         return WhisperProcessor(WhisperFeatureExtractor(MEL_BINS, chunk_length=SECONDS), byte_pairs())
+    if family == "nemotron":
+        extractor = NemotronAsrStreamingFeatureExtractor(feature_size=24)
+        return NemotronAsrStreamingProcessor(
+            extractor, pieces(additional_special_tokens=["<blank>"]), supported_num_lookahead_tokens=LOOKAHEADS
+        )
     if family == "wav2vec2-bert":
         return Wav2Vec2BertProcessor(SeamlessM4TFeatureExtractor(feature_size=20, num_mel_bins=20), characters())
     return new_processor()
@@ -131,13 +167,13 @@ def characters():
     return new_processor().tokenizer
 
 
-def pieces() -> ParakeetTokenizer:
+def pieces(**special) -> ParakeetTokenizer:
     """Of words, as SentencePiece cuts them: the fewest that make a word."""
     vocabulary = [("<unk>", 0.0), *((piece, -10.0 / len(piece)) for piece in PIECES)]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    return ParakeetTokenizer(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>")
+    return ParakeetTokenizer(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", **special)
 
 
 @cache

@@ -24,7 +24,6 @@ from asrlib.models.families import (
     family_of,
     is_latent,
     latent_modules,
-    run,
 )
 from asrlib.models.inference import inference, on_cpu, spoken_logits
 
@@ -250,7 +249,7 @@ def measure_sensitivity(
 
     def log_posteriors(any_model) -> torch.Tensor:
         with inference(any_model, device=torch.device("cpu")):
-            return _unpadded_logits(any_model, inputs).float().log_softmax(-1)
+            return torch.cat(spoken_logits(any_model, inputs)).float().log_softmax(-1)
 
     wanted = log_posteriors(model)
     probed = sorted({max(1, round(share * width)) for share in PROBED_SHARES})
@@ -270,13 +269,6 @@ def measure_sensitivity(
             costs.append(cost)
         _fill(attention.latent_kv, middle.cut(width, width))
     return costs
-
-
-def _unpadded_logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """[N, V]"""
-    if model.config.is_encoder_decoder:
-        return run(model, inputs).logits[inputs["decoder_attention_mask"].bool()]
-    return torch.cat(spoken_logits(model, inputs))
 
 
 def _widened(cut: Factors, width: int) -> Factors:

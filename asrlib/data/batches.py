@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Sampler
 
 from asrlib.data.audio import UnusableAudio, change_speed
 from asrlib.data.corpus import HELD_BYTES, SAMPLE_RATE, Corpus, RowGroup
-from asrlib.data.text import normalise_text
+from asrlib.data.text import label_ids, normalise_text
 
 BUCKETS = 24  # of a large corpus: few enough to mix widely, enough to pad little
 BATCHES_TO_MIX = 4  # at least so many batches share a bucket, or a small corpus would never be reshuffled
@@ -149,9 +149,9 @@ class CTCDataset(Dataset):
     """{"audio": float32 [samples] at 16 kHz, "text": normalised transcript, "id"} per utterance and speed.
 
     The speeds of an utterance follow each other: item i is utterance i // len(speeds) at speed i % len(speeds), and
-    lasts `.seconds[i]`; `.groups[i]` is the row group that it is fetched with, None of speech at hand. Faster speech
-    may be too short for its text: under `ctc_zero_infinity`, which `train` sets, it costs nothing and teaches nothing.
-    Raises ValueError for no speed, or one that is not positive.
+    lasts `.seconds[i]`, or what it is padded to if that is more; `.groups[i]` is the row group that it is fetched with,
+    None of speech at hand. Faster speech may be too short for its text: under `ctc_zero_infinity`, which `train` sets,
+    it costs nothing and teaches nothing. Raises ValueError for no speed, or one that is not positive.
     """
 
     def __init__(self, corpus: Corpus, processor, speeds: Sequence[float] = (1.0,)):
@@ -160,7 +160,8 @@ class CTCDataset(Dataset):
         self.corpus = corpus
         self.processor = processor
         self.speeds = tuple(speeds)
-        self.seconds = [utterance.seconds / speed for utterance in corpus for speed in self.speeds]
+        padded = padded_samples(processor) / SAMPLE_RATE
+        self.seconds = [max(padded, utterance.seconds / speed) for utterance in corpus for speed in self.speeds]
         self.groups = [utterance.group for utterance in corpus for _ in self.speeds]
 
     def __len__(self) -> int:
@@ -186,41 +187,44 @@ class CTCDataset(Dataset):
         return min(wished, 1) if any(self.groups) else wished
 
 
+def padded_samples(processor) -> int:
+    """Samples that every utterance is padded to, however short: of Whisper's features; 0 of all others."""
+    return getattr(getattr(processor, "feature_extractor", None), "n_samples", 0)
+
+
 class CTCCollator:
     """Items of CTCDataset → {NAME, attention_mask, labels}.
 
     NAME is what the processor's feature extractor calls that which a model reads: input_values [B, S] for samples of
-    audio, input_features [B, T, F] for frames of features. attention_mask [B, S] or [B, T] is 0, or False, where they
-    are padded; labels [B, L] are padded with −100. `named`: also utterances, a list of (id, seconds of audio), to say
-    which they are where something goes wrong; no model takes it.
+    audio, input_features [B, T, F] for frames of features (Whisper's: [B, F, T], always of 30 s). attention_mask [B, S]
+    or [B, T] is 0, or False, where they are padded; labels [B, L] are padded with −100. `named`: also utterances, a
+    list of (id, seconds of audio), to say which they are where something goes wrong; no model takes it.
     """
 
     def __init__(self, processor, named: bool = False):
         self.processor = processor
         self.named = named
         self.name = processor.feature_extractor.model_input_names[0]
+        self.padded = padded_samples(processor)
 
     def __call__(self, items: list[dict[str, np.ndarray | str]]) -> dict[str, torch.Tensor | list]:
-        inputs = self.processor.feature_extractor(
-            [item["audio"] for item in items],
-            sampling_rate=SAMPLE_RATE,
-            padding=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        labels = self.processor.tokenizer(
-            [item["text"] for item in items],
-            padding=True,
-            add_special_tokens=False,
-            split_special_tokens=True,  # a text may hold <s> or <pad>, letter by letter
-            return_tensors="pt",
-        )
-        longest = int(inputs["attention_mask"].sum(-1).max())  # some extractors pad the longest too
+        with torch.autocast("cpu", enabled=False):  # some extractors compute features with torch, and would round them
+            inputs = self.processor.feature_extractor(
+                [item["audio"] for item in items],
+                sampling_rate=SAMPLE_RATE,
+                padding="max_length" if self.padded else True,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
+        labels = [torch.tensor(label_ids(item["text"], self.processor)) for item in items]
         batch = {
-            self.name: inputs[self.name][:, :longest],
-            "attention_mask": inputs["attention_mask"][:, :longest],
-            "labels": labels.input_ids.masked_fill(labels.attention_mask == 0, -100),
+            self.name: inputs[self.name],
+            "attention_mask": inputs["attention_mask"],
+            "labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).long(),
         }
+        if not self.padded:
+            longest = int(inputs["attention_mask"].sum(-1).max())  # some extractors pad the longest too
+            batch |= {name: batch[name][:, :longest] for name in (self.name, "attention_mask")}
         if self.named:
             batch["utterances"] = [(item["id"], len(item["audio"]) / SAMPLE_RATE) for item in items]
         return batch

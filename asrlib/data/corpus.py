@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from asrlib.data.audio import SAMPLE_RATE, Source, UnusableAudio, duration, read_audio
-from asrlib.data.text import ctc_length, label_ids, normalise_text, unknown_characters
+from asrlib.data.text import ctc_problem, label_ids, normalise_text, unknown_characters
 from asrlib.runs import atomic_write, resolve
 
 UNKNOWN_SPEAKER = "unknown"
@@ -130,9 +130,9 @@ class Corpus(Sequence[Utterance]):
         return sorted(range(len(self)), key=lambda i: _digest(f"{seed} {self[i].id}"))
 
     def usable(self, processor, frames: Callable[[int], int], check_audio: bool = True) -> "Corpus":
-        """The corpus without the rows that a CTC model with this processor cannot be trained or scored on.
+        """The corpus without the rows that a model with this processor cannot be trained or scored on.
 
-        frames: samples → encoder frames of the model.
+        frames: samples → encoder frames: of any model as `frames_of` gives it, a plain function of one with CTC.
         check_audio: decode everything once; without it the headers are believed.
         What is dropped joins `.rejected`. Raises ValueError if nothing is left.
         """
@@ -338,11 +338,12 @@ def _problem(utterance: Utterance, processor, frames: Callable[[int], int], chec
         samples = len(utterance.audio()) if check_audio else round(utterance.seconds * SAMPLE_RATE)
     except UnusableAudio as error:
         return str(error)
-    needed, available = ctc_length(label_ids(text, processor)), max(0, frames(samples))
-    if needed > available:
-        seconds = samples / SAMPLE_RATE
-        return f"text too long for its audio: CTC needs {needed} frames, {seconds:.2f} s give {available}"
-    return None
+    ids = label_ids(text, processor)
+    return (
+        frames.problem(ids, samples)
+        if hasattr(frames, "problem")
+        else ctc_problem(ids, samples, max(0, frames(samples)))
+    )
 
 
 def _in_threads(function: Callable, items: Sequence, label: str) -> list:

@@ -1,7 +1,7 @@
-"""Transcripts as a CTC tokenizer needs them.
+"""Transcripts as a tokenizer needs them.
 
 `processor` is a model's processor, or its tokenizer alone. What it can spell is asked of the tokenizer: a vocabulary of
-single characters, in which a special token (usually "|") stands for the space, or of pieces of words.
+single characters, in which a special token (usually "|") stands for the space, of pieces of words, or of bytes.
 """
 
 import json
@@ -9,6 +9,8 @@ import unicodedata
 from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
+
+from asrlib.data.audio import SAMPLE_RATE
 
 COMPOSITIONS = ("NFC", "NFD")  # é as one character, or as e and an accent: the same text in Unicode's view
 
@@ -20,6 +22,8 @@ def normalise_text(text: str, processor) -> str:
     their own, whichever way more of the text is known. A character that fits no way is left as it is, for
     `unknown_characters` to name.
     """
+    if _spells_everything(_tokenizer(processor)):
+        return " ".join(text.split())
     known = _characters(processor)
     forms = [text] if text.isascii() else [unicodedata.normalize(form, text) for form in COMPOSITIONS]
     spelt = [" ".join("".join(_fit(character, known) for character in form).split()) for form in forms]
@@ -47,18 +51,34 @@ def _whisper_normaliser():
 
 
 def unknown_characters(text: str, processor) -> list[str]:
-    """The characters of normalised text that have no token of their own, sorted, each once."""
+    """The characters of normalised text that cannot be written, sorted, each once."""
+    if _spells_everything(_tokenizer(processor)):
+        return []
     return sorted(set(text) - _characters(processor))
 
 
 def label_ids(text: str, processor) -> list[int]:
-    """Token ids of normalised text, without begin or end marks; what looks like a special token, as <s>, is spelt."""
-    return _tokenizer(processor)(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    """Token ids of normalised text, without begin or end marks; what looks like a special token, as <s>, is spelt.
+
+    A tokenizer with a prompt, as Whisper's, puts what follows its first token before them, and its end mark behind.
+    """
+    tokenizer = _tokenizer(processor)
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    prompt = getattr(tokenizer, "prefix_tokens", None)
+    return ids if prompt is None else [*prompt[1:], *ids, tokenizer.eos_token_id]
 
 
 def ctc_length(ids: list[int]) -> int:
     """The fewest frames CTC can emit these labels in: one each, and a blank between equal neighbours."""
     return len(ids) + sum(left == right for left, right in pairwise(ids))
+
+
+def ctc_problem(ids: list[int], samples: int, frames: int) -> str | None:
+    """Why CTC cannot emit these labels in the `frames` of so many samples, or None."""
+    needed, seconds = ctc_length(ids), samples / SAMPLE_RATE
+    if needed <= frames:
+        return None
+    return f"text too long for its audio: CTC needs {needed} frames, {seconds:.2f} s give {frames}"
 
 
 def _tokenizer(processor):
@@ -73,6 +93,12 @@ def _characters(processor) -> frozenset[str]:
 
 
 @lru_cache(8)
+def _spells_everything(tokenizer) -> bool:
+    """Whether it is made of bytes: then even what no corpus holds comes back."""
+    return getattr(tokenizer, "is_fast", False) and all(_comes_back(one, tokenizer) for one in ("\U0001f600", "\u4e00"))
+
+
+@lru_cache(8)
 def _pieced(tokenizer, size: int) -> frozenset[str]:
     """Of pieces of words: of the characters in its pieces those that come back when they are written and read."""
     found = {character for piece in tokenizer.get_vocab() for character in piece}
@@ -80,7 +106,7 @@ def _pieced(tokenizer, size: int) -> frozenset[str]:
 
 
 def _comes_back(character: str, tokenizer) -> bool:
-    ids = label_ids(character, tokenizer)
+    ids = tokenizer(character, add_special_tokens=False, split_special_tokens=True).input_ids
     return tokenizer.unk_token_id not in ids and tokenizer.decode(ids, group_tokens=False).strip() == character
 
 

@@ -7,7 +7,7 @@ A new family is one file beside this one, which registers its classes with trans
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -15,21 +15,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
-    AutoModelForCTC,
+    AutoConfig,
     AutoProcessor,
     HubertForCTC,
     ParakeetForCTC,
     PreTrainedConfig,
     PreTrainedModel,
+    ProcessorMixin,
     Wav2Vec2BertForCTC,
     Wav2Vec2ConformerForCTC,
     Wav2Vec2ForCTC,
-    Wav2Vec2Processor,
     WhisperForConditionalGeneration,
 )
 
 from asrlib.data.audio import SAMPLE_RATE
 from asrlib.models import encoder, parakeet, wav2vec2, wav2vec2_bert, wav2vec2_conformer, whisper
+from asrlib.models.heads import CTC, Decoder
 from asrlib.models.latent_twin import LatentConfig, check_layout
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"  # the models shipped with the package
@@ -47,6 +48,7 @@ class Family:
     layers: Callable[[PreTrainedModel], list[nn.Module]]  # encoder layers, in order
     attention: Callable[[nn.Module], nn.Module]  # layer → attention, with projections of `attention.names`
     check_streaming: Callable[[PreTrainedConfig], None]  # raises where something takes the whole recording
+    head: CTC = field(default_factory=CTC)  # what writes the text: see heads.py
     check_layout: Callable[[PreTrainedConfig, str], None] = check_layout  # raises where attention forbids a layout
     # Of those that can stream: inputs → what the layers read [B, T, D], and what the last layer gives → [B, T, V].
     frames: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] | None = None
@@ -63,8 +65,6 @@ class Family:
     # Of encoder-decoders: {part: attention modules, first layer first}, and of which a run keeps something.
     parts: Callable[[PreTrainedModel], dict[str, list[nn.Module]]] | None = None
     cached_parts: tuple[str, ...] = ("encoder",)
-    # A batch with labels → what the model reads to say each after those before it, see `whisper.teacher_forced`.
-    teacher_forced: Callable[[PreTrainedModel, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
 
 
 WAV2VEC2_CONFORMER = Family(
@@ -149,12 +149,12 @@ WHISPER = Family(
     layers=lambda model: list(model.model.encoder.layers),
     attention=lambda layer: layer.self_attn,
     check_streaming=whisper.check_streaming,
+    head=Decoder(),
     positions=lambda config: "sinusoidal",
     input_length=lambda config, samples: samples // whisper.HOP,
     samples_per_frame=lambda config: whisper.SAMPLES_PER_FRAME,
     parts=whisper.parts,
     cached_parts=whisper.CACHED,
-    teacher_forced=whisper.teacher_forced,
 )
 
 FAMILIES = {
@@ -215,9 +215,10 @@ def chosen_parts(model: PreTrainedModel, parts: Sequence[str] | None) -> list[st
     return [part for part in known if part in given]
 
 
-def run(model: PreTrainedModel, inputs: dict[str, torch.Tensor]):
-    """What one pass of `model` gives, of which nothing is kept."""
-    return model(**inputs, **({"use_cache": False} if model.config.is_encoder_decoder else {}))
+def run(model: PreTrainedModel, batch: dict[str, torch.Tensor]):
+    """One pass of `model` over a batch as its head reads it (see heads.py), of which no cache is kept."""
+    no_cache = {"use_cache": False} if model.config.is_encoder_decoder else {}
+    return family_of(model.config).head.forward(model, batch, **no_cache)
 
 
 def positions_of(config) -> str | None:
@@ -241,10 +242,24 @@ def layer_frame_counts(model: PreTrainedModel, lengths: torch.Tensor) -> torch.T
     return frame_counts(model, lengths)
 
 
-def frames_of(model: PreTrainedModel) -> Callable[[int], int]:
-    """The function samples of audio → encoder frames of `model`."""
-    length = family_of(model.config).input_length
-    return lambda samples: max(0, int(frame_counts(model, torch.tensor(length(model.config, samples)))))
+@dataclass(frozen=True)
+class EncoderFrames:
+    """The function samples of audio → encoder frames of `model`, and what can not be learnt from so many."""
+
+    model: PreTrainedModel
+
+    def __call__(self, samples: int) -> int:
+        length = family_of(self.model.config).input_length(self.model.config, samples)
+        return max(0, int(frame_counts(self.model, torch.tensor(length))))
+
+    def problem(self, ids: list[int], samples: int) -> str | None:
+        """Why `model` can not be trained or scored on these labels of audio that long, or None."""
+        head = family_of(self.model.config).head
+        return head.problem(self.model.config, ids, samples, self(samples))
+
+
+def frames_of(model: PreTrainedModel) -> EncoderFrames:
+    return EncoderFrames(model)
 
 
 def frames_per_second(config) -> float:
@@ -313,7 +328,7 @@ def check_loaded(model, processor=None) -> None:
         )
 
 
-def load(source: str | Path, revision: str | None = None) -> tuple[PreTrainedModel, Wav2Vec2Processor]:
+def load(source: str | Path, revision: str | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Loads (model, processor) from a folder, a hub id or a shipped name; the model is in evaluation mode.
 
     Weights are safetensors, or a .bin read by torch's restricted loader; remote code never runs. `revision` is a hub
@@ -327,7 +342,8 @@ def load(source: str | Path, revision: str | None = None) -> tuple[PreTrainedMod
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     try:
         processor = AutoProcessor.from_pretrained(name, revision=revision or "main")
-        model, report = AutoModelForCTC.from_pretrained(
+        head = _head_of(AutoConfig.from_pretrained(name, revision=revision or "main"))
+        model, report = head.auto_model.from_pretrained(
             name, revision=revision or "main", output_loading_info=True, dtype=torch.float32
         )
     except Exception as error:
@@ -339,7 +355,13 @@ def load(source: str | Path, revision: str | None = None) -> tuple[PreTrainedMod
             "numbers. Is it the checkpoint of a fine-tuned CTC model?"
         )
     family_of(model.config)
+    head.prepare(model, processor)
     return model.eval(), processor
+
+
+def _head_of(config: PreTrainedConfig) -> CTC:
+    """CTC too where no family is known, so that it is `family_of` that says so, and not transformers."""
+    return FAMILIES[config.model_type].head if config.model_type in FAMILIES else CTC()
 
 
 def _reason(error: Exception) -> str:

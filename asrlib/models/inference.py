@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from asrlib.models.families import attention_modules, frame_counts, layer_frame_counts
+from asrlib.models.families import attention_modules, family_of, frame_counts, layer_frame_counts
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -101,14 +101,24 @@ def padding_silenced(model: nn.Module, frames_B: torch.Tensor) -> Iterator[None]
 
 
 def spoken_logits(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Logits [T, V] of each utterance, without the frames behind its end and none the wiser of its neighbours.
+    """Logits [N, V] of each utterance, without the frames behind its end and none the wiser of its neighbours.
 
-    `inputs` is what `model` reads of a batch, its attention_mask included, on the device of `model`.
+    `inputs` is what `model` reads of a batch, its attention_mask included, on the device of `model`; also the labels,
+    where its posteriors are of a text that it is told. N are its frames, or else see heads.py.
     """
-    lengths_B = inputs["attention_mask"].sum(-1)
+    head, lengths_B = family_of(model.config).head, inputs["attention_mask"].sum(-1)
+    if not head.reads_labels:  # they would cost a loss
+        inputs = {name: values for name, values in inputs.items() if name != "labels"}
     with padding_silenced(model, layer_frame_counts(model, lengths_B)):
-        logits_BTV = model(**inputs).logits
-    return without_padding(logits_BTV, frame_counts(model, lengths_B))
+        output = head.forward(model, inputs)
+    return head.spoken(inputs, output, frame_counts(model, lengths_B))
+
+
+def recognise(model: nn.Module, processor, inputs: dict[str, torch.Tensor]) -> list[str]:
+    """The text of each utterance, where the head has to write it token by token; `inputs` as in `spoken_logits`."""
+    head, frames_B = family_of(model.config).head, frame_counts(model, inputs["attention_mask"].sum(-1))
+    with padding_silenced(model, layer_frame_counts(model, inputs["attention_mask"].sum(-1))):
+        return head.texts(processor, head.recognised(model, processor, inputs, None, frames_B).tolist())
 
 
 def without_padding(logits_BTV: torch.Tensor, frames_B: torch.Tensor) -> list[torch.Tensor]:
@@ -129,7 +139,7 @@ def attention_weights(*models: nn.Module) -> Iterator[None]:
 
 
 def attention_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Attention weights [H, T, T] of every layer, first layer first, over one utterance; on the CPU.
+    """Attention weights [H, T, T] of every layer, first layer first, over one utterance; on the CPU. Rows are queries.
 
     `inputs` is a batch of that utterance alone, as the collator makes it.
     """
@@ -138,10 +148,12 @@ def attention_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torc
         module.register_forward_hook(lambda _, args, output: weights.append(output[1][0].float().cpu()))
         for module in attention_modules(model)
     ]
-    device = choose_device(None, model)
+    device, head = choose_device(None, model), family_of(model.config).head
     try:
         with inference(model, device=device), attention_weights(model):
-            model(inputs[model.main_input_name].to(device, model.dtype))
+            told = {name: inputs[name] for name in ("attention_mask", "labels") if head.reads_labels}
+            heard = {model.main_input_name: inputs[model.main_input_name].to(model.dtype), **told}
+            head.forward(model, {name: values.to(device) for name, values in heard.items()})
     finally:
         for handle in handles:
             handle.remove()
