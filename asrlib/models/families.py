@@ -155,6 +155,7 @@ WHISPER = Family(
     samples_per_frame=lambda config: whisper.SAMPLES_PER_FRAME,
     parts=whisper.parts,
     cached_parts=whisper.CACHED,
+    frame_counts=lambda model, lengths: torch.full_like(lengths, model.config.max_source_positions),
 )
 
 FAMILIES = {

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, PreTrainedModel
+from transformers import AutoModelForCTC, AutoModelForRNNT, AutoModelForSpeechSeq2Seq, PreTrainedModel
 
 from asrlib.data.audio import SAMPLE_RATE
 from asrlib.data.text import ctc_problem
+from asrlib.models.transducer import transducer_loss
 
 Batch = dict[str, torch.Tensor]  # as the collator makes it, on the device of the model
 
@@ -103,6 +104,57 @@ class Decoder(CTC):
                 f"text too long: {len(ids)} tokens with its prompt, and this model writes {config.max_target_positions}"
             )
         return None
+
+
+class Transducer(CTC):
+    """A joint network of each frame and of each text so far: of Nemotron and Parakeet (Graves 2012).
+
+    Posteriors are those of the whole lattice of an utterance, frames × labels and one more. Transcripts are greedy.
+    """
+
+    auto_model = AutoModelForRNNT
+    reads_labels = True
+
+    def forward(self, model, batch, **how):
+        own, labels_BL = getattr(model, "module", model), batch["labels"]  # `model` may be wrapped for many processes
+        heard, blank = {name: values for name, values in batch.items() if name != "labels"}, own.config.blank_token_id
+        said_BU = torch.nn.functional.pad(labels_BL.masked_fill(labels_BL < 0, blank), (1, 0), value=blank)
+        output = model(**heard, decoder_input_ids=said_BU, **how)
+        if output.logits.dim() < 4:  # transformers drops an axis of one
+            output.logits = output.logits[:, :, None]
+        frames_B = own._get_subsampling_output_length(batch["attention_mask"].sum(-1)).long()
+        labels_B = labels_BL.ge(0).sum(-1)
+        losses_B = transducer_loss(output.logits.float().log_softmax(-1), labels_BL, frames_B, labels_B, blank)
+        output.loss = losses_B.sum() / labels_B.sum()  # a label's, as NeMo's mean_volume
+        return output
+
+    def spoken(self, batch, output, frames_B):
+        points_B = batch["labels"].ge(0).sum(-1) + 1
+        each = zip(output.logits, frames_B.tolist(), points_B.tolist(), strict=True)
+        return [logits_TUV[:frames, :points].flatten(0, 1) for logits_TUV, frames, points in each]
+
+    def recognised(self, model, processor, batch, output, frames_B):
+        heard = {name: batch[name] for name in (model.main_input_name, "attention_mask") if name in batch}
+        most = model.config.max_symbols_per_step * int(frames_B.max())  # at each frame so many, a blank among them
+        blank = model.config.blank_token_id
+        said = model.generate(**heard, decoder_start_token_id=blank, max_new_tokens=most)
+        # transformers writes on behind the end of an utterance as long as another of the batch goes on.
+        frame_BK = said.durations.cumsum(-1) - said.durations
+        return said.sequences.masked_fill(frame_BK >= frames_B[:, None], blank)
+
+    def texts(self, processor, ids):
+        nothing = {processor.blank_token_id, processor.tokenizer.pad_token_id}
+        said = [[token for token in row if token not in nothing] for row in ids]
+        return processor.tokenizer.batch_decode(said, group_tokens=False)
+
+    def references(self, processor, labels):
+        return self.texts(processor, labels)
+
+    def problem(self, config, ids, samples, frames):
+        most = frames * config.max_symbols_per_step
+        if len(ids) <= most:
+            return None
+        return f"text too long for its audio: {len(ids)} tokens, {samples / SAMPLE_RATE:.2f} s give at most {most}"
 
 
 def _kept(states_BTD: torch.Tensor, frames_B: torch.Tensor) -> torch.Tensor:
