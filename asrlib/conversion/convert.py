@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from asrlib.attention.kinds import LatentQuery
 from asrlib.attention.latent import LatentKV, check_latent_dim
-from asrlib.attention.names import NAMES, encoder_config, projections
+from asrlib.attention.names import NAMES, attends_across, encoder_config, projections
 from asrlib.conversion.attended import AttendedDecomposition, decompose_attended
 from asrlib.conversion.factorize import METHODS, NEEDS_STATISTICS, Decomposition, Factors, LayerWeights, decompose_layer
 from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity, smallest_rank
@@ -125,7 +125,7 @@ def convert(
     _check_convertible(model, layout, method)
     parts = chosen_parts(model, parts)
     modules = attention_modules(model, parts)
-    if (sequential or reestimate_batch_norm) and model.config.is_encoder_decoder:
+    if (sequential or reestimate_batch_norm) and attends_across(model.config):
         raise ValueError(
             "sequential and reestimate_batch_norm follow one stack of layers, and an encoder-decoder "
             f"({model.config.model_type}) has two: leave them out"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from asrlib.attention.names import call_arguments, projections
+from asrlib.attention.names import attends_across, call_arguments, projections
 from asrlib.models.families import (
     attention_parts,
     chosen_parts,
@@ -59,14 +59,14 @@ def analyze_compression_quality(
         )
     parts = {part: attention_parts(mha)[part] for part in chosen_parts(mha, getattr(mla.config, "latent_parts", None))}
     names = [
-        {"part": part} | {"layer": layer} if mha.config.is_encoder_decoder else {"layer": layer}
+        {"part": part} | {"layer": layer} if attends_across(mha.config) else {"layer": layer}
         for part, modules in parts.items()
         for layer in range(len(modules))
     ]
     modules = [module for of_part in parts.values() for module in of_part]
     device = choose_device(None, mha)
     # A decoder hides from a token what comes behind it; asked for weights, transformers says so in a mask.
-    asked = attention_weights(*[mha] * mha.config.is_encoder_decoder)
+    asked = attention_weights(*[mha] * attends_across(mha.config))
     with inference(mha, device=device), asked, _recorded_calls(modules) as calls:
         for utterance in _utterances(mha, inputs):
             run(mha, {name: _as_read(values, device, mha.dtype) for name, values in utterance.items()})
@@ -111,7 +111,7 @@ def _utterances(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list
     utterances = []
     for row, (length, frames) in enumerate(zip(lengths_B.tolist(), frame_counts(model, lengths_B), strict=True)):
         if frames > 0:
-            end = None if model.config.is_encoder_decoder else length  # whose encoder hears a window as a whole
+            end = None if attends_across(model.config) else length  # whose encoder hears a window as a whole
             heard = [name, *(["attention_mask"] if head.reads_labels and mask_BS is not None else [])]
             utterances.append({one: inputs[one][row : row + 1, :end] for one in heard})
             if head.reads_labels:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from asrlib.attention.names import call_arguments, is_rotary, projections
+from asrlib.attention.names import attends_across, call_arguments, is_rotary, projections
 from asrlib.conversion.factorize import InputMoments, Moments
 from asrlib.data.batches import CTCCollator, CTCDataset
 from asrlib.data.corpus import Corpus, check_corpus
@@ -304,7 +304,7 @@ class Statistics:
 @contextmanager
 def kept_frames(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Iterator[dict[str, Kept]]:
     """What of a batch is no padding, by part of `model`, while padding does not leak through its convolutions."""
-    if not model.config.is_encoder_decoder:
+    if not attends_across(model.config):
         with unpadded(model, layer_frame_counts(model, inputs["attention_mask"].sum(-1))) as kept_BT:
             yield {"encoder": Kept(kept_BT, kept_BT)}
         return
@@ -370,7 +370,7 @@ def collect_statistics(
     finally:
         model.to(home)
     for part, (first, *_) in layers.items():
-        rate = first.frames / corpus.seconds if model.config.is_encoder_decoder else frames_per_second(model.config)
+        rate = first.frames / corpus.seconds if attends_across(model.config) else frames_per_second(model.config)
         _check_amount(first, "tokens" if part == "decoder" else "frames", rate)
     return Statistics(layers, speech, inputs)
 

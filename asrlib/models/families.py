@@ -28,6 +28,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from asrlib.attention.names import attends_across
 from asrlib.data.audio import SAMPLE_RATE
 from asrlib.models import encoder, parakeet, wav2vec2, wav2vec2_bert, wav2vec2_conformer, whisper
 from asrlib.models.heads import CTC, Decoder
@@ -218,7 +219,7 @@ def chosen_parts(model: PreTrainedModel, parts: Sequence[str] | None) -> list[st
 
 def run(model: PreTrainedModel, batch: dict[str, torch.Tensor]):
     """One pass of `model` over a batch as its head reads it (see heads.py), of which no cache is kept."""
-    no_cache = {"use_cache": False} if model.config.is_encoder_decoder else {}
+    no_cache = {"use_cache": False} if attends_across(model.config) else {}
     return family_of(model.config).head.forward(model, batch, **no_cache)
 
 
