@@ -25,7 +25,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCTC, Wav2Vec2ConformerConfig
 
 from asrlib import cost_measurements as measure
-from asrlib.attention.cache import kv_cache_bytes
+from asrlib.attention.cache import cached_widths, kv_cache_bytes
 from asrlib.attention.names import encoder_config
 from asrlib.benchmark import DTYPES, measured_on, spread_over_durations
 from asrlib.conversion.convert import latent_dim_for
@@ -178,7 +178,7 @@ class Workload:
         width = (
             latent_dim_for(p.cache_cut, encoder_config(config).hidden_size) if p.cache_cut is not None else p.latent_dim
         )
-        widths = [width] * encoder_config(config).num_hidden_layers
+        widths = [width] * len(cached_widths(config))
         latent = family.to_latent(config, latent_dim=widths, latent_layout=p.layout, latent_key_dim=[])
         return family.latent_model(latent).eval()
 

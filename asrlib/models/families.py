@@ -28,6 +28,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from asrlib.attention.names import attends_across
 from asrlib.data.audio import SAMPLE_RATE
 from asrlib.models import encoder, parakeet, wav2vec2, wav2vec2_bert, wav2vec2_conformer, whisper
 from asrlib.models.heads import CTC, Decoder
@@ -65,8 +66,6 @@ class Family:
     # Of encoder-decoders: {part: attention modules, first layer first}, and of which a run keeps something.
     parts: Callable[[PreTrainedModel], dict[str, list[nn.Module]]] | None = None
     cached_parts: tuple[str, ...] = ("encoder",)
-    # A batch with labels → what the model reads to say each after those before it, see `whisper.teacher_forced`.
-    teacher_forced: Callable[[PreTrainedModel, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
 
 
 WAV2VEC2_CONFORMER = Family(
@@ -151,13 +150,12 @@ WHISPER = Family(
     layers=lambda model: list(model.model.encoder.layers),
     attention=lambda layer: layer.self_attn,
     check_streaming=whisper.check_streaming,
+    head=Decoder(),
     positions=lambda config: "sinusoidal",
     input_length=lambda config, samples: samples // whisper.HOP,
     samples_per_frame=lambda config: whisper.SAMPLES_PER_FRAME,
     parts=whisper.parts,
     cached_parts=whisper.CACHED,
-    teacher_forced=whisper.teacher_forced,
-    head=Decoder(),
     frame_counts=lambda model, lengths: torch.full_like(lengths, model.config.max_source_positions),
 )
 
@@ -226,9 +224,10 @@ def chosen_parts(model: PreTrainedModel, parts: Sequence[str] | None) -> list[st
     return [part for part in known if part in given]
 
 
-def run(model: PreTrainedModel, inputs: dict[str, torch.Tensor]):
-    """What one pass of `model` gives, of which nothing is kept."""
-    return model(**inputs, **({"use_cache": False} if model.config.is_encoder_decoder else {}))
+def run(model: PreTrainedModel, batch: dict[str, torch.Tensor]):
+    """One pass of `model` over a batch as its head reads it (see heads.py), of which no cache is kept."""
+    no_cache = {"use_cache": False} if attends_across(model.config) else {}
+    return family_of(model.config).head.forward(model, batch, **no_cache)
 
 
 def positions_of(config) -> str | None:
