@@ -14,7 +14,7 @@ from asrlib.preflight import check_surroundings
 
 @pytest.fixture(scope="module")
 def measured():
-    systems = {"baseline": tiny.conformer(), "finetuned": tiny.latent_conformer("joint")}
+    systems = {"baseline": tiny.encoder(), "finetuned": tiny.encoder(attention="mla_simple", latent_dim=[5, 8])}
     told = {"baseline": 20.0, "baseline, compiled": 10.0, "finetuned": 30.0, "finetuned, compiled": 45.0}
     asked = []
 
