@@ -25,7 +25,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCTC, Wav2Vec2ConformerConfig
 
 from asrlib import cost_measurements as measure
-from asrlib.attention.cache import kv_cache_bytes
+from asrlib.attention.cache import cached_widths, kv_cache_bytes
 from asrlib.attention.names import encoder_config
 from asrlib.benchmark import DTYPES, measured_on, spread_over_durations
 from asrlib.conversion.convert import latent_dim_for
@@ -111,7 +111,8 @@ def _evaluate(work: "Workload") -> list[Cost]:
 def _benchmark(work: "Workload") -> list[Cost]:
     costs = [one.timings(name, getattr(one, which)) for name, one, which in work.systems]
     streams = [Cost("chunks of streams", None, "unknown: not foreseen")] if work.p.benchmark_left_seconds else []
-    return costs + streams
+    compiled = [Cost("compiled models", None, "unknown: not foreseen")] if work.p.benchmark_compiled else []
+    return costs + compiled + streams
 
 
 STEPS: dict[str, Callable[["Workload"], list[Cost]]] = {
@@ -178,7 +179,7 @@ class Workload:
         width = (
             latent_dim_for(p.cache_cut, encoder_config(config).hidden_size) if p.cache_cut is not None else p.latent_dim
         )
-        widths = [width] * encoder_config(config).num_hidden_layers
+        widths = [width] * len(cached_widths(config))
         latent = family.to_latent(config, latent_dim=widths, latent_layout=p.layout, latent_key_dim=[])
         return family.latent_model(latent).eval()
 

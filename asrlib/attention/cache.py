@@ -2,13 +2,13 @@
 
 from asrlib.attention.formats import cache_format
 from asrlib.attention.kinds import attention_kind
-from asrlib.attention.names import encoder_config, has_decoder
+from asrlib.attention.names import attends_across, encoder_config
 
 
 def cached_widths(config) -> list[tuple[int, ...]]:
     """Numbers per frame of each tensor that each layer keeps; of an encoder-decoder first the decoder's, of a token,
     and then those of cross-attention, of a frame."""
-    if has_decoder(config):
+    if attends_across(config):
         return _decoder_widths(config)
     if hasattr(config, "attention"):
         kind = attention_kind(config.attention)
@@ -41,7 +41,7 @@ def _decoder_widths(config) -> list[tuple[int, ...]]:
 
 def _lengths(config, frames: int, tokens: int) -> list[int]:
     """Of the tensors that each layer keeps."""
-    if has_decoder(config):
+    if attends_across(config):
         return [tokens] * config.decoder_layers + [frames] * config.decoder_layers
     return [frames] * len(cached_widths(config))
 

@@ -7,7 +7,7 @@ latent alone, R numbers instead of the 2·D of keys and values (DeepSeek-V2, arX
 import torch
 from torch import nn
 
-from asrlib.attention.names import encoder_config, has_decoder, latent_modules
+from asrlib.attention.names import attends_across, encoder_config, latent_modules
 
 LAYOUTS = ("joint", "split")
 
@@ -47,7 +47,7 @@ def check_latent_widths(config) -> None:
     for name in ("latent_dim", "latent_key_dim") if config.latent_key_dim else ("latent_dim",):
         given, modules = len(getattr(config, name)), latent_modules(config)
         if given != modules:
-            what = "attention module" if has_decoder(config) else "layer"
+            what = "attention module" if attends_across(config) else "layer"
             raise ValueError(f"{name} has {given} widths for {modules} {what}s: give one a {what}")
     for layer, width in enumerate(config.latent_dim):
         check_latent_dim(width, encoder_config(config).hidden_size, config.latent_layout, config.key_dim(layer))

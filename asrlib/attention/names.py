@@ -46,15 +46,14 @@ def call_arguments(args: tuple, arguments: dict) -> dict:
     return {"hidden_states": args[0], **arguments} if args else arguments
 
 
+def attends_across(config) -> bool:
+    """Whether there is a decoder that attends to the encoder's frames: Whisper's does, a transducer's does not."""
+    return hasattr(config, "decoder_attention_heads")
+
+
 def latent_modules(config) -> int:
     """How many attention modules have a latent in a model of such a config, which says so where not all layers do."""
     return getattr(config, "latent_modules", encoder_config(config).num_hidden_layers)
-
-
-def has_decoder(config) -> bool:
-    """Whether there is attention behind the encoder too. Not in a transducer, which transformers calls an
-    encoder-decoder as well."""
-    return config.is_encoder_decoder and not hasattr(config, "blank_token_id")
 
 
 def encoder_config(config):

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from asrlib.attention.kinds import LatentQuery
 from asrlib.attention.latent import LatentKV, check_latent_dim
-from asrlib.attention.names import NAMES, encoder_config, has_decoder, projections
+from asrlib.attention.names import NAMES, attends_across, encoder_config, projections
 from asrlib.conversion.attended import AttendedDecomposition, decompose_attended
 from asrlib.conversion.factorize import METHODS, NEEDS_STATISTICS, Decomposition, Factors, LayerWeights, decompose_layer
 from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity, smallest_rank
@@ -24,7 +24,6 @@ from asrlib.models.families import (
     family_of,
     is_latent,
     latent_modules,
-    run,
 )
 from asrlib.models.inference import inference, on_cpu, spoken_logits
 
@@ -126,7 +125,7 @@ def convert(
     _check_convertible(model, layout, method)
     parts = chosen_parts(model, parts)
     modules = attention_modules(model, parts)
-    if (sequential or reestimate_batch_norm) and has_decoder(model.config):
+    if (sequential or reestimate_batch_norm) and attends_across(model.config):
         raise ValueError(
             "sequential and reestimate_batch_norm follow one stack of layers, and an encoder-decoder "
             f"({model.config.model_type}) has two: leave them out"
@@ -251,7 +250,7 @@ def measure_sensitivity(
 
     def log_posteriors(any_model) -> torch.Tensor:
         with inference(any_model, device=torch.device("cpu")):
-            return _unpadded_logits(any_model, inputs).float().log_softmax(-1)
+            return torch.cat(spoken_logits(any_model, inputs)).float().log_softmax(-1)
 
     wanted = log_posteriors(model)
     probed = sorted({max(1, round(share * width)) for share in PROBED_SHARES})
@@ -271,13 +270,6 @@ def measure_sensitivity(
             costs.append(cost)
         _fill(attention.latent_kv, middle.cut(width, width))
     return costs
-
-
-def _unpadded_logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """[N, V]"""
-    if has_decoder(model.config):
-        return run(model, inputs).logits[inputs["decoder_attention_mask"].bool()]
-    return torch.cat(spoken_logits(model, inputs))
 
 
 def _widened(cut: Factors, width: int) -> Factors:

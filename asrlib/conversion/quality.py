@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from asrlib.attention.kinds import heard
-from asrlib.attention.names import call_arguments, has_decoder, projections
+from asrlib.attention.names import attends_across, call_arguments, projections
 from asrlib.models.families import (
     attention_parts,
     chosen_parts,
@@ -60,14 +60,14 @@ def analyze_compression_quality(
         )
     parts = {part: attention_parts(mha)[part] for part in chosen_parts(mha, getattr(mla.config, "latent_parts", None))}
     names = [
-        {"part": part} | {"layer": layer} if has_decoder(mha.config) else {"layer": layer}
+        {"part": part} | {"layer": layer} if attends_across(mha.config) else {"layer": layer}
         for part, modules in parts.items()
         for layer in range(len(modules))
     ]
     modules = [module for of_part in parts.values() for module in of_part]
     device = choose_device(None, mha)
     # A decoder hides from a token what comes behind it; asked for weights, transformers says so in a mask.
-    asked = attention_weights(*[mha] * has_decoder(mha.config))
+    asked = attention_weights(*[mha] * attends_across(mha.config))
     with inference(mha, device=device), asked, _recorded_calls(modules) as calls:
         for utterance in _utterances(mha, inputs):
             run(mha, {name: _as_read(values, device, mha.dtype) for name, values in utterance.items()})
@@ -105,29 +105,22 @@ def verdict(output_error: float) -> str:
 def _utterances(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     """What `model` reads of each utterance of a batch, [1, S, ...], without padding; those too short for a frame are
     left out."""
-    name, teacher_forced = model.main_input_name, family_of(model.config).teacher_forced
-    if teacher_forced:
-        return _said(teacher_forced(model, inputs))
+    name, head = model.main_input_name, family_of(model.config).head
     padded_BS = inputs[name]
     mask_BS = inputs.get("attention_mask")
     lengths_B = torch.full((len(padded_BS),), padded_BS.shape[1]) if mask_BS is None else mask_BS.sum(-1).cpu()
-    utterances = [
-        {name: row_S[None, :length]}
-        for row_S, length, frames in zip(padded_BS, lengths_B, frame_counts(model, lengths_B), strict=True)
-        if frames > 0
-    ]
+    utterances = []
+    for row, (length, frames) in enumerate(zip(lengths_B.tolist(), frame_counts(model, lengths_B), strict=True)):
+        if frames > 0:
+            end = None if attends_across(model.config) else length  # whose encoder hears a window as a whole
+            names = [name, *(["attention_mask"] if head.reads_labels and mask_BS is not None else [])]
+            utterances.append({one: inputs[one][row : row + 1, :end] for one in names})
+            if head.reads_labels:
+                labels_1L = inputs["labels"][row : row + 1]
+                utterances[-1]["labels"] = labels_1L[:, labels_1L[0] >= 0]
     if not utterances:
         raise ValueError(f"no utterance of the batch (lengths {lengths_B.tolist()}) is a frame long: give longer ones")
     return utterances
-
-
-def _said(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """Of an encoder-decoder: the features of each utterance with the tokens that it has, and no more of these."""
-    rows = [{name: values[row : row + 1] for name, values in inputs.items()} for row in range(len(inputs[_TOKENS]))]
-    return [one | {_TOKENS: one[_TOKENS][:, : int(one.pop(_SAID).sum())]} for one in rows]
-
-
-_TOKENS, _SAID = "decoder_input_ids", "decoder_attention_mask"
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from asrlib.attention.names import call_arguments, has_decoder, is_rotary, projections
+from asrlib.attention.names import attends_across, call_arguments, is_rotary, projections
 from asrlib.conversion.factorize import InputMoments, Moments
 from asrlib.data.batches import CTCCollator, CTCDataset
 from asrlib.data.corpus import Corpus, check_corpus
@@ -263,24 +263,12 @@ class CalibrationSpeech:
 
     batches: Iterable[dict[str, torch.Tensor]] = field(repr=False)
     device: torch.device
-    read: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = field(repr=False)
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, batches: Iterable, device: torch.device) -> "CalibrationSpeech":
-        """For `model` to read as its family does: without labels, but where what it says depends on them."""
-        family = family_of(model.config)
-        if family.teacher_forced:
-            return cls(batches, device, partial(family.teacher_forced, model))
-        return cls(batches, device, dict if family.head.reads_labels else _without_labels)
+    without: frozenset[str] = frozenset({"labels"})  # of a batch, what the model does not read
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """What a model reads of each batch, with what masks its padding, on the device."""
+        """What a model reads of each batch, its attention_mask included, on the device."""
         for batch in tqdm(self.batches, desc="calibration speech", unit="batch", leave=False):
-            yield {name: values.to(self.device) for name, values in self.read(batch).items()}
-
-
-def _without_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: values for name, values in batch.items() if name != "labels"}
+            yield {name: values.to(self.device) for name, values in batch.items() if name not in self.without}
 
 
 @dataclass(frozen=True)
@@ -316,12 +304,12 @@ class Statistics:
 @contextmanager
 def kept_frames(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Iterator[dict[str, Kept]]:
     """What of a batch is no padding, by part of `model`, while padding does not leak through its convolutions."""
-    if "decoder_attention_mask" not in inputs:
+    if not attends_across(model.config):
         with unpadded(model, layer_frame_counts(model, inputs["attention_mask"].sum(-1))) as kept_BT:
             yield {"encoder": Kept(kept_BT, kept_BT)}
         return
-    # An encoder whose decoder attends to padding as to speech: all frames count.
-    said_BT, features = inputs["decoder_attention_mask"].bool(), inputs[model.main_input_name]
+    # An encoder's frames behind the end of speech are attended to like all others, so they count.
+    said_BT, features = inputs["labels"] >= 0, inputs[model.main_input_name]
     frames = layer_frame_counts(model, torch.tensor(features.shape[-1]))
     heard_BS = said_BT.new_ones(len(said_BT), int(frames))
     yield {"encoder": Kept(heard_BS, heard_BS), "decoder": Kept(said_BT, said_BT), "cross": Kept(said_BT, heard_BS)}
@@ -361,7 +349,8 @@ def collect_statistics(
     dataset = CTCDataset(corpus, processor)
     sampler = dataset.batches(batch_seconds, shuffle=False)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=CTCCollator(processor))
-    speech = CalibrationSpeech.of(model, loader, device)
+    unread = set() if family_of(model.config).head.reads_labels else {"labels"}
+    speech = CalibrationSpeech(loader, device, frozenset(unread))
     limits = {"batch_seconds": batch_seconds, "method": "attended" if attention else None}
     modules = {part: attention_parts(model)[part] for part in chosen_parts(model, parts)}
     layers = {part: [LayerStatistics.of(one, attention) for one in found] for part, found in modules.items()}
@@ -381,7 +370,7 @@ def collect_statistics(
     finally:
         model.to(home)
     for part, (first, *_) in layers.items():
-        rate = first.frames / corpus.seconds if has_decoder(model.config) else frames_per_second(model.config)
+        rate = first.frames / corpus.seconds if attends_across(model.config) else frames_per_second(model.config)
         _check_amount(first, "tokens" if part == "decoder" else "frames", rate)
     return Statistics(layers, speech, inputs)
 

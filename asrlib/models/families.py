@@ -30,7 +30,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from asrlib.attention.names import has_decoder
+from asrlib.attention.names import attends_across
 from asrlib.data.audio import SAMPLE_RATE
 from asrlib.models import encoder, nemotron, parakeet, wav2vec2, wav2vec2_bert, wav2vec2_conformer, whisper
 from asrlib.models.heads import CTC, Decoder, Transducer
@@ -70,8 +70,6 @@ class Family:
     cached_parts: tuple[str, ...] = ("encoder",)
     # Where a pass of the model asks for a text: runs its layers over what they read of a batch, of labels nothing.
     encode: Callable[[PreTrainedModel, dict[str, torch.Tensor]], object] | None = None
-    # A batch with labels → what the model reads to say each after those before it, see `whisper.teacher_forced`.
-    teacher_forced: Callable[[PreTrainedModel, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
 
 
 WAV2VEC2_CONFORMER = Family(
@@ -175,13 +173,12 @@ WHISPER = Family(
     layers=lambda model: list(model.model.encoder.layers),
     attention=lambda layer: layer.self_attn,
     check_streaming=whisper.check_streaming,
+    head=Decoder(),
     positions=lambda config: "sinusoidal",
     input_length=lambda config, samples: samples // whisper.HOP,
     samples_per_frame=lambda config: whisper.SAMPLES_PER_FRAME,
     parts=whisper.parts,
     cached_parts=whisper.CACHED,
-    teacher_forced=whisper.teacher_forced,
-    head=Decoder(),
     frame_counts=lambda model, lengths: torch.full_like(lengths, model.config.max_source_positions),
 )
 
@@ -233,6 +230,13 @@ def latent_modules(latent: PreTrainedModel) -> list[nn.Module]:
     return attention_modules(latent, getattr(latent.config, "latent_parts", None))
 
 
+def latent_names(latent: PreTrainedModel) -> list[str]:
+    """What to call each of `latent_modules`: the layer's number, and what it is part of where there are several."""
+    parts = attention_parts(latent)
+    chosen = getattr(latent.config, "latent_parts", None) or list(parts)
+    return [f"{part} {i}" if len(parts) > 1 else str(i) for part in chosen for i in range(len(parts[part]))]
+
+
 def chosen_parts(model: PreTrainedModel, parts: Sequence[str] | None) -> list[str]:
     """The parts of `model` to convert, in order: those given, else all of which a run keeps something.
 
@@ -247,12 +251,12 @@ def chosen_parts(model: PreTrainedModel, parts: Sequence[str] | None) -> list[st
     return [part for part in known if part in given]
 
 
-def run(model: PreTrainedModel, inputs: dict[str, torch.Tensor]):
-    """Runs all layers once, of which nothing is kept. Gives what `model` gives, or of a transducer what its encoder
-    does."""
+def run(model: PreTrainedModel, batch: dict[str, torch.Tensor]):
+    """Runs all layers once over a batch as the head reads it (see heads.py), of which no cache is kept."""
     if encode := family_of(model.config).encode:
-        return encode(model, {name: values for name, values in inputs.items() if name != "labels"})
-    return model(**inputs, **({"use_cache": False} if has_decoder(model.config) else {}))
+        return encode(model, {name: values for name, values in batch.items() if name != "labels"})
+    no_cache = {"use_cache": False} if attends_across(model.config) else {}
+    return family_of(model.config).head.forward(model, batch, **no_cache)
 
 
 def positions_of(config) -> str | None:

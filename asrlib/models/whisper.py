@@ -12,9 +12,9 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, WhisperConfig, WhisperForConditionalGeneration
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.whisper.modeling_whisper import WhisperAttention, eager_attention_forward, shift_tokens_right
+from transformers.models.whisper.modeling_whisper import WhisperAttention, eager_attention_forward
 
 from asrlib.attention.kinds import absorbing_pays
 from asrlib.models.latent_twin import LatentConfig, LatentProjections, settings
@@ -77,23 +77,12 @@ def _places(model: WhisperForConditionalGeneration, part: str) -> list[tuple[nn.
     return [(layer, "encoder_attn" if part == "cross" else "self_attn") for layer in layers]
 
 
-def teacher_forced(model: WhisperForConditionalGeneration, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What `model` reads of a batch to say each of its labels after those before it: its features,
-    `decoder_input_ids` [B, n], and `decoder_attention_mask` [B, n], which of these have a label.
-
-    Raises ValueError where there are neither `labels` (−100: padding) nor decoder_input_ids.
-    """
-    if "labels" in batch:
-        labels, config = batch["labels"], model.config
-        tokens = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
-        said = (labels != -100).long()
-    elif "decoder_input_ids" in batch:
-        tokens = batch["decoder_input_ids"]
-        said = batch.get("decoder_attention_mask", torch.ones_like(tokens))
-    else:
-        raise ValueError(f"{model.config.model_type} says a token after those before it: the batch has no labels")
-    name = model.main_input_name
-    return {name: batch[name], "decoder_input_ids": tokens, "decoder_attention_mask": said}
+def generate_and_keep(
+    model: WhisperForConditionalGeneration, features_BFS: torch.Tensor, **how
+) -> tuple[torch.Tensor, EncoderDecoderCache]:
+    """(what `model.generate` gives of a batch's features, the very cache that it kept of all hypotheses)."""
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    return model.generate(features_BFS, past_key_values=cache, **how), cache
 
 
 class LatentWhisperAttention(LatentProjections, WhisperAttention):
