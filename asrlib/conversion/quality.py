@@ -115,7 +115,7 @@ def _utterances(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list
             end = None if attends_across(model.config) else length  # whose encoder hears a window as a whole
             names = [name, *(["attention_mask"] if head.reads_labels and mask_BS is not None else [])]
             utterances.append({one: inputs[one][row : row + 1, :end] for one in names})
-            if head.reads_labels:
+            if "labels" in inputs and head.reads_labels:
                 labels_1L = inputs["labels"][row : row + 1]
                 utterances[-1]["labels"] = labels_1L[:, labels_1L[0] >= 0]
     if not utterances:
