@@ -7,10 +7,10 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo quick full smoke baseline baselines_small lab test lint format parameters example clean python
+.PHONY: help demo quick full smoke baseline baselines_small lab test fresh-environment lint format parameters example clean python
 
 help: ## show this list
-	@awk -F ': ## ' '/^[a-z_]+: ## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
+	@awk -F ': ## ' '/^[a-z_-]+: ## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo '  ARGS="..." is passed on, as in make demo ARGS="--force" or make test ARGS="tests/test_runs.py -x"'
 
@@ -32,6 +32,10 @@ lab: .venv/.installed
 test: ## run the tests
 test: .venv/.installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+
+fresh-environment: ## load an exported folder where asrlib is not: a new venv, a few minutes, 1 GB
+fresh-environment: .venv/.installed
+	.venv/bin/python tests/fresh_environment.py $(ARGS)
 
 lint: ## check code and notebooks, change nothing
 lint: .venv/.installed

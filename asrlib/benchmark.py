@@ -13,6 +13,8 @@ from time import perf_counter
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from asrlib.attention.cache import kv_cache_bytes
@@ -207,6 +209,13 @@ def _speed_ratio(baseline_ms_N: np.ndarray, ms_N: np.ndarray) -> dict:
         "speed_ratio": float(baseline_ms_N.sum() / ms_N.sum()),
         "speed_ratio_interval": list(interval(sums_R2[:, 0] / sums_R2[:, 1])),
     }
+
+
+def multiplications(work: Callable[[], object]) -> int:
+    """Of matrices, each with its addition. Fused attention is counted as the two products that it is."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops() // 2
 
 
 # ---- memory ------------------------------------------------------------------------------------------------

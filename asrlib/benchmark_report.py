@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from asrlib.figures import size
+from asrlib.figures import SYSTEMS, size
 from asrlib.members import ATTENTION, AUDIO_SECONDS, short_names
 
 STATE_INTRODUCTION = f"""\
@@ -121,6 +121,31 @@ def lengths_table(lengths: dict) -> pd.DataFrame:
     rows = {name: row["ms"] for name, row in lengths["systems"].items()}
     columns = [f"{seconds:g} s" for seconds in lengths["seconds"]]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns, dtype=float)
+
+
+COMPILED_INTRODUCTION = """\
+## Compiled
+
+What `torch.compile` makes of each model, for any length, beside the model as it is, all taking turns in one run."""
+
+
+def compiled_table(compiled: dict) -> tuple[pd.DataFrame, str]:
+    """(rows of each model as it is and compiled, their caption) of `compiled_benchmark`."""
+    columns = [f"ms at {seconds:.1f} s" for seconds in compiled["seconds"]]
+    rows = {}
+    for name, row in compiled["systems"].items():
+        shown = SYSTEMS.get(name, name)
+        rows[shown] = dict(zip(columns, map("{:.1f}".format, row["eager_ms"]), strict=True))
+        rows[shown + ", compiled"] = dict(zip(columns, map("{:.1f}".format, row["compiled_ms"]), strict=True)) | {
+            "time, of the eager one's": "×{:.2f} ({:.2f}–{:.2f})".format(row["ratio"], *row["ratio_range"]),
+            "to compile": f"{row['compiling_seconds']:.0f} s",
+            "largest difference of logits": f"{row['largest_difference']:.1e}",
+        }
+    caption = (
+        "Medians of single passes; brackets: the least and the greatest ratio of a round over all lengths; {device}, "
+        "{threads} threads, {dtype}, {backend}"
+    )
+    return pd.DataFrame.from_dict(rows, orient="index").fillna("–"), caption.format(**compiled)
 
 
 def state_table(described: dict[str, dict]) -> pd.DataFrame:

@@ -111,7 +111,8 @@ def _evaluate(work: "Workload") -> list[Cost]:
 def _benchmark(work: "Workload") -> list[Cost]:
     costs = [one.timings(name, getattr(one, which)) for name, one, which in work.systems]
     streams = [Cost("chunks of streams", None, "unknown: not foreseen")] if work.p.benchmark_left_seconds else []
-    return costs + streams
+    compiled = [Cost("compiled models", None, "unknown: not foreseen")] if work.p.benchmark_compiled else []
+    return costs + compiled + streams
 
 
 STEPS: dict[str, Callable[["Workload"], list[Cost]]] = {

@@ -92,7 +92,11 @@ def check_surroundings(values: dict[str, Any]) -> None:
             asked |= {name: [values[name]] for name in ("train_split", "validation_split") if values.get(name)}
             check_splits(values["corpus"], [split for splits in asked.values() for split in splits])
         attention_kind(values.get("attention", "mha"))
-        choose_device(values.get("device", "auto"))
+        chosen = choose_device(values.get("device", "auto"))
+        if values.get("benchmark_compiled"):
+            from asrlib.compiled_benchmark import check_compiler
+
+            check_compiler(chosen)
     except (OSError, ValueError) as error:
         missing = re.search(r"no split '([^']*)'", str(error))
         whose = [name for name, splits in asked.items() if missing and missing[1] in "+".join(splits).split("+")]

@@ -12,15 +12,13 @@ Shapes: B streams, n frames of a chunk, t frames kept, D width, N numbers of a f
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from asrlib.attention.chunks import Chunks
@@ -28,12 +26,13 @@ from asrlib.attention.formats import cache_format
 from asrlib.attention.kinds import KINDS, LinearAttention, absorbing_pays
 from asrlib.attention.memory import StreamMemory
 from asrlib.attention.relative import sinusoids
-from asrlib.benchmark import measured_on, peak_memory_bytes, take_turns
+from asrlib.benchmark import measured_on, multiplications, peak_memory_bytes, take_turns
 from asrlib.command_line import add_debug, sentence, tell
 from asrlib.models.encoder import SpeechEncoderConfig, SpeechEncoderForCTC
 from asrlib.models.families import attention_modules, family_of, frames_per_second
 from asrlib.models.inference import choose_device, inference
 from asrlib.streaming import Streams, chunks_of
+from asrlib.window_benchmark import benchmark_windows, window_models
 
 HOP = 80  # samples: 50 encoder frames a second, as wav2vec2 has
 SIZES = {
@@ -175,7 +174,7 @@ def benchmark_steps(
                 peak = peak_memory_bytes(step, device)
                 rows.append(
                     {**row, "system": name, "streams": streams, "cache": cache, "peak_memory_bytes": peak}
-                    | {"multiplications": _multiplications(step)}
+                    | {"multiplications": multiplications(step)}
                 )
             del running, steps
     table = pd.DataFrame(rows)
@@ -201,13 +200,6 @@ def _row(running: Streams | None, chunks: Chunks, model: nn.Module, streams: int
         "cache_bytes_per_second": kept / (chunks.left / rate) if chunks.left else float("nan"),
         "position_bytes": running.position_bytes if running else 0,
     }
-
-
-def _multiplications(step: Callable[[], object]) -> int:
-    """Of matrices, each with its addition. Fused attention is counted as the two products that it is."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops() // 2
 
 
 # ---- many streams ------------------------------------------------------------------------------------------
@@ -324,6 +316,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--forms", action="store_true", help="time absorbed and expanded latents instead")
+    parser.add_argument("--windows", action="store_true", help="time a layer of Nemotron, with its window, instead")
     parser.add_argument("--out", type=Path, help="a .csv")
     add_debug(parser)
     args = parser.parse_args(argv)
@@ -336,8 +329,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(args: argparse.Namespace) -> str:
-    if args.forms:
-        table = benchmark_forms(**SIZES[args.size], repeats=args.repeats, device=args.device)
+    if args.forms or args.windows:
+        how = {"repeats": args.repeats, "device": args.device}
+        table = benchmark_forms(**SIZES[args.size], **how) if args.forms else benchmark_windows(window_models(), **how)
         if args.out:
             table.to_csv(args.out, index=False)
         return f"{table.to_string(index=False, float_format='{:.3f}'.format)}\n"

@@ -37,7 +37,7 @@ from asrlib.models.scratch import new_processor
 
 WIDTH, LAYERS, HEADS = 16, 2, 4
 WINDOW, LOOKAHEADS = 7, [2, 1, 0]  # of a stream with a cache of its own, in encoder frames
-BLANK = 2.0
+BLANK = 12.0  # its score, whatever is heard
 PIECES = ["▁", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ", "▁T", "HE", "▁THE", "AN", "▁A", "ING", "▁TO"]
 
 SIZES = dict(hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=24)
@@ -124,9 +124,15 @@ def _transducer(kind, config_kind, encoder: dict):
         num_decoder_layers=1, max_symbols_per_step=3, encoder_config=encoder,
     )  # fmt: skip
     model = _filled(kind, config)
-    with torch.no_grad():  # so that some frames say nothing, and others something
-        model.joint.head.weight.normal_()
-        model.joint.head.bias[blank] += BLANK
+    model.generation_config.decoder_start_token_id = blank
+    with torch.no_grad():  # so that frames differ, some say nothing, and the others something that can be spelt
+        for name, values in model.named_parameters():
+            if "subsampling" in name and "conv" in name:
+                values.normal_(std=0.5)
+            elif name.startswith(("decoder.", "encoder_projector.weight", "joint.head.weight")):
+                values.normal_()
+        model.joint.head.weight[blank] = 0
+        model.joint.head.bias[[0, blank - 1, blank]] = torch.tensor([-100.0, -100.0, BLANK])
     return model
 
 
@@ -153,6 +159,10 @@ def processor_of(family: str):
         return ParakeetProcessor(ParakeetFeatureExtractor(feature_size=24), pieces())
     if family == "whisper":
         return WhisperProcessor(WhisperFeatureExtractor(MEL_BINS, chunk_length=SECONDS), byte_pairs())
+    if family == "parakeet_rnnt":
+        return ParakeetProcessor(
+            ParakeetFeatureExtractor(feature_size=24), pieces(additional_special_tokens=["<blank>"])
+        )
     if family == "nemotron":
         extractor = NemotronAsrStreamingFeatureExtractor(feature_size=24)
         return NemotronAsrStreamingProcessor(

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import family_models
 import pytest
 import tiny
 import torch
@@ -13,9 +14,11 @@ from transformers import AutoModelForCTC, Wav2Vec2ConformerForCTC
 
 import asrlib
 from asrlib.attention.kinds import KINDS, MultiHeadAttention
+from asrlib.data.batches import CTCCollator, CTCDataset
 from asrlib.export.__main__ import main
 from asrlib.export.folders import standard, write_folder, write_hub_folder
 from asrlib.export.modules import self_contained
+from asrlib.models.families import family_of
 from asrlib.models.scratch import new_processor
 from asrlib.runs import Run, write_json
 
@@ -40,15 +43,24 @@ print(json.dumps(found))
 """
 
 
-def models() -> dict[str, tuple[torch.nn.Module, dict]]:
-    """By name a model with latent attention, and inputs: of every class that a run can hold."""
+def models() -> dict[str, tuple[torch.nn.Module, object, dict]]:
+    """By name a model with latent attention, its processor, and inputs: of every class that a run can hold."""
     split = dict(latent_dim=[9, 6], latent_layout="split", latent_key_dim=[4, 5])
-    waves, features = tiny.padded_batch(), tiny.features()
-    return {
-        "wav2vec2": (tiny.latent_conformer("joint"), waves),
-        "conformer": (tiny.encoder("conformer", "mla_simple", latent_dim=[5, 8]), features),
-        "branchformer": (tiny.encoder("branchformer", "mla", query_latent_dim=6, **split), features),
+    mels, features = new_processor("conformer", mel_bins=tiny.MEL_BINS), tiny.features()
+    made = {
+        "wav2vec2-conformer": (tiny.latent_conformer("joint"), new_processor(), tiny.padded_batch()),
+        "conformer": (tiny.encoder("conformer", "mla_simple", latent_dim=[5, 8]), mels, features),
+        "branchformer": (tiny.encoder("branchformer", "mla", query_latent_dim=6, **split), mels, features),
     }
+    for family, make in family_models.FAMILIES.items():
+        processor = family_models.processor_of(family)
+        speech = list(CTCDataset(tiny.corpus(3), processor))
+        made[family] = (asrlib.convert(make(), latent_dim=7), processor, CTCCollator(processor)(speech))
+    return made
+
+
+EVERY = pytest.mark.parametrize("name", ["wav2vec2-conformer", "conformer", "branchformer", *family_models.FAMILIES])
+OF_TRANSFORMERS = ["wav2vec2-conformer", *family_models.FAMILIES]
 
 
 def keep_expected(model, inputs: dict, folder) -> None:
@@ -62,16 +74,18 @@ def keep_expected(model, inputs: dict, folder) -> None:
 def alone(tmp_path_factory):
     """What a process without asrlib found: [class of the model, of the processor, largest difference of logits]."""
     root = tmp_path_factory.mktemp("folders")
-    for name, (model, inputs) in models().items():
-        processor = new_processor("wav2vec2-conformer" if name == "wav2vec2" else name, mel_bins=tiny.MEL_BINS)
+    wanted = {}
+    for name, (model, processor, inputs) in models().items():
         (root / name).mkdir()
         write_hub_folder(model, processor, root / name)
         keep_expected(model, inputs, root / name)
-        if name == "wav2vec2":
-            (root / "standard").mkdir()
-            write_folder(standard(model), processor, root / "standard")
-            keep_expected(model, inputs, root / "standard")
-    wanted = dict.fromkeys(models(), True) | {"standard": False}
+        wanted[name] = True
+        if name in OF_TRANSFORMERS:
+            plain = root / f"{name} standard"
+            plain.mkdir()
+            write_folder(standard(model), processor, plain)
+            keep_expected(model, inputs, plain)
+            wanted[plain.name] = False
     done = subprocess.run(
         [sys.executable, "-P", "-c", ALONE, str(root), json.dumps(wanted)],
         cwd=root, capture_output=True, text=True, timeout=300,
@@ -81,29 +95,30 @@ def alone(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1]), root
 
 
-@pytest.mark.parametrize("name", ["wav2vec2", "conformer", "branchformer"])
+@EVERY
 def test_a_hub_folder_loads_without_asrlib_and_computes_the_same(alone, name):
     found, root = alone
     of, processor, off, again = found[name]
-    assert of == type(models()[name][0]).__name__ and processor == "Wav2Vec2Processor"
+    assert [of, processor] == [type(one).__name__ for one in models()[name][:2]]
     assert off <= 1e-6
     assert again == sorted(path.name for path in (root / name).glob("*.py")), "saved again, its code goes along"
 
 
-def test_a_standard_folder_is_transformers_own_model_and_computes_the_same(alone):
+@pytest.mark.parametrize("name", OF_TRANSFORMERS)
+def test_a_standard_folder_is_transformers_own_model_and_computes_the_same(alone, name):
     found, root = alone
-    of, _, off = found["standard"]
-    assert of == "Wav2Vec2ConformerForCTC" and off <= 1e-4
-    config = json.loads((root / "standard" / "config.json").read_text())
-    assert config["model_type"] == "wav2vec2-conformer" and not {"auto_map", "latent_dim"} & config.keys()
-    assert not list((root / "standard").glob("*.py"))
+    of, _, off = found[f"{name} standard"]
+    config = json.loads((root / f"{name} standard" / "config.json").read_text())
+    assert of == family_of(models()[name][0].config).standard_model.__name__ and off <= 1e-4
+    assert config["model_type"] == name and not {"auto_map", "latent_dim"} & config.keys()
+    assert not list((root / f"{name} standard").glob("*.py"))
 
 
 def test_where_asrlib_is_imported_its_own_code_is_used_and_leads_back(alone):
     _, root = alone
-    model = AutoModelForCTC.from_pretrained(root / "wav2vec2", trust_remote_code=True)
+    model = AutoModelForCTC.from_pretrained(root / "wav2vec2-conformer", trust_remote_code=True)
     assert type(model).__module__ == "asrlib.models.wav2vec2_conformer"
-    plain = asrlib.to_standard_attention(asrlib.load(root / "wav2vec2")[0])
+    plain = asrlib.to_standard_attention(asrlib.load(root / "wav2vec2-conformer")[0])
     assert type(plain) is Wav2Vec2ConformerForCTC and not hasattr(plain.config, "auto_map")
 
 

@@ -146,6 +146,11 @@ def speech(mask: torch.Tensor | None) -> torch.Tensor | None:
     return row_BT if row_BT.dtype == torch.bool else row_BT == 0
 
 
+def heard(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """bool [B, 1, T, T]: who hears whom, of a mask as transformers makes it, for eager attention of 0 and −∞."""
+    return mask if mask is None or mask.dtype == torch.bool else mask == 0
+
+
 class SelfAttention(RelativeAttention, nn.Module):
     """Of the encoders of `models.encoder`: the parameters that all kinds have, and the formula of the cache."""
 

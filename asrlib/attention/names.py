@@ -9,7 +9,7 @@ from torch import nn
 NAMES = (  # of the projections of queries, keys, values and of what leaves the module
     ("linear_q", "linear_k", "linear_v", "linear_out"),  # wav2vec2-conformer, wav2vec2-bert, and our own encoders
     ("q_proj", "k_proj", "v_proj", "out_proj"),  # wav2vec2, hubert, whisper
-    ("q_proj", "k_proj", "v_proj", "o_proj"),  # parakeet
+    ("q_proj", "k_proj", "v_proj", "o_proj"),  # parakeet, nemotron
 )
 
 

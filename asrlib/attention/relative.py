@@ -70,7 +70,7 @@ def relative_attention(
     The queries are those of the frames start … start+n−1 of the T = start+n, or more, that keys and values are given
     of; G of these serve H / G neighbouring heads each. `positions_HPE` are the projected encodings of the distances
     from T−1 on. `kept_BT` says which frames are speech, `chunks` which of them a query may hear: it attends to no
-    others. `dropout` is applied to the weights.
+    others; of shape [B, n, T], `kept_BT` says both. `dropout` is applied to the weights.
 
     With `absorbed_HER`, keys are latents of width R, which a head's queries are brought to instead of bringing the
     latents to the head; values may have any width, which the output has then (DeepSeek-V2, arXiv 2405.04434, 2.1.2).
@@ -87,7 +87,8 @@ def relative_attention(
         if chunks is not None:
             bias = _only(bias, chunks.visible(begin, end, frames, bias.device))
         if kept_BT is not None:
-            bias = _only(bias, kept_BT[:, None, None])
+            kept = kept_BT[:, None] if kept_BT.dim() == 2 else kept_BT[:, first : first + rows]
+            bias = _only(bias, kept[:, None])
         block = block + bias_u_HE[:, None]
         if absorbed_HER is not None:
             block = block @ absorbed_HER

@@ -268,7 +268,8 @@ def measure_sensitivity(
     parts: Sequence[str] | None = None,
 ) -> list[dict[int, float]]:
     """For every group of ranks.py, {rank: KL divergence per frame of the CTC output when that group alone is cut}; of
-    an encoder-decoder per token, each said after the right ones. `parts`: see `convert`.
+    an encoder-decoder per token, each said after the right ones, of a transducer per frame and number of labels.
+    `parts`: see `convert`.
 
     Joint: one group a layer; split: two, keys and values, layer by layer.
     """

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from asrlib.attention.kinds import heard
 from asrlib.attention.names import attends_across, call_arguments, projections
 from asrlib.models.families import (
     attention_parts,
@@ -112,8 +113,8 @@ def _utterances(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list
     for row, (length, frames) in enumerate(zip(lengths_B.tolist(), frame_counts(model, lengths_B), strict=True)):
         if frames > 0:
             end = None if attends_across(model.config) else length  # whose encoder hears a window as a whole
-            heard = [name, *(["attention_mask"] if head.reads_labels and mask_BS is not None else [])]
-            utterances.append({one: inputs[one][row : row + 1, :end] for one in heard})
+            names = [name, *(["attention_mask"] if head.reads_labels and mask_BS is not None else [])]
+            utterances.append({one: inputs[one][row : row + 1, :end] for one in names})
             if head.reads_labels:
                 labels_1L = inputs["labels"][row : row + 1]
                 utterances[-1]["labels"] = labels_1L[:, labels_1L[0] >= 0]
@@ -204,8 +205,9 @@ def _count(values: torch.Tensor) -> torch.Tensor:
 
 
 def _seen(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Which keys [1, 1, T, U] each query may attend to by an additive mask; None: all."""
-    return None if mask is None or not (mask < 0).any() else mask == 0
+    """Which keys [1, 1, T, U] each query may attend to by such a mask; None: all."""
+    seen = heard(mask) if mask is not None and mask.dim() == 4 else None
+    return None if seen is None or seen.all() else seen
 
 
 def _centred_scores(weights_1HTU: torch.Tensor, seen_11TU: torch.Tensor | None) -> torch.Tensor:

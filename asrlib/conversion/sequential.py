@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from asrlib.conversion.statistics import CalibrationSpeech, Kept, LayerStatistics, Reading, observed, unpadded
-from asrlib.models.families import family_of, layer_frame_counts
+from asrlib.models.families import family_of, layer_frame_counts, run
 from asrlib.models.inference import attention_weights, inference
 
 
@@ -88,7 +88,7 @@ def _encoder_input(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> _B
 
     hook = first.register_forward_pre_hook(reach, with_kwargs=True)
     try:
-        model(**batch)
+        run(model, batch)
     except _Reached:
         pass
     finally:

@@ -38,13 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     of_graphs = parser.add_argument_group("graphs")
     add = of_graphs.add_argument
     add("--int8", action="store_true", help="also with the weights of matrix products in 8 bits")
-    add(
-        "--utterances",
-        type=int,
-        default=20,
-        metavar="N",
-        help="to check by, of the first test split (default: 20)",
-    )
+    add("--utterances", type=int, metavar="N", help="to check by, of the first test split (default: all of it)")
     add("--chunk", type=float, metavar="MS", help="of a stream (default: 320)")
     add("--left", type=float, metavar="SECONDS", help="looked back (default: 10; inf: all)")
     add("--lookahead", type=float, metavar="MS", help="(default: 0)")
@@ -56,7 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"{given[0]} is of streams: it belongs to --to onnx-streaming")
     if args.int8 and args.to not in GRAPHS:
         parser.error("--int8 is of graphs: it belongs to --to onnx or onnx-streaming")
-    if args.utterances < 1:
+    if args.utterances is not None and args.utterances < 1:
         parser.error(f"--utterances is {args.utterances}: a graph is checked by 1 at least")
     return args
 
@@ -69,14 +63,14 @@ def main(argv: list[str] | None = None) -> int:
         system = args.model or last_model(run)
         source = run.require_model(system)
         out = writable(args.out.expanduser().absolute() if args.out else run.path / "exports" / f"{system}-{args.to}")
-        export_folder(args, run, system, source, out)
+        found = export_folder(args, run, system, source, out)
     except KeyboardInterrupt:
         sys.stderr.write("\nInterrupted. Nothing was kept.\n")
         return 130
     except Exception as error:
         tell(sentence(error), error, args.debug)
         return 1
-    sys.stdout.write(f"{out}\n")
+    sys.stdout.write("\n".join([str(out), *found]) + "\n")
     return 0
 
 
@@ -103,7 +97,8 @@ def writable(out: Path) -> Path:
     return out
 
 
-def export_folder(args: argparse.Namespace, run: Run, system: str, source: Path, out: Path) -> None:
+def export_folder(args: argparse.Namespace, run: Run, system: str, source: Path, out: Path) -> list[str]:
+    """Writes `out`; returns what was found of it, a line or none."""
     from asrlib.export import folders
     from asrlib.export.card import Export, model_card
     from asrlib.models.families import load
@@ -127,6 +122,7 @@ def export_folder(args: argparse.Namespace, run: Run, system: str, source: Path,
             what, loading = folders.described(model, args.to)
         (folder / "README.md").write_text(model_card(export, model.config, what, loading), encoding="utf-8")
         write_json(folder / ABOUT, about)
+    return [onnx_folder.summary(about)] if args.to in GRAPHS else []
 
 
 def command_of(args: argparse.Namespace, run: Run, system: str) -> str:
@@ -134,7 +130,7 @@ def command_of(args: argparse.Namespace, run: Run, system: str) -> str:
     reports = project_root() / "reports"
     name = run.path.relative_to(reports).as_posix() if run.path.is_relative_to(reports) else run.path.name
     words = ["python", "-m", "asrlib.export", name, "--to", args.to, "--model", system]
-    for option in ("licence", "chunk", "left", "lookahead"):
+    for option in ("licence", "utterances", "chunk", "left", "lookahead"):
         if (value := getattr(args, option)) is not None:
             words += [f"--{option}", str(value)]
     return shlex.join(words + ["--int8"] * args.int8)

@@ -1,13 +1,15 @@
 """Models as they are traced to graphs: of whole utterances, or a step of streams, whose past comes in and goes out.
 
 Both are what `asrlib.streaming` works with, layers that find the past in a memory: here its tensors are inputs and
-outputs of the graph, and a whole utterance is a stream that has no past.
+outputs of the graph, and a whole utterance is a stream that has no past. Models that cannot stream are traced as they
+are, over whole utterances alone.
 
 Shapes: B streams, S samples or frames of features, n frames worked on at once, t frames kept, T = t + n, D width,
 V tokens, C channels.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -78,17 +80,53 @@ class OfflineGraph(nn.Module):
     """Inputs [B, S(, F)] and which of them are speech [B, S] → logits [B, n, V], and how many frames are speech [B].
 
     Takes `model` over: its attention works in blocks, and in one form. What is beyond an utterance reaches no other
-    frame, so that a batch gives what its utterances give alone.
+    frame, so that a batch gives what its utterances give alone; but for `one_at_a_time`, whose feature encoder
+    normalises over all that is in a row. Raises ValueError where an adapter behind the encoder thins its frames out.
     """
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
-        self.model, self.family = family_of(model.config).work_in_blocks(model).eval(), family_of(model.config)
+        if getattr(model.config, "add_adapter", False):
+            raise ValueError("an adapter behind the encoder does not go into a graph yet: use --to hub or standard")
+        self.model = family_of(model.config).work_in_blocks(model).eval()
+        self.streams = can_stream(model.config)
+        self.one_at_a_time = getattr(model.config, "feat_extract_norm", "layer") == "group"
         fix_form(model, USUAL_FRAMES, USUAL_FRAMES)
 
     def forward(self, inputs: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits_BnV, frames_B, _ = _pass(self.model, inputs, attention_mask, None)
-        return logits_BnV, frames_B
+        if self.streams:
+            return _pass(self.model, inputs, attention_mask, None)[:2]
+        frames_B = frame_counts(self.model, attention_mask.sum(-1))
+        with _padding_silenced(self.model, frames_B):
+            return self.model(inputs, attention_mask=attention_mask.long()).logits, frames_B
+
+
+def can_stream(config) -> bool:
+    try:
+        family_of(config).check_streaming(config)
+    except ValueError:
+        return False
+    return True
+
+
+@contextmanager
+def _padding_silenced(model: PreTrainedModel, frames_B: torch.Tensor) -> Iterator[None]:
+    """`models.inference.padding_silenced` of the layers, where lengths are symbols. Convolutions that pad nothing
+    themselves were given zeros on their left, and hear no later frame."""
+
+    def silence(convolution: nn.Conv1d, inputs: tuple) -> tuple:
+        x_BCT, *others = inputs
+        beyond_BT = torch.arange(x_BCT.shape[-1], device=x_BCT.device) >= frames_B[:, None]
+        return x_BCT.masked_fill(beyond_BT[:, None], 0), *others
+
+    modules = [module for layer in family_of(model.config).layers(model) for module in layer.modules()]
+    wide = [module for module in modules if isinstance(module, nn.Conv1d) and module.padding[0]]
+    handles = [module.register_forward_pre_hook(silence) for module in wide]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class StreamGraph(nn.Module):

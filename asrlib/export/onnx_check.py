@@ -9,15 +9,16 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers import PreTrainedModel, Wav2Vec2Processor
 
 from asrlib.attention.chunks import Chunks
-from asrlib.data.audio import SAMPLE_RATE
+from asrlib.data.batches import CTCDataset
 from asrlib.data.corpus import Corpus
-from asrlib.data.normalising import RunningNormaliser
+from asrlib.data.normalising import HeardSoFar
 from asrlib.evaluation import score, transcribe
-from asrlib.models.families import family_of, frame_counts
-from asrlib.streaming import Streams
+from asrlib.models.families import frame_counts
+from asrlib.significance import paired_bootstrap
 
 LARGEST_DIFFERENCE = 1e-4  # of logits, that rounding in another order may make
 
@@ -32,10 +33,14 @@ class OnnxModel(nn.Module):
         super().__init__()
         self.session = session(path)
         self.config, self.main_input_name, self.dtype = model.config, model.main_input_name, torch.float32
-        self._get_feat_extract_output_lengths = model._get_feat_extract_output_lengths
+        for lengths in ("_get_feat_extract_output_lengths", "_get_subsampling_output_length"):  # by which frames count
+            if hasattr(model, lengths):
+                setattr(self, lengths, getattr(model, lengths))
 
-    def forward(self, inputs: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
-        fed = {self.main_input_name: inputs.numpy(), "attention_mask": attention_mask.bool().numpy()}
+    def forward(self, attention_mask: torch.Tensor, **inputs: torch.Tensor) -> SimpleNamespace:
+        fed = {name: tensor.numpy() for name, tensor in inputs.items()} | {
+            "attention_mask": attention_mask.bool().numpy()
+        }
         return SimpleNamespace(logits=torch.from_numpy(self.session.run(["logits"], fed)[0]))
 
 
@@ -66,59 +71,48 @@ def stream_logits(running, about: dict, inputs: np.ndarray, frames: int) -> np.n
 # ---- checking ----------------------------------------------------------------------------------------------
 
 
-def check_offline(path: Path, model: PreTrainedModel, processor: Wav2Vec2Processor, corpus: Corpus) -> dict:
-    """What a graph makes of `corpus` beside what `model` does: see `_compared`."""
-    found = []
-    for one in (OnnxModel(path, model), model):
-        logits = [None] * len(corpus)
-        predictions = transcribe(one, processor, corpus, device="cpu", record=logits.__setitem__)
-        found.append(([logits_TV.numpy() for logits_TV in logits], predictions))
-    return _compared(*found)
+Heard = tuple[list[np.ndarray], list[dict]]  # logits [T, V] of each utterance, and transcripts
 
 
-def check_streaming(
-    path: Path, about: dict, model: PreTrainedModel, processor: Wav2Vec2Processor, corpus: Corpus, chunks: Chunks
-) -> dict:
-    """The same of a graph of streams, beside `asrlib.streaming`."""
-    running, found = session(path), (([], []), ([], []))
-    for utterance in corpus:
-        inputs = _heard(processor, utterance.audio())
-        frames = int(frame_counts(model, torch.tensor(inputs.shape[1])))
-        both = stream_logits(running, about, inputs.numpy(), frames), _streamed(model, inputs, chunks)
-        for (logits, predictions), (logits_TV,) in zip(found, both, strict=True):
-            (text,) = processor.batch_decode([logits_TV.argmax(-1).tolist()])
-            facts = {"id": utterance.id, "speaker": utterance.speaker, "seconds": utterance.seconds}
-            logits.append(logits_TV)
-            predictions.append(facts | {"reference": utterance.text, "hypothesis": text})
-    return _compared(*found)
+def transcribed(model: nn.Module, processor: Wav2Vec2Processor, corpus: Corpus, chunks: Chunks | None = None) -> Heard:
+    """What `asrlib.evaluation` finds, of whole utterances or in chunks; `model` may be an `OnnxModel`."""
+    logits = [None] * len(corpus)
+    predictions = transcribe(model, processor, corpus, device="cpu", record=logits.__setitem__, chunks=chunks)
+    return [logits_TV.numpy() for logits_TV in logits], predictions
 
 
-def _heard(processor: Wav2Vec2Processor, samples_S: np.ndarray) -> torch.Tensor:
-    """What a stream of these samples reads [1, S(, F)], all of it at once."""
-    extractor = processor.feature_extractor
-    if getattr(extractor, "do_normalize", False):
-        return torch.from_numpy(RunningNormaliser()(samples_S))[None]
-    return extractor(samples_S, sampling_rate=SAMPLE_RATE, return_tensors="pt")[extractor.model_input_names[0]]
+def streamed(path: Path, about: dict, model: PreTrainedModel, processor: Wav2Vec2Processor, corpus: Corpus) -> Heard:
+    """The same of a graph of streams, one after the other; `about` is what `write_streaming` returned."""
+    running, collate = session(path), HeardSoFar(processor)
+    logits, predictions = [], []
+    for utterance, item in zip(tqdm(corpus, desc="streams", unit="utt"), CTCDataset(corpus, processor), strict=True):
+        batch = collate([item])
+        frames = int(frame_counts(model, batch["attention_mask"].sum(-1)))
+        (logits_TV,) = stream_logits(running, about, batch[model.main_input_name].numpy(), frames)
+        (text,) = processor.batch_decode([logits_TV.argmax(-1).tolist()])
+        logits.append(logits_TV)
+        facts = {"id": utterance.id, "speaker": utterance.speaker, "seconds": utterance.seconds}
+        predictions.append(facts | {"reference": utterance.text, "hypothesis": text})
+    return logits, predictions
 
 
-@torch.no_grad()
-def _streamed(model: PreTrainedModel, inputs: torch.Tensor, chunks: Chunks) -> np.ndarray:
-    """Logits [1, T, V] of `asrlib.streaming`, step by step."""
-    streams, x_1TD = Streams(model, chunks), family_of(model.config).frames(model, inputs)
-    firsts = range(0, x_1TD.shape[1], chunks.size)
-    return torch.cat([streams.step(x_1TD[:, first : first + chunks.block]) for first in firsts], dim=1).numpy()
+def compared(ours: Heard, theirs: Heard) -> dict:
+    """What was found of a graph beside PyTorch.
 
-
-def _compared(ours: tuple[list, list[dict]], theirs: tuple[list, list[dict]]) -> dict:
-    """{utterances, largest_difference (of logits), equal_transcripts, wer, wer_pytorch} of (logits, predictions)."""
+    {utterances, largest_difference (of logits), equal_transcripts, wer, wer_interval, wer_pytorch, change: {difference,
+    interval, p} (of the WER, of the paired bootstrap)}
+    """
     differences = [np.abs(a - b).max(initial=0) for a, b in zip(ours[0], theirs[0], strict=True)]
     texts = [[prediction["hypothesis"] for prediction in predictions] for predictions in (ours[1], theirs[1])]
+    graph, pytorch = score(ours[1]), score(theirs[1])
     return {
         "utterances": len(differences),
         "largest_difference": float(max(differences)),
         "equal_transcripts": sum(a == b for a, b in zip(*texts, strict=True)),
-        "wer": score(ours[1]).wer,
-        "wer_pytorch": score(theirs[1]).wer,
+        "wer": graph.wer,
+        "wer_interval": list(graph.wer_interval),
+        "wer_pytorch": pytorch.wer,
+        "change": paired_bootstrap(pytorch, graph),
     }
 
 

@@ -1,13 +1,15 @@
 """A folder with ONNX graphs, each checked on speech of the run before it is kept, and with the processor's files."""
 
 import argparse
+import copy
 from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import PreTrainedModel, Wav2Vec2Processor
 
 from asrlib.data.corpus import Corpus, open_corpus
-from asrlib.export.onnx_check import check_agrees, check_offline, check_streaming
+from asrlib.evaluation import in_per_cent
+from asrlib.export.onnx_check import Heard, OnnxModel, check_agrees, compared, streamed, transcribed
 from asrlib.export.onnx_graphs import write_int8, write_offline, write_streaming
 from asrlib.runs import Run
 from asrlib.streaming import CHUNK_MS, LEFT_SECONDS, chunks_of
@@ -25,57 +27,92 @@ def check_installed() -> None:
 def write(
     args: argparse.Namespace, run: Run, model: PreTrainedModel, processor: Wav2Vec2Processor, folder: Path
 ) -> dict:
-    """Fills `folder`; returns what export.json says of it. Takes `model` over.
+    """Fills `folder`; returns what export.json says of it. A graph is made of a copy of `model`, which stays as it was
+    loaded, to be compared with.
 
     Raises ValueError where a graph in float32 does not compute what the model does, or the model cannot stream.
     """
-    corpus = speech_of(run, args.utterances)
-    path, quantised = folder / "model.onnx", folder / "model_int8.onnx"
+    whole = speech_of(run)
+    corpus = whole[: args.utterances]
+    path, quantised, chunks = folder / "model.onnx", folder / "model_int8.onnx", None
     if args.to == "onnx":
-        about = write_offline(model, path)
-
-        def check(of: Path) -> dict:
-            return check_offline(of, model, processor, corpus)
+        about = write_offline(copy.deepcopy(model), path)
     else:
         left = LEFT_SECONDS if args.left is None else args.left
         chunk = CHUNK_MS if args.chunk is None else args.chunk
         chunks = chunks_of(model.config, chunk, left, args.lookahead or 0.0)
-        about = write_streaming(model, chunks, path)
+        about = write_streaming(copy.deepcopy(model), chunks, path)
 
-        def check(of: Path) -> dict:
-            return check_streaming(of, about, model, processor, corpus, chunks)
+    def heard(graph: Path) -> Heard:
+        if chunks is None:
+            return transcribed(OnnxModel(graph, model), processor, corpus)
+        return streamed(graph, about, model, processor, corpus)
 
-    checked = {"speech": f"{corpus.split} of {Path(corpus.name).name}", "float32": check(path)}
+    by_pytorch = transcribed(model, processor, corpus, chunks)
+    checked = {
+        "speech": f"{corpus.split} of {Path(corpus.name).name}",
+        "of_utterances": len(whole),
+        "float32": compared(heard(path), by_pytorch),
+    }
     check_agrees(checked["float32"])
     if args.int8:
         about["int8"] = write_int8(path, quantised)
-        checked["int8"] = check(quantised)
+        checked["int8"] = compared(heard(quantised), by_pytorch)
     processor.save_pretrained(folder)
     return about | {"checked": checked}
 
 
-def speech_of(run: Run, utterances: int) -> Corpus:
-    """The first `utterances` of the run's first test split."""
+def speech_of(run: Run) -> Corpus:
+    """The run's first test split."""
     before = run.read_metrics("baseline")
-    corpus = open_corpus(before["corpus"], next(iter(before["splits"])))
-    return corpus[:utterances]
+    return open_corpus(before["corpus"], next(iter(before["splits"])))
+
+
+def summary(about: dict) -> str:
+    """What was found, in one line."""
+    checked = about["checked"]
+    found = checked["float32"]
+    parts = [
+        f"{found['equal_transcripts']} of {found['utterances']} transcripts equal to PyTorch's ({checked['speech']}, "
+        f"{_share(about)}), logits within {found['largest_difference']:.1e}",
+        f"WER {100 * found['wer']:.2f} % ({in_per_cent(found['wer_interval'])})",
+    ]
+    if "int8" in checked:
+        rounded = checked["int8"]
+        change = rounded["change"]
+        parts.append(
+            f"int8 {100 * rounded['wer']:.2f} % ({in_per_cent(rounded['wer_interval'])}; "
+            f"{100 * change['difference']:+.2f} points, {in_per_cent(change['interval'], '+.2f')})"
+        )
+    return "; ".join(parts)
+
+
+def _share(about: dict) -> str:
+    checked = about["checked"]
+    used, of = checked["float32"]["utterances"], checked["of_utterances"]
+    return f"all {of:,} utterances" if used == of else f"the first {used:,} of {of:,} utterances"
 
 
 def described(model: PreTrainedModel, about: dict) -> tuple[str, str]:
     """(what the folder holds, how it is loaded), for its card."""
     of_stream = "chunk_frames" in about
     kind = "a step of a stream, whose past is input and output" if of_stream else "whole utterances"
+    free = "batch and length are free"
+    if about.get("one_at_a_time"):
+        free = "one at a time, for its feature encoder normalises over all that it is given, of any length"
     found = about["checked"]["float32"]
     lines = [
-        f"A speech recogniser as an ONNX graph of opset {about['opset']}, of {kind}; batch and length are free. "
+        f"A speech recogniser as an ONNX graph of opset {about['opset']}, of {kind}; {free}. "
         "Transcripts are the largest logit of each frame, decoded as CTC.",
         "",
-        "| graph | MB | WER | largest difference of logits from PyTorch | equal transcripts |",
-        "|---|---|---|---|---|",
+        "| graph | MB | WER | change, points | largest difference of logits from PyTorch | equal transcripts |",
+        "|---|---|---|---|---|---|",
         *(_row(name, size, about["checked"][name]) for name, size in _graphs(about).items()),
         "",
-        f"Measured on {found['utterances']} utterances of {about['checked']['speech']}, where PyTorch has a WER of "
-        f"{100 * found['wer_pytorch']:.2f} %. What follows is of the run's model in PyTorch.",
+        f"Measured on {about['checked']['speech']}, {_share(about)}, where PyTorch has a WER of "
+        f"{100 * found['wer_pytorch']:.2f} %{_in_chunks(about)}; in brackets 95 % intervals (bootstrap over "
+        "utterances, of the change paired). What follows is of the run's model in PyTorch"
+        f"{', and of whole utterances' if of_stream else ''}.",
     ]
     return "\n".join(lines), _STREAMING if of_stream else _OFFLINE.format(inputs=model.main_input_name)
 
@@ -85,10 +122,16 @@ def _graphs(about: dict) -> dict[str, dict]:
 
 
 def _row(name: str, size: dict, found: dict) -> str:
+    change = found["change"]
     return (
-        f"| {name} | {size['bytes'] / 1e6:.2f} | {100 * found['wer']:.2f} % | {found['largest_difference']:.2g} | "
-        f"{found['equal_transcripts']} of {found['utterances']} |"
+        f"| {name} | {size['bytes'] / 1e6:.2f} | {100 * found['wer']:.2f} % ({in_per_cent(found['wer_interval'])}) | "
+        f"{100 * change['difference']:+.2f} ({in_per_cent(change['interval'], '+.2f')}) | "
+        f"{found['largest_difference']:.2g} | {found['equal_transcripts']} of {found['utterances']} |"
     )
+
+
+def _in_chunks(about: dict) -> str:
+    return " in the same chunks" if "chunk_frames" in about else ""
 
 
 _OFFLINE = """\

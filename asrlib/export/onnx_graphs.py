@@ -15,11 +15,12 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 
 from asrlib.attention.chunks import Chunks
+from asrlib.attention.names import encoder_config
 from asrlib.export.graphs import OfflineGraph, StreamGraph
 from asrlib.models.families import frame_counts
 
 OPSET = 18
-ANY = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}  # batch and length
+BATCH, LENGTH = {0: Dim.DYNAMIC}, {1: Dim.DYNAMIC}
 LARGEST_FILE = 1 << 30  # bytes of weights; more are laid beside the graph, as no file of protobuf may reach 2 GiB
 
 
@@ -48,10 +49,12 @@ class Window:
 def write_offline(model: PreTrainedModel, path: Path) -> dict:
     """The graph of whole utterances: inputs and attention_mask of the processor → logits and frames. Returns what
     export.json says of it. Takes `model` over."""
-    inputs, mask_BS = _example(model, batch=2, length=Window.of(model).length(30))
+    graph = OfflineGraph(model).eval()
+    inputs, mask_BS = _example(model, batch=1 if graph.one_at_a_time else 2, length=Window.of(model).length(30))
     names = [model.main_input_name, "attention_mask"]
-    _write(OfflineGraph(model).eval(), (inputs, mask_BS), names, ["logits", "frames"], [ANY] * 2, path)
-    return {"inputs": names, "outputs": ["logits", "frames"], **_size(path)}
+    free = LENGTH if graph.one_at_a_time else LENGTH | BATCH
+    _write(graph, (inputs, mask_BS), names, ["logits", "frames"], [free] * 2, path)
+    return {"inputs": names, "outputs": ["logits", "frames"], "one_at_a_time": graph.one_at_a_time, **_size(path)}
 
 
 def write_streaming(model: PreTrainedModel, chunks: Chunks, path: Path) -> dict:
@@ -93,8 +96,15 @@ def _some_past(name: str, tensor: torch.Tensor, left: int | None) -> torch.Tenso
 
 
 def _example(model: PreTrainedModel, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    bins = (model.config.num_mel_bins,) if model.main_input_name == "input_features" else ()
+    bins = _bins(model.config) if model.main_input_name == "input_features" else ()
     return torch.randn(batch, length, *bins), torch.ones(batch, length, dtype=torch.bool)
+
+
+def _bins(config) -> tuple[int]:
+    """Numbers of a frame of features."""
+    names = ("num_mel_bins", "feature_projection_input_dim")
+    sizes = (getattr(one, name, None) for name in names for one in (encoder_config(config), config))
+    return (next(filter(None, sizes)),)
 
 
 def _write(

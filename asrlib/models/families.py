@@ -18,7 +18,9 @@ from transformers import (
     AutoConfig,
     AutoProcessor,
     HubertForCTC,
+    NemotronAsrStreamingForRNNT,
     ParakeetForCTC,
+    ParakeetForRNNT,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -30,8 +32,8 @@ from transformers import (
 
 from asrlib.attention.names import attends_across
 from asrlib.data.audio import SAMPLE_RATE
-from asrlib.models import encoder, parakeet, wav2vec2, wav2vec2_bert, wav2vec2_conformer, whisper
-from asrlib.models.heads import CTC, Decoder
+from asrlib.models import encoder, nemotron, parakeet, wav2vec2, wav2vec2_bert, wav2vec2_conformer, whisper
+from asrlib.models.heads import CTC, Decoder, Transducer
 from asrlib.models.latent_twin import LatentConfig, check_layout
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"  # the models shipped with the package
@@ -66,6 +68,8 @@ class Family:
     # Of encoder-decoders: {part: attention modules, first layer first}, and of which a run keeps something.
     parts: Callable[[PreTrainedModel], dict[str, list[nn.Module]]] | None = None
     cached_parts: tuple[str, ...] = ("encoder",)
+    # Where a pass of the model asks for a text: runs its layers over what they read of a batch, of labels nothing.
+    encode: Callable[[PreTrainedModel, dict[str, torch.Tensor]], object] | None = None
 
 
 WAV2VEC2_CONFORMER = Family(
@@ -141,6 +145,25 @@ PARAKEET = Family(
     frame_counts=lambda model, lengths: model._get_subsampling_output_length(lengths),
 )
 
+PARAKEET_RNNT = replace(
+    PARAKEET,
+    standard_model=ParakeetForRNNT,
+    latent_model=parakeet.ParakeetMLAForRNNT,
+    encode=parakeet.encode,
+    head=Transducer(),
+)
+
+NEMOTRON = replace(
+    PARAKEET_RNNT,
+    standard_model=NemotronAsrStreamingForRNNT,
+    latent_model=nemotron.NemotronMLAForRNNT,
+    to_standard=nemotron.to_standard,
+    to_latent=nemotron.to_latent,
+    check_streaming=nemotron.check_streaming,
+    work_in_blocks=nemotron.work_in_blocks,
+    encode=nemotron.encode,
+)
+
 WHISPER = Family(
     standard_model=WhisperForConditionalGeneration,
     latent_model=whisper.WhisperMLAForConditionalGeneration,
@@ -170,6 +193,10 @@ FAMILIES = {
     "wav2vec2-bert-mla": WAV2VEC2_BERT,
     "parakeet_ctc": PARAKEET,
     "parakeet_ctc-mla": PARAKEET,
+    "parakeet_rnnt": PARAKEET_RNNT,
+    "parakeet_rnnt-mla": PARAKEET_RNNT,
+    "nemotron_asr_streaming": NEMOTRON,
+    "nemotron_asr_streaming-mla": NEMOTRON,
     "whisper": WHISPER,
     "whisper-mla": WHISPER,
     "speech-encoder": SPEECH_ENCODER,
@@ -203,6 +230,13 @@ def latent_modules(latent: PreTrainedModel) -> list[nn.Module]:
     return attention_modules(latent, getattr(latent.config, "latent_parts", None))
 
 
+def latent_names(latent: PreTrainedModel) -> list[str]:
+    """What to call each of `latent_modules`: the layer's number, and what it is part of where there are several."""
+    parts = attention_parts(latent)
+    chosen = getattr(latent.config, "latent_parts", None) or list(parts)
+    return [f"{part} {i}" if len(parts) > 1 else str(i) for part in chosen for i in range(len(parts[part]))]
+
+
 def chosen_parts(model: PreTrainedModel, parts: Sequence[str] | None) -> list[str]:
     """The parts of `model` to convert, in order: those given, else all of which a run keeps something.
 
@@ -218,7 +252,9 @@ def chosen_parts(model: PreTrainedModel, parts: Sequence[str] | None) -> list[st
 
 
 def run(model: PreTrainedModel, batch: dict[str, torch.Tensor]):
-    """One pass of `model` over a batch as its head reads it (see heads.py), of which no cache is kept."""
+    """Runs all layers once over a batch as the head reads it (see heads.py), of which no cache is kept."""
+    if encode := family_of(model.config).encode:
+        return encode(model, {name: values for name, values in batch.items() if name != "labels"})
     no_cache = {"use_cache": False} if attends_across(model.config) else {}
     return family_of(model.config).head.forward(model, batch, **no_cache)
 

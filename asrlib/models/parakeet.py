@@ -1,4 +1,5 @@
-"""The latent twin of transformers' ParakeetForCTC: a FastConformer, eight times fewer frames than features.
+"""The latent twins of transformers' ParakeetForCTC and ParakeetForRNNT: a FastConformer, eight times fewer frames than
+features, with CTC or a transducer behind it.
 
 Its positions are relative, as in Transformer-XL, so that attention is worked by `attention.relative` under the names
 that this has for its parameters.
@@ -6,7 +7,15 @@ that this has for its parameters.
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, AutoModelForCTC, ParakeetCTCConfig, ParakeetForCTC
+from transformers import (
+    AutoConfig,
+    AutoModelForCTC,
+    AutoModelForRNNT,
+    ParakeetCTCConfig,
+    ParakeetForCTC,
+    ParakeetForRNNT,
+    ParakeetRNNTConfig,
+)
 from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
 
 from asrlib.attention.kinds import KeyValueMemory, LatentMemory, RelativeAttention
@@ -22,31 +31,48 @@ class ParakeetMLAConfig(LatentConfig, ParakeetCTCConfig):
     model_type = "parakeet_ctc-mla"
 
 
-def to_latent(config: ParakeetCTCConfig, **latent) -> ParakeetMLAConfig:
+@strict
+class ParakeetRNNTMLAConfig(LatentConfig, ParakeetRNNTConfig):
+    """ParakeetRNNTConfig plus what `LatentConfig` says of the latent."""
+
+    model_type = "parakeet_rnnt-mla"
+
+
+ParakeetConfig = ParakeetCTCConfig | ParakeetRNNTConfig
+
+
+def to_latent(config: ParakeetConfig, **latent) -> ParakeetMLAConfig | ParakeetRNNTMLAConfig:
     """The config of the latent twin; `latent` are latent_dim, latent_layout and latent_key_dim."""
-    return ParakeetMLAConfig(**settings(config), **latent)
+    twin = ParakeetRNNTMLAConfig if isinstance(config, ParakeetRNNTConfig) else ParakeetMLAConfig
+    return twin(**settings(config), **latent)
 
 
-def to_standard(config: ParakeetMLAConfig) -> ParakeetCTCConfig:
-    return ParakeetCTCConfig(**settings(config))
+def to_standard(config: ParakeetMLAConfig | ParakeetRNNTMLAConfig) -> ParakeetConfig:
+    standard = ParakeetRNNTConfig if isinstance(config, ParakeetRNNTConfig) else ParakeetCTCConfig
+    return standard(**settings(config))
 
 
-def input_length(config: ParakeetCTCConfig, samples: int) -> int:
+def input_length(config: ParakeetConfig, samples: int) -> int:
     """Frames of features of so many samples."""
     return samples // HOP
 
 
-def samples_per_frame(config: ParakeetCTCConfig) -> int:
+def samples_per_frame(config: ParakeetConfig) -> int:
     return HOP * config.encoder_config.subsampling_factor
 
 
-def check_streaming(config: ParakeetCTCConfig) -> None:
+def check_streaming(config: ParakeetConfig) -> None:
     """Raises ValueError: the features need the whole recording."""
     raise ValueError(f"features of {config.model_type} are normalised over whole recordings, so it can not stream")
 
 
-class BlockedAttention(KeyValueMemory, ParakeetEncoderAttention):
-    """The parent's parameters and results, in blocks of queries."""
+def encode(model: ParakeetForRNNT, inputs: dict[str, torch.Tensor]):
+    """What the encoder makes of a batch."""
+    return model.get_audio_features(**inputs)
+
+
+class FastConformerNames:
+    """What `attention.relative` works on, by the names that FastConformers have for it."""
 
     linear_q = property(lambda self: self.q_proj)
     linear_k = property(lambda self: self.k_proj)
@@ -57,6 +83,10 @@ class BlockedAttention(KeyValueMemory, ParakeetEncoderAttention):
     pos_bias_v = property(lambda self: self.bias_v)
     head_size = property(lambda self: self.head_dim)
     num_heads = property(lambda self: self.config.num_attention_heads)
+
+
+class BlockedAttention(KeyValueMemory, FastConformerNames, ParakeetEncoderAttention):
+    """The parent's parameters and results, in blocks of queries."""
 
     def forward(
         self,
@@ -73,13 +103,13 @@ class BlockedAttention(KeyValueMemory, ParakeetEncoderAttention):
 class LatentAttention(LatentMemory, BlockedAttention):
     """Self-attention whose keys and values come from a latent."""
 
-    def __init__(self, encoder_config, config: ParakeetMLAConfig, layer: int):
+    def __init__(self, encoder_config, config: ParakeetMLAConfig | ParakeetRNNTMLAConfig, layer: int):
         super().__init__(encoder_config, layer)
         del self.k_proj, self.v_proj
         self.latent_kv = latent_kv(config, layer)
 
 
-def work_in_blocks(model: ParakeetForCTC) -> ParakeetForCTC:
+def work_in_blocks(model: ParakeetForCTC | ParakeetForRNNT) -> ParakeetForCTC | ParakeetForRNNT:
     """`model`, with the same parameters and results in blocks of queries."""
     for layer in model.encoder.layers:
         if type(layer.self_attn) is ParakeetEncoderAttention:
@@ -100,5 +130,20 @@ class ParakeetMLAForCTC(ParakeetForCTC):
         self.post_init()
 
 
+class ParakeetMLAForRNNT(ParakeetForRNNT):
+    """ParakeetForRNNT with latent keys and values."""
+
+    config_class = ParakeetRNNTMLAConfig
+    config: ParakeetRNNTMLAConfig
+
+    def __init__(self, config: ParakeetRNNTMLAConfig):
+        super().__init__(config)
+        for index, layer in enumerate(self.encoder.layers):
+            layer.self_attn = LatentAttention(self.encoder.config, config, index)
+        self.post_init()
+
+
 AutoConfig.register("parakeet_ctc-mla", ParakeetMLAConfig)
 AutoModelForCTC.register(ParakeetMLAConfig, ParakeetMLAForCTC)
+AutoConfig.register("parakeet_rnnt-mla", ParakeetRNNTMLAConfig)
+AutoModelForRNNT.register(ParakeetRNNTMLAConfig, ParakeetMLAForRNNT)

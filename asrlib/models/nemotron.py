@@ -1,0 +1,143 @@
+"""The latent twin of transformers' NemotronAsrStreamingForRNNT: a FastConformer that streams, with a transducer.
+
+It keeps a window of the past itself: `DynamicCache` holds the last `sliding_window` − 1 frames of every layer, as keys
+and values. The twin gives it latents to hold instead, so that everything that runs the original, `generate` over chunks
+of audio too, runs the twin with a cache so much smaller. Positions are relative, as in Transformer-XL, and never enter
+what is held.
+
+Shapes: B batch, n frames of a call, T frames heard (those of the window, then the n), D width.
+"""
+
+from dataclasses import dataclass
+from functools import wraps
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, AutoModelForRNNT, Cache, NemotronAsrStreamingConfig, NemotronAsrStreamingForRNNT
+from transformers.models.nemotron_asr_streaming.modeling_nemotron_asr_streaming import (
+    NemotronAsrStreamingEncoderAttention,
+)
+
+from asrlib.attention.kinds import KeyValueMemory, LatentMemory, RelativeAttention, heard
+from asrlib.models.latent_twin import LatentConfig, latent_kv, recast, settings
+from asrlib.models.parakeet import FastConformerNames
+
+
+@strict
+class NemotronMLAConfig(LatentConfig, NemotronAsrStreamingConfig):
+    """NemotronAsrStreamingConfig plus what `LatentConfig` says of the latent."""
+
+    model_type = "nemotron_asr_streaming-mla"
+
+
+def to_latent(config: NemotronAsrStreamingConfig, **latent) -> NemotronMLAConfig:
+    """The config of the latent twin; `latent` are latent_dim, latent_layout and latent_key_dim."""
+    return NemotronMLAConfig(**settings(config), **latent)
+
+
+def to_standard(config: NemotronMLAConfig) -> NemotronAsrStreamingConfig:
+    return NemotronAsrStreamingConfig(**settings(config))
+
+
+def check_streaming(config: NemotronAsrStreamingConfig) -> None:
+    """Raises ValueError: another way to stream is built in."""
+    raise ValueError(
+        f"{config.model_type} streams by its own cache and not by asrlib.stream: give model.generate a generator of "
+        "chunks as input_features, as transformers documents it"
+    )
+
+
+def encode(model: NemotronAsrStreamingForRNNT, inputs: dict[str, torch.Tensor]):
+    """Runs the encoder over a batch, with the lookahead that the config names unless `inputs` do."""
+    ahead = model.config.encoder_config.default_num_lookahead_tokens
+    return model.get_audio_features(**{"num_lookahead_tokens": ahead} | inputs)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the frames of one call attend to: in the place of a memory of `attention.memory`."""
+
+    embeddings_1PD: torch.Tensor  # of the distances T−1 … −(T−1)
+    heard_B1nT: torch.Tensor | None
+    cache: Cache | None
+    layer: int
+
+    def frames(self, new: tuple[torch.Tensor, ...]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        """([B, T, numbers] with the window's before what is new, who hears whom [B, n, T]); the window moves on."""
+        held = new
+        if self.cache is not None:
+            second_BnN = (
+                new[1] if len(new) > 1 else new[0][..., :0]
+            )  # the cache holds two tensors, of which one suffices
+            held = self.cache.update(new[0][:, None], second_BnN[:, None], self.layer)
+            held = tuple(one_B1TN[:, 0] for one_B1TN in held[: len(new)])
+        return held, None if self.heard_B1nT is None else self.heard_B1nT[:, 0]
+
+    def positions(self, attention: RelativeAttention, frames: int) -> torch.Tensor:
+        return attention.project_positions(self.embeddings_1PD)
+
+
+class BlockedAttention(KeyValueMemory, FastConformerNames, NemotronAsrStreamingEncoderAttention):
+    """The parent's parameters and results, in blocks of queries, with projected positions kept from call to call."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `RelativeAttention`; `position_embeddings` [B, 2T−1, D] are the same for every utterance, and
+        `past_key_values` is a window of what this class remembers."""
+        context = Context(position_embeddings[:1], heard(attention_mask), past_key_values, self.layer_idx)
+        return RelativeAttention.forward(self, hidden_states, past=context)
+
+
+class LatentAttention(LatentMemory, BlockedAttention):
+    """Self-attention whose keys and values come from a latent, which the window holds."""
+
+    def __init__(self, encoder_config, config: NemotronMLAConfig, layer: int):
+        super().__init__(encoder_config, layer)
+        del self.k_proj, self.v_proj
+        self.latent_kv = latent_kv(config, layer)
+
+
+def work_in_blocks(model: NemotronAsrStreamingForRNNT) -> NemotronAsrStreamingForRNNT:
+    """`model`, with the same parameters and results in blocks of queries."""
+    for layer in model.encoder.layers:
+        if type(layer.self_attn) is NemotronAsrStreamingEncoderAttention:
+            layer.self_attn = recast(layer.self_attn, BlockedAttention)
+    return model
+
+
+class NemotronMLAForRNNT(NemotronAsrStreamingForRNNT):
+    """NemotronAsrStreamingForRNNT with latent keys and values."""
+
+    config_class = NemotronMLAConfig
+    config: NemotronMLAConfig
+
+    def __init__(self, config: NemotronMLAConfig):
+        super().__init__(config)
+        for index, layer in enumerate(self.encoder.layers):
+            layer.self_attn = LatentAttention(self.encoder.config, config, index)
+        self.post_init()
+
+
+def _reading_its_mask(forward):
+    """transformers 5.23 takes the mask of eager attention, 0 where a frame is heard, for a boolean one, and so hears
+    what it should not and nothing else. Frames of padding that hear nothing hear all here: no number would spread."""
+
+    @wraps(forward)
+    def corrected(self, hidden_states, position_embeddings, attention_mask=None, **others):
+        if attention_mask is not None and attention_mask.dtype != torch.bool:
+            attention_mask = heard(attention_mask)
+            attention_mask = attention_mask | ~attention_mask.any(-1, keepdim=True)
+        return forward(self, hidden_states, position_embeddings, attention_mask, **others)
+
+    return corrected
+
+
+NemotronAsrStreamingEncoderAttention.forward = _reading_its_mask(NemotronAsrStreamingEncoderAttention.forward)
+AutoConfig.register("nemotron_asr_streaming-mla", NemotronMLAConfig)
+AutoModelForRNNT.register(NemotronMLAConfig, NemotronMLAForRNNT)
