@@ -242,6 +242,20 @@ def test_scores_are_compared_where_a_token_may_look(model):
     assert (analyze_compression_quality(model, latent, whole)["score_error"] > 0.1).all()
 
 
+def test_no_token_of_a_comparison_hears_those_behind_it(model):
+    """Output errors are those of the calls that a decoder makes, which hides them, as `eager` says in a mask."""
+    latent, batch, readings = convert(model, 6, parts=["decoder"]), batch_of(1), []
+    table, eager = analyze_compression_quality(model, latent, batch), family_models.whisper()
+    for one in (eager, latent):
+        one.set_attn_implementation("eager")
+    with observed(attention_parts(eager)["decoder"][1], readings.append):
+        said(eager, batch)
+    with torch.no_grad():
+        ours = attention_parts(latent)["decoder"][1](**readings[0].arguments | {"past_key_values": None})[0]
+    theirs = readings[0].output
+    assert table["output_error"][1] == pytest.approx(((ours - theirs).norm() / theirs.norm()).item(), rel=1e-3)
+
+
 def test_ranks_by_sensitivity_keep_the_budget(model, statistics):
     how = dict(method="two_sided", statistics=statistics)
     latent = convert(model, 6, ranks="sensitivity", parts=["cross"], **how)
