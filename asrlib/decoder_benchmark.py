@@ -38,7 +38,7 @@ SIZES = {  # d_model, decoder_layers, decoder_attention_heads
     "large": (1280, 32, 20),
     "turbo": (1280, 4, 20),
 }
-STANDARD = "MHA"
+STANDARD, SHARED = "MHA", "MLA shared, absorbed"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,19 +58,24 @@ def random_writers(
     config: WhisperConfig, cuts: Sequence[float], parts: Sequence[str] = CACHED, precision: str = "fp32"
 ) -> dict[str, Writer]:
     """{name: writer}: standard attention first, then latents in `parts` that cut what they keep by `cuts`, each in both
-    forms. They share all weights but those of latents; these, and so what is kept, are fp32, bf16 or fp16."""
-    dtype = PRECISIONS[precision]
-    family, shared = FAMILIES[config.model_type], {}
-    writers = {STANDARD: Writer(_random(family.standard_model, config, shared, dtype))}
+    forms, and at last as wide ones as the model, which are exact, of which all layers share that of cross-attention.
+    They share all weights but those of latents; these, and so what is kept, are fp32, bf16 or fp16."""
+    family, weights = FAMILIES[config.model_type], {}
+
+    def made(kind: type, of: WhisperConfig) -> WhisperForConditionalGeneration:
+        return _random(kind, of, weights, PRECISIONS[precision])
+
+    def latent(width: int, shared: bool = False) -> WhisperForConditionalGeneration:
+        of = {"latent_dim": [width] * len(parts) * config.decoder_layers, "latent_shared": shared}
+        return made(family.latent_model, family.to_latent(config, latent_parts=list(parts), **of))
+
+    writers = {STANDARD: Writer(made(family.standard_model, config))}
     for cut in cuts:
-        width, count = latent_dim_for(cut, config.d_model), config.decoder_layers
-        widths = [width] * sum(config.encoder_layers if part == "encoder" else count for part in parts)
-        latent_config = family.to_latent(
-            config, latent_dim=widths, latent_layout="joint", latent_key_dim=[], latent_parts=list(parts)
-        )
-        model = _random(family.latent_model, latent_config, shared, dtype)
+        model = latent(latent_dim_for(cut, config.d_model))
         for form in ("absorbed", "expanded"):
             writers[f"MLA −{100 * cut:g} %, {form}"] = Writer(model, form)
+    if "cross" in parts:
+        writers[SHARED] = Writer(latent(config.d_model, shared=True), "absorbed")
     return writers
 
 

@@ -3,11 +3,11 @@
 import family_models
 import pytest
 import torch
-from family_models import WIDTH
+from family_models import LAYERS, WIDTH
 
 import asrlib
 from asrlib.attention.kinds import LatentMemory
-from asrlib.decoder_benchmark import SIZES, STANDARD, benchmark_writing, main, random_writers
+from asrlib.decoder_benchmark import SHARED, SIZES, STANDARD, benchmark_writing, main, random_writers
 from asrlib.models.families import latent_modules
 
 CUTS = [0.5, 0.75]
@@ -21,10 +21,11 @@ def writers():
 
 def test_bytes_are_counted_and_are_those_of_the_formula(writers):
     table = benchmark_writing(writers, batch=2, tokens=7, repeats=1).set_index("writer")
-    assert list(table.index) == list(writers) and len(table) == 1 + 2 * len(CUTS)
+    assert list(table.index) == list(writers) and len(table) == 2 + 2 * len(CUTS)
     assert (table["cache_bytes"] == table["formula_bytes"]).all()
     assert table["cache_bytes"][STANDARD] == asrlib.kv_cache_bytes(writers[STANDARD].model.config, 50, tokens=7)
-    assert list(table["bytes_ratio"]) == [1.0, 2.0, 2.0, 4.0, 4.0]
+    assert list(table["bytes_ratio"])[:-1] == [1.0, 2.0, 2.0, 4.0, 4.0]
+    assert table["bytes_ratio"][SHARED] == (7 + 50) * 2 * LAYERS / (7 * LAYERS + 50)
     assert table["time_ratio"][STANDARD] == 1.0
 
 
@@ -41,13 +42,15 @@ def test_writers_share_all_weights_but_those_of_latents(writers):
         own = writer.model.state_dict()
         assert all(own[key].data_ptr() == first[key].data_ptr() for key in own if "latent_kv" not in key), name
         assert len(own.keys() - first.keys()) == (0 if name == STANDARD else 5 * len(latent_modules(writer.model)))
+    shared = {module.latent_kv.down.weight.data_ptr() for module in latent_modules(writers[SHARED].model)}
+    assert len(shared) == LAYERS + 1
 
 
 def test_both_forms_of_one_latent_are_timed(writers):
     forms = {name: writer.form for name, writer in writers.items()}
     assert forms == {
         "MHA": "auto", "MLA −50 %, absorbed": "absorbed", "MLA −50 %, expanded": "expanded",
-        "MLA −75 %, absorbed": "absorbed", "MLA −75 %, expanded": "expanded",
+        "MLA −75 %, absorbed": "absorbed", "MLA −75 %, expanded": "expanded", SHARED: "absorbed",
     }  # fmt: skip
     for name, writer in writers.items():
         if name != STANDARD:

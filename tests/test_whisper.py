@@ -95,13 +95,14 @@ def test_widths_are_one_for_each_module_of_the_chosen_parts(model):
     assert latent_of(model, "joint", ["cross", "encoder"]).config.latent_parts == ["encoder", "cross"]
     with pytest.raises(Exception, match="3 widths for 4 attention modules"):
         AutoConfig.for_model("whisper-mla", d_model=16, encoder_layers=2, decoder_layers=2, latent_dim=[5] * 3)
+    assert AutoConfig.for_model("whisper-mla", latent_parts=["cross", "decoder"]).latent_parts == ["decoder", "cross"]
     with pytest.raises(Exception, match="one or more of encoder, decoder, cross"):
         AutoConfig.for_model("whisper-mla", latent_parts=["encoders"])
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(("implementation", "masked"), [("sdpa", True), ("sdpa", False), ("eager", False)])
 @pytest.mark.parametrize("layout", ["joint", "split"])
-def test_absorbed_is_expanded(model, layout, implementation):
+def test_absorbed_is_expanded(model, layout, implementation, masked):
     latent, batch = latent_of(model, layout).double(), batch_of(dtype=torch.float64)
     latent.set_attn_implementation(implementation)
     outputs, weights = {}, {}
@@ -109,7 +110,8 @@ def test_absorbed_is_expanded(model, layout, implementation):
         for module in latent_modules(latent):
             module.form, module.latent_kv.up_k.bias.data[:] = form, 0.3  # softmax cancels it
         with torch.no_grad():
-            output = latent(**batch, decoder_attention_mask=(batch["labels"] >= 0).long(), output_attentions=True)
+            mask = {"decoder_attention_mask": (batch["labels"] >= 0).long()} if masked else {}
+            output = latent(**batch, **mask, output_attentions=True)
         outputs[form], weights[form] = output.logits[batch["labels"] >= 0], output.cross_attentions
     torch.testing.assert_close(outputs["absorbed"], outputs["expanded"], atol=1e-9, rtol=0)
     if implementation == "eager":
@@ -240,6 +242,20 @@ def test_scores_are_compared_where_a_token_may_look(model):
     assert (analyze_compression_quality(model, latent, whole)["score_error"] > 0.1).all()
 
 
+def test_no_token_of_a_comparison_hears_those_behind_it(model):
+    """Output errors are those of the calls that a decoder makes, which hides them, as `eager` says in a mask."""
+    latent, batch, readings = convert(model, 6, parts=["decoder"]), batch_of(1), []
+    table, eager = analyze_compression_quality(model, latent, batch), family_models.whisper()
+    for one in (eager, latent):
+        one.set_attn_implementation("eager")
+    with observed(attention_parts(eager)["decoder"][1], readings.append):
+        said(eager, batch)
+    with torch.no_grad():
+        ours = attention_parts(latent)["decoder"][1](**readings[0].arguments | {"past_key_values": None})[0]
+    theirs = readings[0].output
+    assert table["output_error"][1] == pytest.approx(((ours - theirs).norm() / theirs.norm()).item(), rel=1e-3)
+
+
 def test_ranks_by_sensitivity_keep_the_budget(model, statistics):
     how = dict(method="two_sided", statistics=statistics)
     latent = convert(model, 6, ranks="sensitivity", parts=["cross"], **how)
@@ -274,3 +290,68 @@ def test_it_is_saved_and_loaded_back(model, layout, tmp_path):
         features = batch["input_features"]
         assert torch.equal(again.generate(features, **ENGLISH), latent.generate(features, **ENGLISH))
     assert len(attention_modules(again)) == 3 * LAYERS
+
+
+# ---- one latent for all layers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["svd", "whitened", "two_sided"])
+def test_as_wide_as_the_model_one_latent_for_all_layers_is_exact(model, statistics, method):
+    how = dict(statistics=statistics, method=method, shared=True)
+    for parts in (["cross"], list(CACHED), list(PARTS)):
+        latent, batch = convert(model, WIDTH, parts=parts, **how), batch_of()
+        torch.testing.assert_close(said(latent, batch), said(model, batch), atol=2e-3, rtol=1e-3)
+        downs = {module.latent_kv.down.weight.data_ptr() for module in attention_parts(latent)["cross"]}
+        assert len(downs) == 1
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_one_copy_of_a_shared_latent_is_kept(model, beams):
+    latent, features = convert(model, 9, parts=["cross"], shared=True), batch_of(3)["input_features"]
+    how = dict(num_beams=beams, max_new_tokens=6, min_new_tokens=6, **ENGLISH)
+    ids, cache = generate_and_keep(latent, features, **how)
+    tokens = PROMPT + ids.shape[1] - 1
+    numbers = tokens * LAYERS * 2 * WIDTH + FRAMES * 9
+    assert asrlib.kv_cache_bytes(latent.config, FRAMES, tokens=tokens) == 4 * numbers
+    assert held_bytes(cache) == 3 * beams * 4 * numbers
+    assert torch.equal(ids, asrlib.to_standard_attention(latent).generate(features, **how))
+    assert not torch.equal(ids, model.generate(features, **how))
+
+
+def test_a_shared_latent_is_chosen_by_what_all_layers_lose(model, statistics):
+    batch, errors = batch_of(), {}
+    for method in ("svd", "whitened", "two_sided"):
+        latent = convert(model, 6, method=method, statistics=statistics, parts=["cross"], shared=True)
+        errors[method] = summarise_quality(analyze_compression_quality(model, latent, batch))["output_error"]
+    alone = convert(model, 6, method="two_sided", statistics=statistics, parts=["cross"])
+    assert errors["two_sided"] < errors["svd"]
+    assert summarise_quality(analyze_compression_quality(model, alone, batch))["output_error"] < errors["two_sided"]
+
+
+def test_a_shared_latent_is_saved_once_and_loaded_back(model, tmp_path):
+    latent, batch = convert(model, 9, parts=["cross"], shared=True), batch_of()
+    latent.save_pretrained(tmp_path)
+    processor_of("whisper").save_pretrained(tmp_path)
+    again = asrlib.load(tmp_path)[0]
+    assert again.config.latent_shared and torch.equal(said(again, batch), said(latent, batch))
+    first, second = attention_parts(again)["cross"]
+    assert first.latent_kv.down.weight is second.latent_kv.down.weight
+    assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in latent.parameters())
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        (dict(latent_dim=6, parts=["decoder"]), "joint latent of cross-attention, not a joint one of decoder"),
+        (dict(latent_dim=12, layout="split"), "not a split one of decoder, cross"),
+        (dict(latent_dim=6, method="attended"), "fits the latent of one layer"),
+        (dict(latent_dim=6, method="two_sided", ranks="energy"), "neither cache_cut nor ranks"),
+        (dict(cache_cut=0.5), "neither cache_cut nor ranks"),
+        (dict(latent_dim=[6, 6, 6, 5]), "give cross-attention the same in all"),
+    ],
+)
+def test_what_layers_can_not_share_is_refused(model, statistics, how, reason):
+    with pytest.raises(Exception, match=reason):
+        convert(model, statistics=statistics, shared=True, **how)
+    with pytest.raises(ValueError, match="of cross-attention"):
+        convert(tiny.conformer(), 6, shared=True)

@@ -36,6 +36,8 @@ def _decoder_widths(config) -> list[tuple[int, ...]]:
     latents = iter(_latent_widths(config) if getattr(config, "latent_dim", None) else [])
     for part in getattr(config, "latent_parts", []):
         widths[part] = [next(latents) for _ in widths[part]]
+    if getattr(config, "latent_shared", False):
+        widths["cross"][1:] = [()] * (layers - 1)
     return widths["decoder"] + widths["cross"]
 
 

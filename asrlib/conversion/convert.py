@@ -13,7 +13,15 @@ from asrlib.attention.kinds import LatentQuery
 from asrlib.attention.latent import LatentKV, check_latent_dim
 from asrlib.attention.names import NAMES, attends_across, encoder_config, projections
 from asrlib.conversion.attended import AttendedDecomposition, decompose_attended
-from asrlib.conversion.factorize import METHODS, NEEDS_STATISTICS, Decomposition, Factors, LayerWeights, decompose_layer
+from asrlib.conversion.factorize import (
+    METHODS,
+    NEEDS_STATISTICS,
+    Decomposition,
+    Factors,
+    LayerWeights,
+    decompose_layer,
+    decompose_shared,
+)
 from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity, smallest_rank
 from asrlib.conversion.sequential import convert_in_sequence
 from asrlib.conversion.statistics import LayerStatistics, Statistics
@@ -26,6 +34,7 @@ from asrlib.models.families import (
     latent_modules,
 )
 from asrlib.models.inference import inference, on_cpu, spoken_logits
+from asrlib.models.whisper import check_shared
 
 Candidates = tuple[Decomposition | AttendedDecomposition, ...]  # of one layer
 BALANCES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the values' error against the keys', from which a layer chooses
@@ -54,8 +63,10 @@ def decompose(
     method: str = "svd",
     statistics: Statistics | None = None,
     parts: Sequence[str] | None = None,
+    shared: bool = False,
 ) -> list[Candidates]:
-    """The decompositions of every layer's key and value projections, first layer first. `parts`: see `convert`.
+    """The decompositions of every layer's key and value projections, first layer first. `parts`, `shared`: see
+    `convert`.
 
     Computed once, they can be cut at many widths (`convert(..., decomposition=...)`). A layer has one, except for
     `two_sided` and a joint latent: there the keys' error can be weighed against the values' in several ways, and
@@ -63,9 +74,15 @@ def decompose(
     """
     _check_convertible(model, layout, method)
     parts = chosen_parts(model, parts)
-    modules = tqdm(attention_modules(model, parts), desc="decomposing", unit="layer", leave=False)
+    modules = attention_modules(model, parts)
     of_modules = _by_module(statistics, parts, len(modules))
-    return [_candidates(*pair, layout, method) for pair in zip(modules, of_modules, strict=True)]
+    alone = len(modules) - (len(attention_modules(model, ["cross"])) if shared else 0)  # cross is the last of the parts
+    found = [_candidates(*pair, layout, method) for pair in zip(modules[:alone], of_modules[:alone], strict=True)]
+    if shared:
+        weights = [LayerWeights.of(module) for module in modules[alone:]]
+        moments = [of_module and of_module.moments() for of_module in of_modules[alone:]]
+        found += [(one,) for one in decompose_shared(weights, method, moments)]
+    return found
 
 
 def _by_module(statistics: Statistics | None, parts: Sequence[str], modules: int) -> list[LayerStatistics | None]:
@@ -107,6 +124,7 @@ def convert(
     reestimate_batch_norm: bool = False,
     sensitivities: list[dict[int, float]] | None = None,
     parts: Sequence[str] | None = None,
+    shared: bool = False,
 ) -> PreTrainedModel:
     """The latent twin of `model`, on the CPU, in evaluation mode; `model` ends where it was.
 
@@ -119,8 +137,9 @@ def convert(
     `reestimate_batch_norm` corrects the moments of BatchNorm likewise: see sequential.py. `decomposition` and
     `sensitivities` (of `decompose` and `measure_sensitivity`) are computed where they are needed and not given. `parts`
     of an encoder-decoder's attention to convert, of encoder, decoder and cross: without it those that keep something,
-    decoder and cross. Of these each module counts as a layer, in this order. Raises ValueError where the width, the
-    layout, the method or a part is impossible.
+    decoder and cross. Of these each module counts as a layer, in this order. `shared`: cross-attention of all layers
+    gets one latent, whose directions serve all their keys and values, and one copy of it is kept; as wide as the model
+    it is exact. Raises ValueError where the width, the layout, the method or a part is impossible.
     """
     _check_convertible(model, layout, method)
     parts = chosen_parts(model, parts)
@@ -140,6 +159,9 @@ def convert(
         raise ValueError(f"layout is {layout}, but the decomposition was made for the other one: decompose again")
     if ranks not in RANKS:
         raise ValueError(f"ranks is {ranks!r}: choose one of {', '.join(RANKS)}")
+    if shared:
+        _check_shared(parts, layout, method, ranks, cache_cut)
+        decomposition = decompose(model, layout, method, statistics, parts, shared)
     widths = _one_a_layer(latent_dim, cache_cut, width, len(modules))
     for one in widths:
         check_latent_dim(one, width, layout)
@@ -155,7 +177,7 @@ def convert(
                 model, widths, layout, ranks, rank_multiple, statistics, decomposition, sensitivities, parts
             )
 
-        where = {"latent_parts": parts} if family.parts else {}
+        where = {"latent_parts": parts, "latent_shared": shared} if family.parts else {}
         config = family.to_latent(
             model.config, latent_dim=widths, latent_layout=layout, latent_key_dim=key_widths, **where
         )
@@ -185,6 +207,15 @@ def convert(
                 attention=sequential and method == "attended",
             )
     return latent.to("cpu")
+
+
+def _check_shared(parts: list[str], layout: str, method: str, ranks: str, cache_cut: float | None) -> None:
+    """Raises ValueError where the words of `convert` do not go with a latent that layers share."""
+    check_shared(parts, layout)
+    if method == "attended":
+        raise ValueError("method 'attended' fits the latent of one layer: shared takes svd, whitened or two_sided")
+    if ranks != "uniform" or cache_cut is not None:
+        raise ValueError("a latent that layers share has one width: give latent_dim, and neither cache_cut nor ranks")
 
 
 def _twin(kind: type[PreTrainedModel], config: PreTrainedConfig, model: PreTrainedModel) -> PreTrainedModel:

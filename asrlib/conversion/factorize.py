@@ -187,6 +187,27 @@ def decompose_layer(
     Raises ValueError for an unknown method, for one that needs statistics and has none, and for weights that hold NaN
     or infinity.
     """
+    if layout == "joint":
+        return decompose_shared([weights], method, [moments], balance)[0]
+    targets, grams, roots = _targets(weights, method, moments)
+    directions = [Directions.of(g, root) for g, root in zip(grams, roots, strict=True)]
+    return Decomposition(layout, tuple(directions), *targets)
+
+
+def decompose_shared(
+    layers: list[LayerWeights], method: str, moments: list[Moments | None], balance: float = 1.0
+) -> list[Decomposition]:
+    """The directions of one joint latent for all `layers`, which read the same: their G are summed, each divided by its
+    trace. See `decompose_layer`; of each layer the same directions, with its own keys and values."""
+    each = [_targets(*pair) for pair in zip(layers, [method] * len(layers), moments, strict=True)]
+    root = each[0][2][0]  # of what all read
+    weighed = [(keys / _energy(keys, root), values / _energy(values, root)) for _, (keys, values), _ in each]
+    directions = Directions.of(sum(keys + balance**2 * values for keys, values in weighed), root)
+    return [Decomposition("joint", (directions,), *targets) for targets, _, _ in each]
+
+
+def _targets(weights: LayerWeights, method: str, moments: Moments | None):
+    """(targets of keys and values, their G, roots of what they read)"""
     if method not in METHODS:
         raise ValueError(f"method is {method!r}: choose one of {', '.join(METHODS)}")
     if method in NEEDS_STATISTICS and moments is None:
@@ -202,11 +223,7 @@ def decompose_layer(
     roots = [symmetric_root(inputs.covariance) for inputs in (weighed.key, weighed.value)] if weighed else [None, None]
     metrics = [moments.query, output_metric(weights)] if method == "two_sided" else [None, None]
     grams = [gram(target.weight, metric) for target, metric in zip(targets, metrics, strict=True)]
-    if layout == "joint":
-        keys, values = (g / _energy(g, roots[0]) for g in grams)
-        grams = [keys + balance**2 * values]
-    directions = [Directions.of(g, root) for g, root in zip(grams, roots, strict=False)]
-    return Decomposition(layout, tuple(directions), *targets)
+    return targets, grams, roots
 
 
 def output_metric(weights: LayerWeights) -> torch.Tensor:

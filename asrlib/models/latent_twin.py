@@ -16,6 +16,7 @@ OWN = {
     "latent_layout",
     "latent_key_dim",
     "latent_parts",
+    "latent_shared",
 }  # what tells twins apart
 
 

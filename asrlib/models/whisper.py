@@ -3,7 +3,8 @@
 Its encoder's self-attention, its decoder's self-attention and its cross-attention can each be latent or stay as they
 are. The encoder hears a whole window at once and keeps nothing; `generate` keeps the decoder's tokens, and of every
 decoder layer keys and values of all frames, which are there before the first token. Keys have no bias and positions are
-added before the first layer, so keys and values read the same in all three, and a joint latent serves both.
+added before the first layer, so keys and values read the same in all three, and a joint latent serves both. In
+cross-attention all layers read the same, the encoder's output: one latent can serve all of them (`latent_shared`).
 
 Shapes: B batch, H heads, n queries, T frames or tokens attended to, m = H·n, D width, E = D / H, R latent width.
 """
@@ -29,15 +30,24 @@ SAMPLES_PER_FRAME = 2 * HOP
 class WhisperMLAConfig(LatentConfig, WhisperConfig):
     """WhisperConfig plus what `LatentConfig` says of the latent, and `latent_parts`, which attention has one: any of
     encoder, decoder and cross. `latent_dim` has a width for each of their modules, in this order, first layer first.
+    `latent_shared`: cross-attention of all layers has one latent, joint and of one width, of which one copy is kept.
     """
 
     model_type = "whisper-mla"
     latent_parts: list[str] | tuple[str, ...] = CACHED
+    latent_shared: bool = False
 
     def __post_init__(self, **kwargs):
         check_parts(self.latent_parts)
         self.latent_parts = [part for part in PARTS if part in self.latent_parts]
         super().__post_init__(**kwargs)
+
+    def validate_shared(self):
+        """Part of `@strict`'s validation."""
+        if self.latent_shared:
+            check_shared(self.latent_parts, self.latent_layout)
+            if len(set(self.latent_dim[-self.decoder_layers :])) > 1:
+                raise ValueError("a latent that layers share has one width: give cross-attention the same in all")
 
     @property
     def latent_modules(self) -> int:
@@ -51,8 +61,18 @@ def check_parts(parts: list[str] | tuple[str, ...]) -> None:
         raise ValueError(f"latent_parts is {list(parts)}: give one or more of {', '.join(PARTS)}, each once")
 
 
+def check_shared(parts: list[str] | tuple[str, ...], layout: str) -> None:
+    """Raises ValueError unless cross-attention with such latents can share one."""
+    if "cross" not in parts or layout != "joint":
+        raise ValueError(
+            f"what layers share is a joint latent of cross-attention, not a {layout} one of {', '.join(parts)}: leave "
+            "shared out, or use layout: joint and parts with cross"
+        )
+
+
 def to_latent(config: WhisperConfig, **latent) -> WhisperMLAConfig:
-    """The config of the latent twin; `latent` are latent_dim, latent_layout, latent_key_dim and latent_parts."""
+    """The config of the latent twin; `latent` are latent_dim, latent_layout, latent_key_dim, latent_parts and
+    latent_shared."""
     return WhisperMLAConfig(**settings(config), **latent)
 
 
@@ -89,10 +109,12 @@ class LatentWhisperAttention(LatentProjections, WhisperAttention):
     """Attention whose keys and values come from a latent.
 
     That is what a cache of transformers holds then, in the place of the keys [B, 1, T, R]; in that of the values are
-    no numbers [B, 1, T, 0], or a split latent's second half. `form`: see `kinds.LatentMemory`.
+    no numbers [B, 1, T, 0], or a split latent's second half. `form`: see `kinds.LatentMemory`. `kept_by`: the layer
+    whose place in the cache has the latent that this one reads; its own, but where layers share one.
     """
 
     form = "auto"
+    kept_by: int | None = None
 
     def __init__(self, replaced: WhisperAttention, config: WhisperMLAConfig, index: int):
         super().__init__(
@@ -105,6 +127,11 @@ class LatentWhisperAttention(LatentProjections, WhisperAttention):
             config=config,
         )
         self.use_latent(config, index)
+        self.kept_by = self.layer_idx
+
+    def share(self, first: "LatentWhisperAttention") -> None:
+        """Reads the latent of `first`, an earlier layer."""
+        self.latent_kv.down, self.kept_by = first.latent_kv.down, first.layer_idx
 
     def forward(
         self,
@@ -131,15 +158,16 @@ class LatentWhisperAttention(LatentProjections, WhisperAttention):
                 there, cache.is_updated[self.layer_idx] = cache.is_updated.get(self.layer_idx), True
             cache = cache.cross_attention_cache if crossed else cache.self_attention_cache
         if there:
-            layer = cache.layers[self.layer_idx]
-            held = layer.keys, layer.values
+            return _held(cache, self.kept_by)
+        read_BTD = frames_BTD if crossed else x_BnD
+        if cache is not None and self.kept_by != self.layer_idx:
+            latents = (read_BTD[..., :0],)
         else:
-            latents = self.latent_kv.latents(frames_BTD if crossed else x_BnD)
-            if cache is None:
-                return latents
-            no_numbers = latents[0][..., :0]
-            held = cache.update(*(one[:, None] for one in (*latents, no_numbers)[:2]), self.layer_idx)
-        return tuple(one[:, 0] for one in held if one.shape[-1])
+            latents = self.latent_kv.latents(read_BTD)
+        if cache is None:
+            return latents
+        cache.update(*(one[:, None] for one in (*latents, latents[0][..., :0])[:2]), self.layer_idx)
+        return _held(cache, self.kept_by)
 
     def _absorbs(self, query_BHnE: torch.Tensor, frames: int, mask_B1nT: torch.Tensor | None) -> bool:
         queries = query_BHnE.shape[2]
@@ -187,6 +215,11 @@ class LatentWhisperAttention(LatentProjections, WhisperAttention):
         return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
 
 
+def _held(cache: Cache, layer: int) -> tuple[torch.Tensor, ...]:
+    """The latents [B, T, R] in a layer's place."""
+    return tuple(one[:, 0] for one in (cache.layers[layer].keys, cache.layers[layer].values) if one.shape[-1])
+
+
 class WhisperMLAForConditionalGeneration(WhisperForConditionalGeneration):
     """WhisperForConditionalGeneration with latent keys and values."""
 
@@ -198,6 +231,13 @@ class WhisperMLAForConditionalGeneration(WhisperForConditionalGeneration):
         places = [place for part in config.latent_parts for place in _places(self, part)]
         for index, (layer, name) in enumerate(places):
             setattr(layer, name, LatentWhisperAttention(getattr(layer, name), config, index))
+        if config.latent_shared:
+            first, *others = parts(self)["cross"]
+            for attention in others:
+                attention.share(first)
+            down = "model.decoder.layers.{}.encoder_attn.latent_kv.down.weight"
+            shared = {down.format(attention.layer_idx): down.format(0) for attention in others}
+            self._tied_weights_keys = self._tied_weights_keys | shared
         self.post_init()
 
 
