@@ -38,7 +38,8 @@ def compiled_beside_eager(
     largest_difference (of logits)}}, device, threads, dtype}
 
     Each length is compiled for itself; `compiling_seconds` are those of the first passes, one for each. `processors` is
-    everyone's, or {name: processor}. Raises OSError where the CPU's code cannot be compiled, ValueError where there is nothing to measure.
+    everyone's, or {name: processor}. Raises OSError where the CPU's code cannot be compiled, ValueError where there is
+    nothing to measure.
     """
     if not systems or not len(corpus) or rounds < 1:
         raise ValueError("a benchmark needs at least one system, one utterance and one round")
