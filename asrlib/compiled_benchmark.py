@@ -37,9 +37,9 @@ def compiled_beside_eager(
     eager, the time of all lengths, the median over rounds), ratio_range: [least, greatest], compiling_seconds,
     largest_difference (of logits)}}, device, threads, dtype}
 
-    Each length is compiled for itself: code for any length took minutes to make of a small model. `compiling_seconds`
-    are those of the first passes, one for each length. `processors` is everyone's, or {name:
-    processor}. Raises OSError where the CPU's code cannot be compiled, ValueError where there is nothing to measure.
+    Each length is compiled for itself; `compiling_seconds` are those of the first passes, one for each. `processors` is
+    everyone's, or {name: processor}. Raises OSError where the CPU's code cannot be compiled, ValueError where there is
+    nothing to measure.
     """
     if not systems or not len(corpus) or rounds < 1:
         raise ValueError("a benchmark needs at least one system, one utterance and one round")
