@@ -5,6 +5,16 @@ import pandas as pd
 from asrlib.figures import SYSTEMS, size
 from asrlib.members import ATTENTION, AUDIO_SECONDS, short_names
 
+WRITING_INTRODUCTION = (
+    "What `generate` keeps of an utterance while it writes, counted in its cache: of every frame of the window for "
+    "cross-attention, and of every token for the decoder's own. The formula of `asrlib.kv_cache_bytes` is beside it."
+)
+WRITING_INTRODUCTION = """\
+## What writing keeps
+
+Of an utterance, while `generate` writes its text: keys and values, or latents, of every frame of the window for
+cross-attention, and of every token for the decoder's own attention; counted in the cache that `generate` filled, mean
+over the utterances. The last column is what `asrlib.kv_cache_bytes` says of the two together."""
 STATE_INTRODUCTION = f"""\
 ## What a stream keeps
 
@@ -164,3 +174,20 @@ def state_table(described: dict[str, dict]) -> pd.DataFrame:
             "convolutions": size(counted["convolution_bytes"]),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("member")
+
+
+def writing_table(kept: pd.DataFrame) -> pd.DataFrame:
+    """`decoder_benchmark.kept_while_writing` to read."""
+    kib = {
+        name: kept[f"{name}_bytes"].map(lambda size: f"{size / 1024:,.1f}") for name in ("cross", "decoder", "formula")
+    }
+    return pd.DataFrame(
+        {
+            "system": [SYSTEMS.get(name, name) for name in kept["system"]],
+            "tokens": kept["tokens"].map("{:.1f}".format),
+            "cross-attention, KiB": kib["cross"],
+            "decoder, KiB": kib["decoder"],
+            "times less than MHA": kept["ratio"].map("{:.2f}".format),
+            "by the formula, KiB": kib["formula"],
+        }
+    )

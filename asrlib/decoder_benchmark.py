@@ -28,7 +28,9 @@ from asrlib.attention.cache import held_bytes, kv_cache_bytes
 from asrlib.benchmark import measured_on, take_turns
 from asrlib.command_line import add_debug, sentence, tell
 from asrlib.conversion.convert import latent_dim_for
-from asrlib.models.families import FAMILIES, latent_modules
+from asrlib.data.batches import CTCCollator, CTCDataset
+from asrlib.data.corpus import Corpus
+from asrlib.models.families import FAMILIES, family_of, latent_modules
 from asrlib.models.inference import choose_device, inference
 from asrlib.models.whisper import CACHED, generate_and_keep
 
@@ -143,6 +145,33 @@ def benchmark_writing(
     table = pd.DataFrame(rows)
     table.attrs.update(measured_on(device, "fp32") | {"dtype": str(dtype)[6:]})
     return table
+
+
+def kept_while_writing(
+    systems: dict[str, WhisperForConditionalGeneration], processors: dict[str, object], corpus: Corpus
+) -> pd.DataFrame:
+    """One row per system: what `generate` keeps of an utterance, mean over `corpus`, counted in its own cache.
+
+    system, tokens (read again), cross_bytes, decoder_bytes, formula_bytes of both together, and ratio, how many times
+    as much the first system keeps.
+    """
+    rows = []
+    for name, model in systems.items():
+        counted = []
+        for index in tqdm(range(len(corpus)), desc=f"{name} writes", unit="utt", leave=False):
+            dataset, device = CTCDataset(corpus[index : index + 1], processors[name]), choose_device(None, model)
+            features_1FS = CTCCollator(processors[name])([dataset[0]])[model.main_input_name]
+            with inference(model, device=device):
+                told = family_of(model.config).head.prompt(model, processors[name])
+                _, cache = generate_and_keep(model, features_1FS.to(device, model.dtype), **told)
+            tokens = cache.self_attention_cache.get_seq_length()
+            formula = kv_cache_bytes(model.config, model.config.max_source_positions, str(model.dtype)[6:], tokens)
+            cross, own = (held_bytes(one) for one in (cache.cross_attention_cache, cache.self_attention_cache))
+            counted.append({"tokens": tokens, "cross_bytes": cross, "decoder_bytes": own, "formula_bytes": formula})
+        rows.append({"system": name} | pd.DataFrame(counted).mean().to_dict())
+    table = pd.DataFrame(rows)
+    both = table["cross_bytes"] + table["decoder_bytes"]
+    return table.assign(ratio=both.iloc[0] / both)
 
 
 def _kept(writer: Writer, heard: BaseModelOutput, tokens: int) -> int:

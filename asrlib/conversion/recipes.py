@@ -43,11 +43,13 @@ class Recipe:
     def converter(self, model: PreTrainedModel, statistics: Statistics) -> Converter:
         """Cut → latent model. What all cuts share is computed here, once."""
         sequential = {"sequential": self.sequential, "reestimate_batch_norm": self.batch_norm}
+        parts = list(statistics.parts)  # that speech was collected of are those to convert
         how = {"layout": self.layout, "method": self.method, "ranks": self.ranks, "statistics": statistics} | sequential
         if not self.sequential or self.ranks != "uniform":  # else every layer is decomposed behind those before it
-            how["decomposition"] = decompose(model, self.layout, self.method, statistics)
+            how["decomposition"] = decompose(model, self.layout, self.method, statistics, parts)
         if self.ranks == "sensitivity":
-            how["sensitivities"] = measure_sensitivity(model, self.layout, statistics, how["decomposition"])
+            how["sensitivities"] = measure_sensitivity(model, self.layout, statistics, how["decomposition"], parts)
+        how["parts"] = parts
         return lambda cut: convert(model, cache_cut=cut, **how)
 
 

@@ -70,9 +70,8 @@ class Decoder(CTC):
     reads_labels = True
 
     def prepare(self, model, processor):
-        if getattr(model.generation_config, "is_multilingual", False):
-            language = processor.tokenizer.language or "english"
-            processor.tokenizer.set_prefix_tokens(language=language, task="transcribe", predict_timestamps=False)
+        if told := self.prompt(model, processor):
+            processor.tokenizer.set_prefix_tokens(**told, predict_timestamps=False)
 
     def spoken(self, batch, output, frames_B):
         kept_BL = batch["labels"] >= 0
@@ -84,11 +83,14 @@ class Decoder(CTC):
         return [states_BTD.flatten(0, 1) for states_BTD in output.encoder_hidden_states[1:]] + decoder
 
     def recognised(self, model, processor, batch, output, frames_B):
-        language = {}
-        if getattr(model.generation_config, "is_multilingual", False):
-            language = {"language": processor.tokenizer.language or "english", "task": "transcribe"}
-        inputs = batch[model.main_input_name]
-        return model.generate(inputs, attention_mask=batch.get("attention_mask"), num_beams=1, **language)
+        how = {"attention_mask": batch.get("attention_mask"), "num_beams": 1} | self.prompt(model, processor)
+        return model.generate(batch[model.main_input_name], **how)
+
+    def prompt(self, model, processor) -> dict[str, str]:
+        """What `generate` is told of the language and the task, where the model knows several."""
+        if not getattr(model.generation_config, "is_multilingual", False):
+            return {}
+        return {"language": processor.tokenizer.language or "english", "task": "transcribe"}
 
     def texts(self, processor, ids):
         return [text.strip() for text in processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
