@@ -126,7 +126,7 @@ def lengths_table(lengths: dict) -> pd.DataFrame:
 COMPILED_INTRODUCTION = """\
 ## Compiled
 
-What `torch.compile` makes of each model, for any length, beside the model as it is, all taking turns in one run."""
+What `torch.compile` makes of each model, length by length, beside the model as it is, all taking turns in one run."""
 
 
 def compiled_table(compiled: dict) -> tuple[pd.DataFrame, str]:

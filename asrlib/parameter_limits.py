@@ -101,6 +101,7 @@ LIMITS: dict[str, Any] = {
     "depthwise_kernel": AT_LEAST_ONE,
     "largest_chunk": NOT_NEGATIVE,
     "subsampling_channels": AT_LEAST_ONE,
+    "window_seconds": Field(ge=1, le=30),
     "mel_bins": Field(ge=8),  # two convolutions of stride 2 leave one of them
     "frame_shift_ms": POSITIVE,
     "dropout": Field(ge=0, lt=1),

@@ -184,7 +184,7 @@ def _check_new_model(values: dict[str, Any]) -> None:
     speeds = values.get("speeds", [])
     if any(not isinstance(speed, float | int) or speed <= 0 for speed in speeds):
         raise BadParameter(f"'speeds' is {speeds!r}: each should be a number above 0 (1.1 is 10 % faster)")
-    features = {name: values[name] for name in ("mel_bins", "frame_shift_ms") if name in values}
+    features = {name: values[name] for name in ("mel_bins", "frame_shift_ms", "window_seconds") if name in values}
     sizes = {name: values[name] for name in SIZES if name in values}
     try:
         new_config(values["architecture"], new_processor(values["architecture"], **features), **sizes)

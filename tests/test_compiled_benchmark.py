@@ -26,26 +26,27 @@ def measured():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(room, "take_turns", take_turns)
-        found = compiled_beside_eager(systems, new_processor(), tiny.corpus(5), rounds=3, backend="aot_eager")
+        processor = new_processor("conformer", mel_bins=tiny.MEL_BINS)
+        found = compiled_beside_eager(systems, processor, tiny.corpus(5), rounds=3, backend="aot_eager")
     return found, asked
 
 
 def test_each_model_is_timed_beside_itself_in_the_same_rounds(measured):
     found, asked = measured
-    assert len(asked) == 3 * len(found["seconds"]) == 9
+    assert len(asked) == 3 * len(found["seconds"]) == 6
     assert {tuple(names) for names, _ in asked} == {
         ("baseline", "finetuned", "baseline, compiled", "finetuned, compiled")
     }
-    assert {turn for _, turn in asked} == set(range(5)), "who goes first changes"
+    assert {turn for _, turn in asked} == set(range(4)), "who goes first changes"
     for name, eager, compiled in (("baseline", 20.0, 10.0), ("finetuned", 30.0, 45.0)):
         row = found["systems"][name]
-        assert row["eager_ms"] == [eager] * 3 and row["compiled_ms"] == [compiled] * 3
+        assert row["eager_ms"] == [eager] * 2 and row["compiled_ms"] == [compiled] * 2
         assert row["ratio"] == compiled / eager and row["ratio_range"] == [compiled / eager] * 2
 
 
-def test_lengths_go_from_the_shortest_to_the_longest_utterance(measured):
+def test_lengths_are_those_of_the_shortest_and_the_longest_utterance(measured):
     seconds = sorted(utterance.seconds for utterance in tiny.corpus(5))
-    assert measured[0]["seconds"] == [seconds[0], seconds[2], seconds[-1]]
+    assert measured[0]["seconds"] == [seconds[0], seconds[-1]]
 
 
 def test_what_is_compiled_computes_the_same(measured):

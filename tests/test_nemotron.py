@@ -248,7 +248,7 @@ def test_it_loads_back(make, tmp_path):
     assert type(AutoModelForRNNT.from_pretrained(tmp_path)) is type(latent)
 
 
-def test_a_parakeet_with_a_transducer_at_full_width():
+def test_a_parakeet_with_a_transducer():
     model, batch = parakeet_rnnt(), features()
     kept_BT = torch.arange(26) < frame_counts(model, batch["attention_mask"].sum(-1))[:, None]
     with torch.no_grad():
@@ -256,6 +256,11 @@ def test_a_parakeet_with_a_transducer_at_full_width():
         for layout, width in FULL:
             said_BTD = run(convert(model, width, layout=layout), batch).last_hidden_state
             torch.testing.assert_close(said_BTD[kept_BT], wanted_BTD[kept_BT], atol=1e-4, rtol=1e-4)
+        narrow = convert(model, 6)
+        said_BTD, wanted_BTD = (
+            run(one, batch).last_hidden_state for one in (narrow, asrlib.to_standard_attention(narrow))
+        )
+        torch.testing.assert_close(said_BTD[kept_BT], wanted_BTD[kept_BT], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("samples", [3_000, 5_123, 16_000])

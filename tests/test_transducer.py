@@ -7,10 +7,12 @@ import tiny
 import torch
 from family_models import nemotron, parakeet_rnnt, processor_of
 
+import asrlib
 from asrlib.conversion.convert import convert
 from asrlib.data.batches import CTCCollator, CTCDataset
 from asrlib.models.families import attention_modules, frame_counts
 from asrlib.models.transducer import transducer_logits, transducer_loss
+from asrlib.training import TrainingSettings, train
 
 
 def lattice(frames: int, labels: int, batch: int = 1, vocabulary: int = 5, seed: int = 0) -> torch.Tensor:
@@ -120,3 +122,18 @@ def test_steps_down_its_gradient_lower_it():
         descent.step()
     assert all(one.latent_kv.down.weight.grad.any() for one in attention_modules(model))
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("make", [nemotron, parakeet_rnnt])
+def test_a_latent_one_writes_and_is_taught(make, tmp_path):
+    teacher, processor, corpus = make(), processor_of(make.__name__), tiny.corpus(6)
+    latent = convert(teacher, 6)
+    said = [row["hypothesis"] for row in asrlib.evaluate(latent, processor, corpus).predictions]
+    assert len(said) == len(corpus) and any(said)
+    settings = TrainingSettings(
+        trainable="attention", epochs=3, learning_rate=2e-2, batch_seconds=60.0, hidden_weight=1.0, kl_weight=1.0,
+        device="cpu",
+    )  # fmt: skip
+    result = train(latent, processor, corpus, tiny.corpus(2, "validation"), tmp_path, settings, teacher)
+    losses = [row["loss"] for row in result.history if "loss" in row]
+    assert result.steps == 3 and losses[-1] < 0.9 * losses[0]

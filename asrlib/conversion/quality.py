@@ -105,7 +105,8 @@ def verdict(output_error: float) -> str:
 def _utterances(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     """What `model` reads of each utterance of a batch, [1, S, ...], without padding; those too short for a frame are
     left out."""
-    name, head = model.main_input_name, family_of(model.config).head
+    name, family = model.main_input_name, family_of(model.config)
+    told = family.head.reads_labels and not family.encode  # a transducer's layers run without a text
     padded_BS = inputs[name]
     mask_BS = inputs.get("attention_mask")
     lengths_B = torch.full((len(padded_BS),), padded_BS.shape[1]) if mask_BS is None else mask_BS.sum(-1).cpu()
@@ -113,9 +114,9 @@ def _utterances(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list
     for row, (length, frames) in enumerate(zip(lengths_B.tolist(), frame_counts(model, lengths_B), strict=True)):
         if frames > 0:
             end = None if attends_across(model.config) else length  # whose encoder hears a window as a whole
-            names = [name, *(["attention_mask"] if head.reads_labels and mask_BS is not None else [])]
+            names = [name, *(["attention_mask"] if told and mask_BS is not None else [])]
             utterances.append({one: inputs[one][row : row + 1, :end] for one in names})
-            if head.reads_labels:
+            if told:
                 labels_1L = inputs["labels"][row : row + 1]
                 utterances[-1]["labels"] = labels_1L[:, labels_1L[0] >= 0]
     if not utterances:

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Iterable
 from inspect import signature
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import (
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Processor,
+    WhisperProcessor,
     set_seed,
 )
 
@@ -19,9 +21,10 @@ from asrlib.attention.kinds import LatentAttention, SimpleLatentAttention, atten
 from asrlib.data.features import log_mel
 from asrlib.models.encoder import BLOCKS, SpeechEncoderConfig
 from asrlib.models.families import family_of
+from asrlib.models.new_whisper import generation_config, whisper_config, whisper_processor
 
 CHARACTERS = "|ETAONIHSRDLUMWCFGYPBVK'XJQZ"  # LibriSpeech's, by frequency; | stands for the space
-RAW_AUDIO = "wav2vec2-conformer"
+RAW_AUDIO, WHISPER = "wav2vec2-conformer", "whisper"
 
 # Sizes whose caches have been published: 24 layers of width 1024, and 18 of 512.
 PRESETS = {
@@ -32,19 +35,27 @@ PRESETS = {
 
 def architectures() -> tuple[str, ...]:
     """What `new_model` makes."""
-    return (RAW_AUDIO, *BLOCKS)
+    return (RAW_AUDIO, *BLOCKS, WHISPER)
 
 
 def new_processor(
-    architecture: str = RAW_AUDIO, mel_bins: int = 80, frame_shift_ms: float = 10.0, characters: str = CHARACTERS
-) -> Wav2Vec2Processor:
+    architecture: str = RAW_AUDIO,
+    mel_bins: int = 80,
+    frame_shift_ms: float = 10.0,
+    characters: str = CHARACTERS,
+    texts: Iterable[str] = (),
+    window_seconds: int = 30,
+) -> Wav2Vec2Processor | WhisperProcessor:
     """What a new model of `architecture` reads, and the symbols that it writes: by default the 32 of facebook's
     LibriSpeech models.
 
     16 kHz audio, normalised per utterance, or log-mel features of it. `characters`, of another language perhaps, in one
-    case; | is the space, and must be among them. Raises ValueError where it is not, or one is there twice.
+    case; | is the space, and must be among them. Raises ValueError where it is not, or one is there twice. A whisper
+    spells everything, in pieces that are frequent in `texts`, and hears windows of `window_seconds`.
     """
     _check(architecture)
+    if architecture == WHISPER:
+        return whisper_processor(texts, mel_bins, window_seconds)
     if "|" not in characters or len(set(characters)) < len(characters):
         raise ValueError(f"characters is {characters!r}: give each once, and | for the space")
     symbols = ["<pad>", "<s>", "</s>", "<unk>", *characters]
@@ -63,7 +74,10 @@ def new_model(architecture: str, processor: Wav2Vec2Processor, seed: int = 0, **
     """A model with random weights, reproducible by `seed`; `sizes` are those of `new_config`."""
     config = new_config(architecture, processor, **sizes)
     set_seed(seed)
-    return family_of(config).standard_model(config)
+    model = family_of(config).standard_model(config)
+    if architecture == WHISPER:
+        model.generation_config = generation_config(processor)
+    return model
 
 
 def new_config(
@@ -106,6 +120,13 @@ def new_config(
         if causal or largest_chunk:
             raise ValueError(f"a new {RAW_AUDIO} hears whole utterances: leave causal and largest_chunk out")
         return _raw_audio_config(processor, hidden_size, num_layers, num_heads, depthwise_kernel, dropout)
+    if architecture == WHISPER:
+        if attention != "mha" or causal or largest_chunk or time_masks or frequency_masks:
+            raise ValueError(
+                "a new whisper has attention mha, hears whole windows and masks nothing: leave attention, causal, "
+                "largest_chunk, time_masks and frequency_masks out"
+            )
+        return whisper_config(processor, hidden_size, num_layers, num_heads, feedforward_size, dropout)
     if attention == "gqa" and (kv_heads < 1 or num_heads % kv_heads):
         raise ValueError(f"num_heads {num_heads} is not divisible by kv_heads {kv_heads}")
     extractor = processor.feature_extractor
