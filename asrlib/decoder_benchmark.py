@@ -28,7 +28,7 @@ from asrlib.attention.cache import held_bytes, kv_cache_bytes
 from asrlib.benchmark import measured_on, take_turns
 from asrlib.command_line import add_debug, sentence, tell
 from asrlib.conversion.convert import latent_dim_for
-from asrlib.data.batches import CTCCollator, CTCDataset
+from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus
 from asrlib.models.families import FAMILIES, family_of, latent_modules
 from asrlib.models.inference import choose_device, inference
@@ -159,8 +159,8 @@ def kept_while_writing(
     for name, model in systems.items():
         counted = []
         for index in tqdm(range(len(corpus)), desc=f"{name} writes", unit="utt", leave=False):
-            dataset, device = CTCDataset(corpus[index : index + 1], processors[name]), choose_device(None, model)
-            features_1FS = CTCCollator(processors[name])([dataset[0]])[model.main_input_name]
+            dataset, device = SpeechDataset(corpus[index : index + 1], processors[name]), choose_device(None, model)
+            features_1FS = SpeechCollator(processors[name])([dataset[0]])[model.main_input_name]
             with inference(model, device=device):
                 told = family_of(model.config).head.prompt(model, processors[name])
                 _, cache = generate_and_keep(model, features_1FS.to(device, model.dtype), **told)

@@ -53,7 +53,7 @@ def strategy_arguments(model, settings, on_cpu: bool) -> dict:
         }
     check_sharding(settings, on_cpu)
     layers = sorted({type(layer).__name__ for layer in family_of(model.config).layers(model)})
-    return {  # and no bf16: FSDP would round parameters and inputs, but not buffers; CTCTrainer does it by autocast
+    return {  # and no bf16: FSDP would round parameters and inputs, but not buffers; SpeechTrainer does it by autocast
         "fsdp": True,
         "fsdp_config": {
             "transformer_layer_cls_to_wrap": layers,

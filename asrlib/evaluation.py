@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from asrlib.attention.chunks import Chunks
 from asrlib.command_line import add_debug, sentence, tell
-from asrlib.data.batches import CTCCollator, CTCDataset
+from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus, check_corpus
 from asrlib.data.normalising import HeardSoFar
 from asrlib.data.text import folded, whisper_normalised
@@ -68,7 +68,7 @@ def transcribe(
     device = choose_device(device, model)
     limits = {"batch_seconds": batch_seconds, "precision": precision}
     writes = family_of(model.config).head.reads_labels  # token by token, instead of frame by frame
-    dataset = CTCDataset(corpus, processor)
+    dataset = SpeechDataset(corpus, processor)
     if getattr(model.config, "feat_extract_norm", "layer") == "group":
         batches = [[i] for i in range(len(corpus))]  # this norm averages over the padding too
     else:
@@ -76,7 +76,7 @@ def transcribe(
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=CTCCollator(processor) if chunks is None else HeardSoFar(processor),
+        collate_fn=SpeechCollator(processor) if chunks is None else HeardSoFar(processor),
         # Decode the next batch while the accelerator computes.
         num_workers=0 if device.type == "cpu" else dataset.workers(4),
     )

@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traine
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, ProgressCallback
 
 from asrlib.attention.latent import LatentKV
-from asrlib.data.batches import CTCCollator, CTCDataset
+from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus
 from asrlib.distributed import average_batch_norm, process_count, rows_of_all, strategy_arguments, wait_for_all
 from asrlib.models.families import attention_modules, family_of, frame_counts, layer_frame_counts
@@ -98,7 +98,7 @@ def select_trainable(model, which: str) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-class CTCTrainer(Trainer):
+class SpeechTrainer(Trainer):
     """Trainer with batches bounded by seconds of audio, greedy transcripts as predictions, and a teacher."""
 
     def __init__(self, *args, settings: TrainingSettings, processor, teacher=None, **kwargs):
@@ -111,7 +111,7 @@ class CTCTrainer(Trainer):
         self.head = family_of(self.model.config).head
         self.teacher = teacher and teacher.to(self.args.device).eval().requires_grad_(False)
 
-    def _loader(self, dataset: CTCDataset, shuffle: bool) -> DataLoader:
+    def _loader(self, dataset: SpeechDataset, shuffle: bool) -> DataLoader:
         share = self.args.process_index, self.args.world_size
         loader = DataLoader(
             dataset,
@@ -302,15 +302,15 @@ def train(
             f"{process_count()}: start as many, or remove it to begin afresh"
         )
     marker = CheckpointMarker(facts["seconds"])
-    train_dataset = CTCDataset(training, processor, settings.speeds)
+    train_dataset = SpeechDataset(training, processor, settings.speeds)
     batches = train_dataset.batches(settings.batch_seconds, settings.seed, processes=process_count())
     steps_per_epoch = -(-len(batches) // settings.gradient_accumulation)
-    trainer = CTCTrainer(
+    trainer = SpeechTrainer(
         model=model,
         args=_arguments(folder, model, settings, steps_per_epoch, afresh=checkpoint is None),
-        data_collator=CTCCollator(processor, named=True),
+        data_collator=SpeechCollator(processor, named=True),
         train_dataset=train_dataset,
-        eval_dataset=CTCDataset(validation, processor),
+        eval_dataset=SpeechDataset(validation, processor),
         compute_metrics=lambda prediction: {"wer": _word_error_rate(prediction, processor, head)},
         callbacks=[marker, EarlyStoppingCallback(early_stopping_patience=settings.patience), *callbacks],
         settings=settings,

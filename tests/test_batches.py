@@ -9,7 +9,7 @@ from speech import make_processor, tone
 from transformers import LasrFeatureExtractor
 
 from asrlib.data.audio import UnusableAudio
-from asrlib.data.batches import BucketBatchSampler, CTCCollator, CTCDataset
+from asrlib.data.batches import BucketBatchSampler, SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus, Utterance
 
 
@@ -104,18 +104,18 @@ def test_an_epoch_resumed_half_way_goes_on_with_the_same_batches():
 def test_the_collator_pads_without_touching_what_is_there(tmp_path):
     processor = make_processor(tmp_path)
     long, short = {"audio": tone(0.5), "text": "a bee", "id": "l"}, {"audio": tone(0.2), "text": "it", "id": "s"}
-    batch = CTCCollator(processor)([long, short])
+    batch = SpeechCollator(processor)([long, short])
     assert batch["input_values"].shape == batch["attention_mask"].shape == (2, 8000)
     assert batch["attention_mask"].sum(1).tolist() == [8000, 3200]
     assert batch["labels"].dtype == torch.int64
     assert processor.tokenizer.convert_ids_to_tokens(batch["labels"][0]) == list("a|bee")
     assert batch["labels"][1, 2:].tolist() == [-100] * 3
 
-    alone = CTCCollator(processor)([short])
+    alone = SpeechCollator(processor)([short])
     torch.testing.assert_close(batch["input_values"][1, :3200], alone["input_values"][0])
     assert batch["input_values"][1, 3200:].abs().max() == 0
 
-    named = CTCCollator(processor, named=True)([long, short])
+    named = SpeechCollator(processor, named=True)([long, short])
     assert named.pop("utterances") == [("l", 0.5), ("s", 0.2)]
     assert named.keys() == batch.keys() and all(torch.equal(named[name], batch[name]) for name in batch)
 
@@ -123,11 +123,11 @@ def test_the_collator_pads_without_touching_what_is_there(tmp_path):
 def test_inputs_are_named_by_the_feature_extractor(tmp_path):
     processor = make_processor(tmp_path)
     items = [{"audio": tone(0.5), "text": "a bee"}, {"audio": tone(0.2), "text": "it"}]
-    heard = CTCCollator(processor)(items)
+    heard = SpeechCollator(processor)(items)
     assert list(heard) == ["input_values", "attention_mask", "labels"]
 
     processor.feature_extractor = LasrFeatureExtractor(feature_size=80)
-    seen = CTCCollator(processor)(items)
+    seen = SpeechCollator(processor)(items)
     assert list(seen) == ["input_features", "attention_mask", "labels"]
     assert seen["input_features"].shape == (2, 48, 80) and seen["input_features"].dtype == torch.float32
     assert seen["attention_mask"].sum(1).tolist() == [48, 18]  # windows of 25 ms that fit, one every 10 ms
@@ -138,7 +138,7 @@ def test_audio_that_is_gone_since_it_was_checked_is_named(tmp_path, processor):
     path = tmp_path / "7-8-9.wav"
     soundfile.write(path, np.zeros(8000, np.float32), 16_000)
     utterance = Utterance("7-8-9", "A", "7", 0.5, str(path), partial(open, path, "rb"))
-    dataset = CTCDataset(Corpus("one", "train", (utterance,)), processor)
+    dataset = SpeechDataset(Corpus("one", "train", (utterance,)), processor)
     assert len(dataset[0]["audio"]) == 8000
     path.write_bytes(b"")
     with pytest.raises(UnusableAudio, match=f"7-8-9 in {path}: audio cannot be decoded"):

@@ -6,7 +6,7 @@ import torch
 
 from asrlib import convert
 from asrlib.models.scratch import new_processor
-from asrlib.training import CTCTrainer, TrainingSettings, posterior_divergence, relative_squared_error, train
+from asrlib.training import SpeechTrainer, TrainingSettings, posterior_divergence, relative_squared_error, train
 
 QUIET = dict(hidden_dropout=0.0, activation_dropout=0.0, attention_dropout=0.0, conformer_conv_dropout=0.0,
              feat_proj_dropout=0.0, final_dropout=0.0, mask_time_prob=0.0)  # fmt: skip
@@ -38,14 +38,14 @@ def losses(tmp_path, monkeypatch):
     def first(latent_dim: int, **weights) -> float:
         teacher, seen = tiny.conformer(**QUIET), []
         model = convert(teacher, latent_dim)
-        original = CTCTrainer.compute_loss
+        original = SpeechTrainer.compute_loss
 
         def compute_loss(self, model, *args, **kwargs):
             loss = original(self, model, *args, **kwargs)
             seen.append((loss[0] if isinstance(loss, tuple) else loss).item())
             return loss
 
-        monkeypatch.setattr(CTCTrainer, "compute_loss", compute_loss)
+        monkeypatch.setattr(SpeechTrainer, "compute_loss", compute_loss)
         chosen = settings(trainable="attention", epochs=0.01, batch_seconds=60.0, **weights)
         train(
             model,

@@ -32,7 +32,7 @@ from asrlib.models.scratch import new_processor
 from asrlib.parameters import BadParameter
 from asrlib.preflight import check_surroundings
 from asrlib.runs import read_json, write_json
-from asrlib.training import CTCTrainer, TrainingSettings, checkpoint_folder, last_checkpoint, train
+from asrlib.training import SpeechTrainer, TrainingSettings, checkpoint_folder, last_checkpoint, train
 from asrlib.training_job import main
 
 BATCH_SECONDS = 3.0
@@ -83,14 +83,14 @@ def trained(folder: Path, kind: str, **changes) -> dict[str, Any]:
 def trained_until(step: int, act: Callable, *args, training_of: Callable = trained, **changes) -> dict[str, Any]:
     """The same, but `act` is called with the model when so many steps are behind it."""
 
-    original = CTCTrainer.training_step
+    original = SpeechTrainer.training_step
 
     def training_step(self, *inputs):
         if self.state.global_step == step:
             act(self.model)
         return original(self, *inputs)
 
-    CTCTrainer.training_step = training_step
+    SpeechTrainer.training_step = training_step
     return training_of(*args, **changes)
 
 

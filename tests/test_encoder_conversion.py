@@ -19,7 +19,7 @@ from asrlib.attention.kinds import KINDS
 from asrlib.conversion.convert import decompose, measure_sensitivity
 from asrlib.conversion.factorize import METHODS
 from asrlib.conversion.grouped import GROUPING_METHODS, group_heads, to_grouped_attention
-from asrlib.data.batches import CTCCollator, CTCDataset
+from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.features import feature_statistics
 from asrlib.evaluation import transcribe
 from asrlib.models.encoder import BLOCKS
@@ -57,7 +57,7 @@ def statistics(model):
 
 def heard(count: int = 5) -> dict[str, torch.Tensor]:
     """A padded batch as a model hears it."""
-    batch = CTCCollator(PROCESSOR)(list(CTCDataset(tiny.corpus(count, seed=50), PROCESSOR)))
+    batch = SpeechCollator(PROCESSOR)(list(SpeechDataset(tiny.corpus(count, seed=50), PROCESSOR)))
     assert not batch["attention_mask"].all()
     return {name: values for name, values in batch.items() if name != "labels"}
 

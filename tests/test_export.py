@@ -14,7 +14,7 @@ from transformers import AutoModelForCTC, Wav2Vec2ConformerForCTC
 
 import asrlib
 from asrlib.attention.kinds import KINDS, MultiHeadAttention
-from asrlib.data.batches import CTCCollator, CTCDataset
+from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.export.__main__ import main
 from asrlib.export.folders import standard, write_folder, write_hub_folder
 from asrlib.export.modules import self_contained
@@ -54,8 +54,8 @@ def models() -> dict[str, tuple[torch.nn.Module, object, dict]]:
     }
     for family, make in family_models.FAMILIES.items():
         processor = family_models.processor_of(family)
-        speech = list(CTCDataset(tiny.corpus(1), processor))  # what is said of padding differs between classes
-        made[family] = (asrlib.convert(make(), latent_dim=7), processor, CTCCollator(processor)(speech))
+        speech = list(SpeechDataset(tiny.corpus(1), processor))  # what is said of padding differs between classes
+        made[family] = (asrlib.convert(make(), latent_dim=7), processor, SpeechCollator(processor)(speech))
     return made
 
 

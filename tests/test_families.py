@@ -15,7 +15,7 @@ import asrlib
 from asrlib.attention.names import projections
 from asrlib.conversion.convert import convert
 from asrlib.conversion.quality import analyze_compression_quality, summarise_quality
-from asrlib.data.batches import CTCCollator, CTCDataset
+from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.text import label_ids, normalise_text, unknown_characters
 from asrlib.evaluation import transcribe
 from asrlib.models.families import (
@@ -48,8 +48,8 @@ METHODS = ("svd", "whitened", "two_sided", "attended")
 
 def batch_of(family: str, count: int = 4) -> dict[str, torch.Tensor]:
     """Noise of different lengths as the model reads it, with labels."""
-    items = list(CTCDataset(tiny.corpus(), processor_of(family)))[:count]
-    return CTCCollator(processor_of(family))(items)
+    items = list(SpeechDataset(tiny.corpus(), processor_of(family)))[:count]
+    return SpeechCollator(processor_of(family))(items)
 
 
 @torch.no_grad()
@@ -187,7 +187,7 @@ def test_all_load_back_wherever_asrlib_was_imported(tmp_path):
         model, processor = asrlib.load(folder)
         assert type(model) is type(latent) and type(processor) is type(processor_of(family))
         assert torch.equal(spoken(model, batch), spoken(latent, batch))
-        again = CTCCollator(processor)(list(CTCDataset(tiny.corpus(), processor))[:4])
+        again = SpeechCollator(processor)(list(SpeechDataset(tiny.corpus(), processor))[:4])
         assert all(torch.equal(again[name], values) for name, values in batch.items())
         wanted[family] = spoken(latent, batch)
         torch.save(batch, folder / "batch.pt")
@@ -223,7 +223,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
 @pytest.mark.parametrize("samples", [3_000, 5_123, 8_000, 12_345, 16_000])
 def test_frames_of_audio_are_those_of_the_logits(family, samples):
     model, noise = FAMILIES[family](), np.random.default_rng(0).normal(scale=0.1, size=samples).astype(np.float32)
-    batch = CTCCollator(processor_of(family))([{"audio": noise, "text": "A"}])
+    batch = SpeechCollator(processor_of(family))([{"audio": noise, "text": "A"}])
     del batch["labels"]
     with torch.no_grad():
         assert model(**batch).logits.shape[1] == frames_of(model)(samples) > 0

@@ -10,7 +10,7 @@ from speech import tone
 from transformers import AutoProcessor, LasrFeatureExtractor, Wav2Vec2Processor
 
 from asrlib.data.audio import SAMPLE_RATE, change_speed
-from asrlib.data.batches import CTCCollator, CTCDataset
+from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus
 from asrlib.data.features import SMALLEST_STD, feature_statistics, log_mel
 
@@ -46,11 +46,11 @@ def test_a_shift_of_no_whole_samples_is_refused(shift_ms):
 @pytest.mark.parametrize("shift_ms", [10.0, 5.0])
 def test_features_in_a_padded_batch_are_those_of_the_utterance_alone(processor, shift_ms):
     mel = mel_processor(processor, log_mel(frame_shift_ms=shift_ms))
-    items = list(CTCDataset(tiny.corpus(5), mel))
-    batch = CTCCollator(mel)(items)
+    items = list(SpeechDataset(tiny.corpus(5), mel))
+    batch = SpeechCollator(mel)(items)
     assert batch["attention_mask"].dtype == torch.bool and not batch["attention_mask"].all()
     for item, features_TF, kept_T in zip(items, batch["input_features"], batch["attention_mask"], strict=True):
-        alone = CTCCollator(mel)([item])
+        alone = SpeechCollator(mel)([item])
         assert alone["attention_mask"].all()
         assert kept_T[: kept_T.sum()].all()
         torch.testing.assert_close(features_TF[kept_T], alone["input_features"][0])
@@ -99,7 +99,7 @@ def test_faster_speech_is_as_much_shorter_and_higher(speed):
 
 def test_a_data_set_holds_every_utterance_at_every_speed(processor):
     corpus = tiny.corpus(4)
-    plain, items = CTCDataset(corpus, processor), CTCDataset(corpus, processor, SPEEDS)
+    plain, items = SpeechDataset(corpus, processor), SpeechDataset(corpus, processor, SPEEDS)
     assert (len(plain), len(items)) == (4, 12)
     assert plain.seconds == [utterance.seconds for utterance in corpus]
     for i, item in enumerate(items):
@@ -117,12 +117,12 @@ def test_a_data_set_holds_every_utterance_at_every_speed(processor):
 @pytest.mark.parametrize("speeds", [(), (0.0,), (1.0, -1.1), (float("inf"),), (float("nan"),)])
 def test_speeds_that_mean_nothing_are_refused(processor, speeds):
     with pytest.raises(ValueError, match="give at least one, all positive"):
-        CTCDataset(tiny.corpus(1), processor, speeds)
+        SpeechDataset(tiny.corpus(1), processor, speeds)
 
 
 def test_speech_too_fast_for_its_text_costs_nothing(processor):
     corpus = Corpus("noise", "train", (replace(tiny.corpus(1)[0], text="ATE " * 4),))
     model = tiny.conformer()
-    slow, fast = (CTCCollator(processor)([item]) for item in CTCDataset(corpus, processor, (0.5, 4.0)))
+    slow, fast = (SpeechCollator(processor)([item]) for item in SpeechDataset(corpus, processor, (0.5, 4.0)))
     assert model(**slow).loss > 0
     assert model(**fast).loss == 0

@@ -13,7 +13,7 @@ import asrlib
 from asrlib.attention.cache import held_bytes
 from asrlib.conversion.convert import convert
 from asrlib.conversion.quality import analyze_compression_quality, summarise_quality
-from asrlib.data.batches import CTCCollator, CTCDataset
+from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.models.families import attention_modules, family_of, frame_counts, frames_of, run
 from asrlib.models.inference import zero_attention
 from asrlib.window_benchmark import benchmark_windows, window_models
@@ -198,7 +198,7 @@ def test_windows_are_measured_full():
 @pytest.mark.parametrize("layout", ["joint", "split"])
 def test_each_method_lowers_the_error_that_it_is_about(layout, statistics):
     model, processor = nemotron(), processor_of("nemotron")
-    batch = CTCCollator(processor)(list(CTCDataset(tiny.corpus(), processor))[:4])
+    batch = SpeechCollator(processor)(list(SpeechDataset(tiny.corpus(), processor))[:4])
     found = {}
     for method in ("svd", "whitened", "two_sided", "attended"):
         latent = convert(model, 6 if layout == "joint" else 12, layout=layout, method=method, statistics=statistics)
@@ -266,7 +266,7 @@ def test_a_parakeet_with_a_transducer():
 @pytest.mark.parametrize("samples", [3_000, 5_123, 16_000])
 def test_frames_of_audio_are_those_of_the_encoder(samples):
     model, noise = nemotron(), np.random.default_rng(0).normal(scale=0.1, size=samples).astype(np.float32)
-    batch = CTCCollator(processor_of("nemotron"))([{"audio": noise, "text": "A"}])
+    batch = SpeechCollator(processor_of("nemotron"))([{"audio": noise, "text": "A"}])
     assert len(spoken(model, {name: batch[name] for name in ("input_features", "attention_mask")}, 1)) == frames_of(
         model
     )(samples)

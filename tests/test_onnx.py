@@ -12,7 +12,7 @@ import torch
 
 import asrlib
 from asrlib.attention.chunks import Chunks
-from asrlib.data.batches import CTCCollator, CTCDataset
+from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.export.__main__ import main
 from asrlib.export.folders import write_folder
 from asrlib.export.onnx_check import check_agrees, session, stream_logits
@@ -36,7 +36,7 @@ def of_family(family: str, **changes) -> tuple:
 
     def inputs() -> dict[str, torch.Tensor]:
         processor = family_models.processor_of(family)
-        return CTCCollator(processor)(list(CTCDataset(tiny.corpus(3), processor)))
+        return SpeechCollator(processor)(list(SpeechDataset(tiny.corpus(3), processor)))
 
     return lambda: asrlib.convert(family_models.FAMILIES[family](**changes), latent_dim=7), inputs
 

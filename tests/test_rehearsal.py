@@ -24,12 +24,12 @@ from torch import nn
 from transformers import TrainingArguments, Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
 
 import asrlib
-from asrlib.data.batches import CTCCollator, CTCDataset
+from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import open_corpus
 from asrlib.models.scratch import new_processor
 from asrlib.parameters import read_params_file
 from asrlib.runs import read_json
-from asrlib.training import CTCTrainer, TrainingSettings, train
+from asrlib.training import SpeechTrainer, TrainingSettings, train
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = [path.stem for path in sorted((ROOT / "notebooks").glob("0*.ipynb"))]
@@ -196,13 +196,13 @@ def test_nobody_is_asked_to_convert_a_bin(hub, monkeypatch):
 
 def fine_tune(folder: Path, monkeypatch, model=None, **changes) -> tuple[nn.Module, list]:
     """Two steps of the settings of params/quick.yaml on the CPU → (the model, what the trainer wraps around it)."""
-    wrapped, original = [], CTCTrainer.training_step
+    wrapped, original = [], SpeechTrainer.training_step
 
     def training_step(self, given, *args, **kwargs):
         wrapped.append(type(given))
         return original(self, given, *args, **kwargs)
 
-    monkeypatch.setattr(CTCTrainer, "training_step", training_step)
+    monkeypatch.setattr(SpeechTrainer, "training_step", training_step)
     quick = read_params_file(ROOT / "params" / "quick.yaml")
     names = ("trainable", "ctc_weight", "kl_weight", "hidden_weight", "warmup_ratio", "precision")
     settings = {name: quick[name] for name in (*names, "gradient_checkpointing")}
@@ -286,7 +286,7 @@ def test_processes_that_load_data_can_be_sent_all_they_need(librispeech, tmp_pat
         rows = [{"audio": {"bytes": Path(u.where).read_bytes(), "path": None}, "text": u.text} for u in corpus]
         datasets.Dataset.from_list(rows).to_parquet(tmp_path / "test.other.parquet")
         corpus = open_corpus(tmp_path, "test-other")
-    loaded = CTCDataset(corpus, new_processor()), CTCCollator(new_processor())
+    loaded = SpeechDataset(corpus, new_processor()), SpeechCollator(new_processor())
     batches = [collate([dataset[0]]) for dataset, collate in (loaded, pickle.loads(pickle.dumps(loaded)))]
     assert_equal_tensors(*batches)
 

@@ -23,13 +23,13 @@ from pyarrow import parquet
 from torch.utils.data import DataLoader
 
 from asrlib.data import batches, remote
-from asrlib.data.batches import CTCDataset
+from asrlib.data.batches import SpeechDataset
 from asrlib.data.corpus import SAMPLE_RATE, Corpus, open_corpus
 from asrlib.data.remote import UnreadableShard
 from asrlib.data.splits import check_splits
 from asrlib.parameters import BadParameter
 from asrlib.preflight import check_surroundings
-from asrlib.training import CTCTrainer, TrainingSettings, train
+from asrlib.training import SpeechTrainer, TrainingSettings, train
 
 SHARDS = {  # of the layout of openslr/librispeech_asr: number of utterances
     "all/train.clean.100/0000.parquet": 5,
@@ -131,7 +131,7 @@ def test_it_is_the_speech_of_the_folder(tmp_path, kind, named):
         assert list(map(facts, there)) == list(map(facts, here))
         for one, other in zip(there, here, strict=True):
             np.testing.assert_array_equal(one.audio(), other.audio())
-        streamed, local = (list(CTCDataset(corpus, None).batches(2.0)) for corpus in (there, here))
+        streamed, local = (list(SpeechDataset(corpus, None).batches(2.0)) for corpus in (there, here))
         assert streamed == local  # as long as all of it fits into memory
 
 
@@ -264,7 +264,7 @@ def test_a_connection_lost_for_good_is_said_and_rejects_nothing(monkeypatch, pro
     with pytest.raises(UnreadableShard, match=said):
         corpus.usable(processor, frames=lambda samples: samples // 320)
     with pytest.raises(UnreadableShard, match=said):
-        CTCDataset(corpus, processor)[0]
+        SpeechDataset(corpus, processor)[0]
 
 
 # ---- fetching ----------------------------------------------------------------------------------------------
@@ -297,9 +297,9 @@ def test_what_goes_to_another_process_is_where_the_audio_is(tmp_path, processor)
     assert len(pickle.dumps(corpus)) == before < corpus.seconds * SAMPLE_RATE
     for moved in copy.deepcopy(corpus), pickle.loads(pickle.dumps(corpus)):
         np.testing.assert_array_equal(moved[12].audio(), expected[12])
-    dataset = CTCDataset(corpus, processor)
+    dataset = SpeechDataset(corpus, processor)
     assert dataset.workers(4) == 1 and dataset.workers(0) == 0
-    assert CTCDataset(tiny.corpus(), processor).workers(4) == 4
+    assert SpeechDataset(tiny.corpus(), processor).workers(4) == 4
     for item, audio in zip(DataLoader(dataset, None, num_workers=1), expected, strict=True):
         np.testing.assert_array_equal(item["audio"], audio)
 
@@ -334,7 +334,7 @@ def small_memory(monkeypatch, corpus: Corpus, groups: float) -> None:
 def test_an_epoch_fetches_each_row_group_once_and_holds_no_more_than_fit(monkeypatch, opened, processor, shuffle):
     corpus = open_corpus(write(URL), "train-clean-100")
     small_memory(monkeypatch, corpus, 2.5)
-    dataset = CTCDataset(corpus, processor, speeds=(0.9, 1.0))
+    dataset = SpeechDataset(corpus, processor, speeds=(0.9, 1.0))
     sampler, again = (dataset.batches(2.0, seed=3, shuffle=shuffle) for _ in range(2))
     assert len(sampler.windows) > 2
     epochs = []
@@ -366,7 +366,7 @@ def test_processes_share_the_batches_of_one_and_the_halved_stay_in_their_window(
 ):
     corpus = open_corpus(write(URL), "train-clean-100")
     small_memory(monkeypatch, corpus, 2.5)
-    dataset = CTCDataset(corpus, processor)
+    dataset = SpeechDataset(corpus, processor)
     shares = [dataset.batches(2.0, 1, shuffle, process, processes) for process in range(processes)]
     assert {len(list(share)) for share in shares} == {len(shares[0])}
     dealt = [batch for step in zip(*shares, strict=True) for batch in step]
@@ -398,10 +398,10 @@ def trained(folder: Path, processor) -> tuple[list[dict], dict[str, torch.Tensor
 def test_training_interrupted_amid_an_epoch_ends_as_if_it_was_not(tmp_path, monkeypatch, processor):
     small_memory(monkeypatch, open_corpus(write(URL), "train-clean-100"), 2.5)
     history, weights = trained(tmp_path / "whole", processor)
-    streamed = CTCDataset(open_corpus(URL, "train-clean-100"), processor)
+    streamed = SpeechDataset(open_corpus(URL, "train-clean-100"), processor)
     epoch, others = (len(streamed.batches(1.4, seed)) for seed in (SEED, SEED + 1))
     assert history[-1]["step"] == 2 * epoch != 2 * others
-    step, original = epoch + epoch // 2 + 1, CTCTrainer.training_step
+    step, original = epoch + epoch // 2 + 1, SpeechTrainer.training_step
 
     def training_step(self, *args, **kwargs):
         if self.state.global_step == step:
@@ -409,7 +409,7 @@ def test_training_interrupted_amid_an_epoch_ends_as_if_it_was_not(tmp_path, monk
         return original(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CTCTrainer, "training_step", training_step)
+        patch.setattr(SpeechTrainer, "training_step", training_step)
         with pytest.raises(KeyboardInterrupt):
             trained(tmp_path / "resumed", processor)
     [left] = [int(path.name.split("-")[1]) for path in (tmp_path / "resumed").glob("checkpoint-*")][-1:]

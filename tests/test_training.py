@@ -28,7 +28,7 @@ from asrlib.models.scratch import new_processor
 from asrlib.runs import read_json, resolve, write_json
 from asrlib.training import (
     CHECKPOINT_MARKER,
-    CTCTrainer,
+    SpeechTrainer,
     TrainingResult,
     TrainingSettings,
     last_checkpoint,
@@ -66,7 +66,7 @@ def run(folder, model=None, count: int = 12, **changes) -> Outcome:
 
 def at_step(step: int, act):
     """A training step that does `act` first, once `step` steps are behind it."""
-    original = CTCTrainer.training_step
+    original = SpeechTrainer.training_step
 
     def training_step(self, *args, **kwargs):
         if self.state.global_step == step:
@@ -148,7 +148,7 @@ def test_statistics_of_a_trained_batch_norm_move(tmp_path):
 def test_batch_norm_can_be_trained_after_it_was_frozen_and_interrupted(tmp_path, monkeypatch):
     model = tiny.conformer()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(CTCTrainer, "training_step", at_step(1, interrupt))
+        patch.setattr(SpeechTrainer, "training_step", at_step(1, interrupt))
         run(tmp_path / "frozen", model, trainable="attention", epochs=1)
     run(tmp_path / "all", model, epochs=1)
     assert model.wav2vec2_conformer.encoder.layers[0].conv_module.batch_norm.num_batches_tracked > 0
@@ -220,7 +220,7 @@ def test_a_plateau_of_word_errors_halves_the_learning_rate(tmp_path, monkeypatch
     scripted(monkeypatch, 0.1, 0.9, 0.8, 0.8, 0.8, 0.7, 0.7)  # what the untrained model is worth does not count
     plateau = dict(scheduler="reduce_lr_on_plateau", learning_rate=0.01, epochs=6, evaluations_per_epoch=1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # between the two that see no progress
-        patch.setattr(CTCTrainer, "training_step", at_step(3 * STEPS_PER_EPOCH + 1, interrupt))
+        patch.setattr(SpeechTrainer, "training_step", at_step(3 * STEPS_PER_EPOCH + 1, interrupt))
         run(tmp_path, **plateau)
     result = run(tmp_path, **plateau).result
     rates = {-(-row["step"] // STEPS_PER_EPOCH): row["learning_rate"] for row in result.history if "loss" in row}
@@ -230,13 +230,13 @@ def test_a_plateau_of_word_errors_halves_the_learning_rate(tmp_path, monkeypatch
 def test_speech_is_trained_on_at_every_speed_and_validated_at_its_own(tmp_path, monkeypatch):
     lengths: dict[str, list[int]] = {"training_step": [], "prediction_step": []}
     for method, seen in lengths.items():
-        original = getattr(CTCTrainer, method)
+        original = getattr(SpeechTrainer, method)
 
         def step(self, model, inputs, *args, original=original, seen=seen, **kwargs):
             seen.extend(inputs["attention_mask"].sum(-1).tolist())
             return original(self, model, inputs, *args, **kwargs)
 
-        monkeypatch.setattr(CTCTrainer, method, step)
+        monkeypatch.setattr(SpeechTrainer, method, step)
     run(tmp_path, epochs=1, evaluations_per_epoch=1, speeds=(0.9, 1.0, 1.1))
     samples = [len(utterance.audio()) for utterance in tiny.corpus()]
     assert sorted(lengths["training_step"]) == sorted(round(n / speed) for n in samples for speed in (0.9, 1.0, 1.1))
@@ -247,7 +247,7 @@ def test_accumulated_batches_weigh_as_much_as_one_large_batch(tmp_path, monkeypa
     same = tiny.corpus(1)[:1].utterances * 8
     corpus = Corpus("noise", "train", same)
     logged, batches = [], []
-    monkeypatch.setattr(CTCTrainer, "training_step", at_step(0, lambda: batches.append(1)))
+    monkeypatch.setattr(SpeechTrainer, "training_step", at_step(0, lambda: batches.append(1)))
     for batch_seconds, accumulation in ((same[0].seconds, 4), (4.001 * same[0].seconds, 1)):
         quiet = dict(hidden_dropout=0, activation_dropout=0, attention_dropout=0, conformer_conv_dropout=0)
         model = tiny.conformer(**quiet, final_dropout=0, mask_time_prob=0)
@@ -273,13 +273,13 @@ def test_gradient_checkpointing_ends_with_the_same_weights(tmp_path):
 
 
 def test_batches_are_composed_anew_in_every_epoch_and_by_every_seed(tmp_path, monkeypatch):
-    original, seen = CTCTrainer.training_step, []
+    original, seen = SpeechTrainer.training_step, []
 
     def training_step(self, model, inputs, *args):
         seen.append(sorted(inputs["attention_mask"].sum(-1).tolist()))  # durations tell the utterances apart
         return original(self, model, inputs, *args)
 
-    monkeypatch.setattr(CTCTrainer, "training_step", training_step)
+    monkeypatch.setattr(SpeechTrainer, "training_step", training_step)
     for seed in (0, 0, 1):
         run(tmp_path / str(len(seen)), epochs=2, seed=seed)
     epochs = [seen[start : start + STEPS_PER_EPOCH] for start in range(0, len(seen), STEPS_PER_EPOCH)]
@@ -335,7 +335,7 @@ def test_a_loss_that_is_no_number_ends_the_training(tmp_path, monkeypatch):
     def poison():
         model.lm_head.bias.data.fill_(float("nan"))
 
-    monkeypatch.setattr(CTCTrainer, "training_step", at_step(STEPS_PER_EPOCH + 1, poison))
+    monkeypatch.setattr(SpeechTrainer, "training_step", at_step(STEPS_PER_EPOCH + 1, poison))
     with pytest.raises(FloatingPointError) as error:
         run(tmp_path, model, evaluations_per_epoch=1)
     assert f"the loss is nan at step {STEPS_PER_EPOCH + 1}: lower learning_rate" in str(error.value)
@@ -345,7 +345,7 @@ def test_a_loss_that_is_no_number_ends_the_training(tmp_path, monkeypatch):
 def test_a_loss_that_is_no_number_names_its_batch_and_leaves_the_best_checkpoint(tmp_path, monkeypatch):
     scripted(monkeypatch, 0.9, 0.2, 0.6, 0.5)  # the best is not the last
     model, batches = tiny.conformer(), []
-    original = CTCTrainer.training_step
+    original = SpeechTrainer.training_step
 
     def training_step(self, model, inputs, *args):
         batches.append([id for id, _ in inputs["utterances"]])
@@ -353,7 +353,7 @@ def test_a_loss_that_is_no_number_names_its_batch_and_leaves_the_best_checkpoint
             model.lm_head.bias.data.fill_(float("nan"))
         return original(self, model, inputs, *args)
 
-    monkeypatch.setattr(CTCTrainer, "training_step", training_step)
+    monkeypatch.setattr(SpeechTrainer, "training_step", training_step)
     with pytest.raises(FloatingPointError) as error:
         run(tmp_path, model)
     assert f"It came of a batch of {len(batches[-1])} utterances" in str(error.value)
@@ -380,7 +380,7 @@ def test_an_undisturbed_run_is_worth_comparing_with(undisturbed):
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 7, 11])  # checkpoints lie at the even ones, epochs end at 4, 8, 12
 def test_an_interruption_leaves_no_trace(undisturbed, tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(CTCTrainer, "training_step", at_step(step, interrupt))
+        patch.setattr(SpeechTrainer, "training_step", at_step(step, interrupt))
         run(tmp_path)
     assert (last_checkpoint(tmp_path) is None) == (step < 2)
     assert_same_run(run(tmp_path), undisturbed)
@@ -400,7 +400,7 @@ def test_an_interruption_leaves_no_trace_whatever_the_settings(tmp_path, monkeyp
     whole = run(tmp_path / "whole", **changes)
     assert whole.result.steps > step
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(CTCTrainer, "training_step", at_step(step, interrupt))
+        patch.setattr(SpeechTrainer, "training_step", at_step(step, interrupt))
         run(tmp_path / "cut", **changes)
     assert 0 < int(last_checkpoint(tmp_path / "cut").name.split("-")[1]) < step
     assert_same_run(run(tmp_path / "cut", **changes), whole)
@@ -409,7 +409,7 @@ def test_an_interruption_leaves_no_trace_whatever_the_settings(tmp_path, monkeyp
 @pytest.mark.parametrize("method", ["_save_optimizer_and_scheduler", "_save_rng_state"])
 def test_a_checkpoint_that_is_not_whole_is_ignored(undisturbed, tmp_path, monkeypatch, method):
     """Interrupted after the weights of a checkpoint are written, before the rest of it is."""
-    original = getattr(CTCTrainer, method)
+    original = getattr(SpeechTrainer, method)
 
     def save(self, output_dir):
         if self.state.global_step == 6:
@@ -417,7 +417,7 @@ def test_a_checkpoint_that_is_not_whole_is_ignored(undisturbed, tmp_path, monkey
         original(self, output_dir)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(CTCTrainer, method, save)
+        patch.setattr(SpeechTrainer, method, save)
         run(tmp_path)
     assert (tmp_path / "checkpoint-6" / "model.safetensors").is_file()
     assert last_checkpoint(tmp_path).name == "checkpoint-4"
@@ -441,7 +441,7 @@ def test_leftovers_of_other_checkpoints_do_not_disturb(undisturbed, tmp_path):
 def test_patience_is_remembered(tmp_path, monkeypatch):
     scripted(monkeypatch, 0.9, 0.5, 0.6, 0.7, 0.1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(CTCTrainer, "training_step", at_step(5, interrupt))
+        patch.setattr(SpeechTrainer, "training_step", at_step(5, interrupt))
         run(tmp_path, patience=2)
     result = run(tmp_path, patience=2).result
     assert result.stopped_early and evaluated_steps(result) == [0, 2, 4, 6]
@@ -456,7 +456,7 @@ def test_a_run_that_came_to_its_end_is_not_continued(tmp_path, monkeypatch, chan
     def another_step(*args, **kwargs):
         raise AssertionError("there is nothing left to train")
 
-    monkeypatch.setattr(CTCTrainer, "training_step", another_step)
+    monkeypatch.setattr(SpeechTrainer, "training_step", another_step)
     again = run(tmp_path, tiny.conformer().train(), **changes)
     assert_same_run(again, first)
     assert not again.model.training
@@ -475,7 +475,7 @@ def test_an_interruption_while_all_checkpoints_are_removed_leaves_no_trace(undis
 
 def test_a_run_folder_can_be_moved(undisturbed, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(CTCTrainer, "training_step", at_step(11, interrupt))
+        patch.setattr(SpeechTrainer, "training_step", at_step(11, interrupt))
         run(tmp_path / "here")
     (tmp_path / "here").rename(tmp_path / "there")
     assert_same_run(run(tmp_path / "there"), undisturbed)
@@ -492,7 +492,7 @@ def test_a_relative_folder_starts_at_the_project_root(tmp_path, monkeypatch):
 
 def test_seconds_add_up_over_resumptions(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(CTCTrainer, "training_step", at_step(3, interrupt))
+        patch.setattr(SpeechTrainer, "training_step", at_step(3, interrupt))
         run(tmp_path, epochs=1)
     marker = last_checkpoint(tmp_path) / CHECKPOINT_MARKER
     spent = read_json(marker)
@@ -520,5 +520,5 @@ def test_a_killed_process_leaves_no_trace(undisturbed, tmp_path):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    CTCTrainer.training_step = at_step(int(sys.argv[2]), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    SpeechTrainer.training_step = at_step(int(sys.argv[2]), lambda: os.kill(os.getpid(), signal.SIGKILL))
     run(sys.argv[1])

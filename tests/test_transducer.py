@@ -9,7 +9,7 @@ from family_models import nemotron, parakeet_rnnt, processor_of
 
 import asrlib
 from asrlib.conversion.convert import convert
-from asrlib.data.batches import CTCCollator, CTCDataset
+from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.models.families import attention_modules, frame_counts
 from asrlib.models.transducer import transducer_logits, transducer_loss
 from asrlib.training import TrainingSettings, train
@@ -89,16 +89,16 @@ def loss_of(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def batch_of(count: int = 4) -> dict[str, torch.Tensor]:
     processor = processor_of("nemotron")
-    return CTCCollator(processor)(list(CTCDataset(tiny.corpus(), processor))[:count])
+    return SpeechCollator(processor)(list(SpeechDataset(tiny.corpus(), processor))[:count])
 
 
 @pytest.mark.parametrize("make", [nemotron, parakeet_rnnt])
 def test_an_utterance_loses_alone_what_it_loses_in_a_batch(make):
     model, processor = make(), processor_of("nemotron")
-    items = list(CTCDataset(tiny.corpus(), processor))[:3]
+    items = list(SpeechDataset(tiny.corpus(), processor))[:3]
     with torch.no_grad():
-        together = loss_of(model, CTCCollator(processor)(items))
-        alone = torch.cat([loss_of(model, CTCCollator(processor)([item])) for item in items])
+        together = loss_of(model, SpeechCollator(processor)(items))
+        alone = torch.cat([loss_of(model, SpeechCollator(processor)([item])) for item in items])
     torch.testing.assert_close(together, alone, atol=1e-3, rtol=1e-4)
 
 

@@ -14,7 +14,7 @@ from asrlib.attention.cache import held_bytes
 from asrlib.conversion.convert import convert, decompose, measure_sensitivity
 from asrlib.conversion.quality import analyze_compression_quality, summarise_quality
 from asrlib.conversion.statistics import observed
-from asrlib.data.batches import CTCCollator, CTCDataset
+from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.models.families import attention_modules, attention_parts, latent_modules
 from asrlib.models.whisper import CACHED, PARTS, generate_and_keep
 
@@ -28,7 +28,7 @@ ENGLISH = dict(language="en", task="transcribe")
 def batch_of(count: int = 4, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Noise of different lengths as the model reads it, with labels."""
     processor = processor_of("whisper")
-    batch = CTCCollator(processor)(list(CTCDataset(tiny.corpus(count), processor)))
+    batch = SpeechCollator(processor)(list(SpeechDataset(tiny.corpus(count), processor)))
     return batch | {"input_features": batch["input_features"].to(dtype)}
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from asrlib.attention.names import attends_across, call_arguments, is_rotary, projections
 from asrlib.conversion.factorize import InputMoments, Moments
-from asrlib.data.batches import CTCCollator, CTCDataset
+from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus, check_corpus
 from asrlib.models.families import (
     attention_parts,
@@ -346,9 +346,9 @@ def collect_statistics(
         raise ValueError(f"calibration on {corpus.split!r} would spoil the test: give a training split")
     home, device = choose_device(None, model), choose_device(device, model)
     corpus = corpus.excerpt(max_seconds)
-    dataset = CTCDataset(corpus, processor)
+    dataset = SpeechDataset(corpus, processor)
     sampler = dataset.batches(batch_seconds, shuffle=False)
-    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=CTCCollator(processor))
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=SpeechCollator(processor))
     unread = set() if family_of(model.config).head.reads_labels else {"labels"}
     speech = CalibrationSpeech(loader, device, frozenset(unread))
     limits = {"batch_seconds": batch_seconds, "method": "attended" if attention else None}

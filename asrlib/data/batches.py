@@ -145,7 +145,7 @@ def _count_that_fits(longest: float, batch_seconds: float) -> int:
     return count - 1 if count > 1 and count * longest > batch_seconds else count  # the quotient may round up
 
 
-class CTCDataset(Dataset):
+class SpeechDataset(Dataset):
     """{"audio": float32 [samples] at 16 kHz, "text": normalised transcript, "id"} per utterance and speed.
 
     The speeds of an utterance follow each other: item i is utterance i // len(speeds) at speed i % len(speeds), and
@@ -192,8 +192,8 @@ def padded_samples(processor) -> int:
     return getattr(getattr(processor, "feature_extractor", None), "n_samples", 0)
 
 
-class CTCCollator:
-    """Items of CTCDataset → {NAME, attention_mask, labels}.
+class SpeechCollator:
+    """Items of SpeechDataset → {NAME, attention_mask, labels}.
 
     NAME is what the processor's feature extractor calls that which a model reads: input_values [B, S] for samples of
     audio, input_features [B, T, F] for frames of features (Whisper's: [B, F, T], always of 30 s). attention_mask [B, S]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from asrlib.data.audio import SAMPLE_RATE
-from asrlib.data.batches import CTCCollator
+from asrlib.data.batches import SpeechCollator
 
 USUAL_LEVEL = 0.05  # root mean square of speech at 16 kHz, full scale 1
 USUAL_SECONDS = 1.0  # for how much heard speech that level stands
@@ -36,7 +36,7 @@ class RunningNormaliser:
         return ((wide_S - mean_S) / np.sqrt(squares_S / count_S - mean_S**2 + 1e-7)).astype(np.float32)
 
 
-class HeardSoFar(CTCCollator):
+class HeardSoFar(SpeechCollator):
     """Batches of utterances each of which was normalised as a stream must."""
 
     def __init__(self, processor):

@@ -11,7 +11,7 @@ import asrlib
 from asrlib.conversion.convert import decompose
 from asrlib.conversion.quality import analyze_compression_quality
 from asrlib.conversion.statistics import Statistics, collect_statistics
-from asrlib.data.batches import CTCCollator, CTCDataset
+from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus, Utterance
 from asrlib.evaluation import transcribe
 from asrlib.models.families import PRETRAINED, load
@@ -106,8 +106,8 @@ class Workbench(traitlets.HasTraits):
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """What models read of the utterance, a batch of one."""
-        chosen = CTCDataset(self.utterances[self.place : self.place + 1], self.processor)
-        return CTCCollator(self.processor)([chosen[0]])
+        chosen = SpeechDataset(self.utterances[self.place : self.place + 1], self.processor)
+        return SpeechCollator(self.processor)([chosen[0]])
 
     def errors(self, latent: PreTrainedModel) -> pd.DataFrame:
         """Of `latent` against the baseline on the utterance, layer by layer."""

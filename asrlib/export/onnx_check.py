@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, Wav2Vec2Processor
 
 from asrlib.attention.chunks import Chunks
-from asrlib.data.batches import CTCDataset
+from asrlib.data.batches import SpeechDataset
 from asrlib.data.corpus import Corpus
 from asrlib.data.normalising import HeardSoFar
 from asrlib.evaluation import score, transcribe
@@ -85,7 +85,7 @@ def streamed(path: Path, about: dict, model: PreTrainedModel, processor: Wav2Vec
     """The same of a graph of streams, one after the other; `about` is what `write_streaming` returned."""
     running, collate = session(path), HeardSoFar(processor)
     logits, predictions = [], []
-    for utterance, item in zip(tqdm(corpus, desc="streams", unit="utt"), CTCDataset(corpus, processor), strict=True):
+    for utterance, item in zip(tqdm(corpus, desc="streams", unit="utt"), SpeechDataset(corpus, processor), strict=True):
         batch = collate([item])
         frames = int(frame_counts(model, batch["attention_mask"].sum(-1)))
         (logits_TV,) = stream_logits(running, about, batch[model.main_input_name].numpy(), frames)
