@@ -207,7 +207,7 @@ class _Reference:
 
     def itself(self) -> dict:
         no_error_N4 = np.tile([0.0, 1.0, 0.0, 1.0], (len(self.corpus), 1))
-        return self._outcome(self.result, no_error_N4, cached_numbers(self.model.config, frames=1))
+        return self._outcome(self.result, no_error_N4, cached_numbers(self.model.config, frames=1, tokens=1))
 
     def without_attention(self) -> dict:
         with zero_attention(self.model):
@@ -218,7 +218,7 @@ class _Reference:
 
     def compare(self, latent: PreTrainedModel, output_error: float, seconds: float) -> dict:
         result, sums_N4 = self._pass(latent)
-        return self._outcome(result, sums_N4, cached_numbers(latent.config, frames=1), output_error, seconds)
+        return self._outcome(result, sums_N4, cached_numbers(latent.config, frames=1, tokens=1), output_error, seconds)
 
     def _pass(self, system: PreTrainedModel) -> tuple[EvaluationResult, np.ndarray]:
         """Word errors, and of each utterance: KL summed over frames, frames, ‖Δlogits‖², ‖logits‖² [N, 4]."""
@@ -245,7 +245,7 @@ class _Reference:
         kl_R, frames_R = resample_sums(sums_N4[:, :2]).T
         paired = paired_bootstrap(self.result, result)
         return {
-            "cut_reached": 1 - sum(widths) / sum(cached_numbers(self.model.config, frames=1)),
+            "cut_reached": 1 - sum(widths) / sum(cached_numbers(self.model.config, frames=1, tokens=1)),
             "latent_dim": tuple(widths),
             "output_error": output_error,
             "logit_error": (change / size) ** 0.5,
