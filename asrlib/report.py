@@ -285,8 +285,8 @@ def cache_words(run: Run) -> str:
     """Whose cache the tables tell of."""
     if "writing" in run.metrics_so_far("benchmark"):
         return (
-            "The cache is what generate keeps for cross-attention, by the formula; the decoder's tokens come on top, as "
-            "counted in 05"
+            "The cache is what generate keeps for cross-attention, by the formula; the decoder's tokens come on top, "
+            "as counted in 05"
         )
     return "The cache is what a stream holds, by the formula; a full-context pass keeps none once it has returned"
 
