@@ -230,13 +230,6 @@ def latent_modules(latent: PreTrainedModel) -> list[nn.Module]:
     return attention_modules(latent, getattr(latent.config, "latent_parts", None))
 
 
-def latent_names(latent: PreTrainedModel) -> list[str]:
-    """What to call each of `latent_modules`: the layer's number, and what it is part of where there are several."""
-    parts = attention_parts(latent)
-    chosen = getattr(latent.config, "latent_parts", None) or list(parts)
-    return [f"{part} {i}" if len(parts) > 1 else str(i) for part in chosen for i in range(len(parts[part]))]
-
-
 def chosen_parts(model: PreTrainedModel, parts: Sequence[str] | None) -> list[str]:
     """The parts of `model` to convert, in order: those given, else all of which a run keeps something.
 
@@ -249,6 +242,13 @@ def chosen_parts(model: PreTrainedModel, parts: Sequence[str] | None) -> list[st
             "of one or more"
         )
     return [part for part in known if part in given]
+
+
+def layer_names(model: PreTrainedModel, parts: Sequence[str] | None) -> list[str]:
+    """What to call each module of `chosen_parts`: its layer's number, behind its part where there are several."""
+    modules = attention_parts(model)
+    names = [(part, index) for part in chosen_parts(model, parts) for index in range(len(modules[part]))]
+    return [f"{part} {index}" if len(modules) > 1 else str(index) for part, index in names]
 
 
 def run(model: PreTrainedModel, batch: dict[str, torch.Tensor]):
