@@ -191,7 +191,7 @@ def _licence(export: Export, base: str | None) -> tuple[str, str]:
     code = "Code in this folder, if any, is asrlib's, under the MIT licence."
     if export.licence:
         return export.licence, f"Weights: {export.licence}, as was said at the export. {code}"
-    if base and (PRETRAINED / base / "config.json").is_file():
+    if base and Path(base).name == base and (PRETRAINED / base / "config.json").is_file():
         return "mit", "Weights and code: MIT, as the base model, which asrlib brings along."
     said = _said_by_the_base(base)
     if said:
