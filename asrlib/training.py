@@ -19,6 +19,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, ProgressCallback
 from asrlib.attention.latent import LatentKV
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus
+from asrlib.data.text import folded
 from asrlib.distributed import average_batch_norm, process_count, rows_of_all, strategy_arguments, wait_for_all
 from asrlib.models.families import attention_modules, family_of, frame_counts, layer_frame_counts
 from asrlib.models.inference import inference, padding_silenced
@@ -293,6 +294,7 @@ def train(
     model.config.ctc_loss_reduction = "mean"  # a sum would tie the learning rate to the batch size
     if tied := getattr(model, "_tied_weights_keys", None):
         model._keys_to_ignore_on_save = set(tied)  # else Trainer warns that a checkpoint lacks what is in it once
+    use_cache = getattr(model.config, "use_cache", None)  # Trainer switches it off, in a config that is saved
     trainable_parameters = select_trainable(model, settings.trainable)
     checkpoint = last_checkpoint(folder)
     facts = read_json(checkpoint / CHECKPOINT_MARKER) if checkpoint else {"seconds": 0.0, "finished": False}
@@ -336,6 +338,8 @@ def train(
                 around.enter_context(updated_once(model))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.state
+    if use_cache is not None:
+        model.config.use_cache = use_cache
     model.eval()
     return TrainingResult(
         history=[row for row in state.log_history if "loss" in row or "eval_loss" in row],
@@ -400,4 +404,5 @@ def _word_error_rate(prediction, processor, head) -> float:
     nothing = processor.tokenizer.pad_token_id
     ids = np.where(prediction.predictions == -100, nothing, prediction.predictions)
     labels = np.where(prediction.label_ids == -100, nothing, prediction.label_ids)
-    return jiwer.wer(head.references(processor, labels), head.texts(processor, ids))
+    texts = head.references(processor, labels), head.texts(processor, ids)
+    return jiwer.wer(*([folded(text) for text in side] for side in texts))

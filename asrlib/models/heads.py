@@ -127,7 +127,7 @@ class Transducer(CTC):
         frames_B = own._get_subsampling_output_length(batch["attention_mask"].sum(-1)).long()
         labels_B = labels_BL.ge(0).sum(-1)
         losses_B = transducer_loss(output.logits.float().log_softmax(-1), labels_BL, frames_B, labels_B, blank)
-        output.loss = losses_B.sum() / labels_B.sum()  # a label's, as NeMo's mean_volume
+        output.loss = losses_B.sum() / labels_B.sum().clamp(min=1)  # a label's, as NeMo's mean_volume
         return output
 
     def spoken(self, batch, output, frames_B):

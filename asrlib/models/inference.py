@@ -141,13 +141,15 @@ def attention_weights(*models: nn.Module) -> Iterator[None]:
 def attention_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """Attention weights [H, T, T] of every layer, first layer first, over one utterance; on the CPU. Rows are queries.
 
-    `inputs` is a batch of that utterance alone, as the collator makes it.
+    `inputs` is a batch of that utterance alone, as the collator makes it. Of an encoder-decoder in the order of
+    `attention_modules`; the decoder's rows are tokens of the labels, and cross-attention's columns frames.
     """
-    weights = []
-    handles = [
-        module.register_forward_hook(lambda _, args, output: weights.append(output[1][0].float().cpu()))
-        for module in attention_modules(model)
-    ]
+    weights, modules = {}, attention_modules(model)
+
+    def record(module, args, output) -> None:
+        weights[module] = output[1][0].float().cpu()
+
+    handles = [module.register_forward_hook(record) for module in modules]
     device, head = choose_device(None, model), family_of(model.config).head
     try:
         with inference(model, device=device), attention_weights(model):
@@ -157,7 +159,7 @@ def attention_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torc
     finally:
         for handle in handles:
             handle.remove()
-    return weights
+    return [weights[module] for module in modules]
 
 
 @contextmanager
