@@ -149,7 +149,7 @@ def test_audio_beyond_the_window_is_rejected_and_so_is_a_text_beyond_the_tokens(
         "text too long: 33 tokens with its prompt, and this model writes 32",
     ]
     assert len(transcribe(model, processor, found)) == 3
-    with pytest.raises(ValueError, match="noise train has no usable row: 1 rejected, the first: O: 1.1 s of audio"):
+    with pytest.raises(ValueError, match=r"noise train has no usable row: 1 rejected, the first: O: 1.1 s of audio"):
         Corpus("noise", "train", rows[2:3]).usable(processor, frames_of(model))
 
 
