@@ -67,6 +67,7 @@ class Family:
     )
     # Of encoder-decoders: {part: attention modules, first layer first}, and of which a run keeps something.
     parts: Callable[[PreTrainedModel], dict[str, list[nn.Module]]] | None = None
+    part_names: tuple[str, ...] = ("encoder",)
     cached_parts: tuple[str, ...] = ("encoder",)
     # Where a pass of the model asks for a text: runs its layers over what they read of a batch, of labels nothing.
     encode: Callable[[PreTrainedModel, dict[str, torch.Tensor]], object] | None = None
@@ -178,6 +179,7 @@ WHISPER = Family(
     input_length=lambda config, samples: samples // whisper.HOP,
     samples_per_frame=lambda config: whisper.SAMPLES_PER_FRAME,
     parts=whisper.parts,
+    part_names=whisper.PARTS,
     cached_parts=whisper.CACHED,
     frame_counts=lambda model, lengths: torch.full_like(lengths, model.config.max_source_positions),
 )
@@ -237,15 +239,16 @@ def latent_names(latent: PreTrainedModel) -> list[str]:
     return [f"{part} {i}" if len(parts) > 1 else str(i) for part in chosen for i in range(len(parts[part]))]
 
 
-def chosen_parts(model: PreTrainedModel, parts: Sequence[str] | None) -> list[str]:
-    """The parts of `model` to convert, in order: those given, else all of which a run keeps something.
+def chosen_parts(config, parts: Sequence[str] | None) -> list[str]:
+    """The parts of a model to convert, in order: those given, else all of which a run keeps something.
 
-    Raises ValueError where `model` has no such part.
+    Raises ValueError where it has no such part.
     """
-    known, given = list(attention_parts(model)), family_of(model.config).cached_parts if parts is None else parts
+    family = family_of(config)
+    known, given = family.part_names, family.cached_parts if parts is None else parts
     if isinstance(given, str) or not given or set(given) - set(known):
         raise ValueError(
-            f"parts is {given!r}, but attention of {model.config.model_type} is of the {', '.join(known)}: give a list "
+            f"parts is {given!r}, but attention of {config.model_type} is of the {', '.join(known)}: give a list "
             "of one or more"
         )
     return [part for part in known if part in given]
