@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from asrlib.attention.cache import kv_cache_bytes
 from asrlib.data.corpus import SAMPLE_RATE, Corpus
-from asrlib.models.families import family_of, frames_per_second
+from asrlib.models.families import family_of, frame_counts, frames_per_second
 from asrlib.models.inference import choose_device, inference
 from asrlib.out_of_memory import out_of_memory_explained
 from asrlib.significance import interval, resample_sums
@@ -73,12 +73,13 @@ def benchmark(
     audio = [utterance.audio() for utterance in corpus]
     longest = max(range(len(audio)), key=lambda i: len(audio[i]))
     seconds_audio = sum(map(len, audio)) / SAMPLE_RATE
-    inputs = [inputs_of_each(systems, processor, samples_S, device) for samples_S in audio]
+    processors = processor_of_each(systems, processor)
+    inputs = [inputs_of_each(systems, processors, samples_S, device) for samples_S in audio]
 
     def transcribe(name: str, i: int) -> torch.Tensor:
         utterance = (corpus[i].id, corpus[i].seconds)
         with out_of_memory_explained(f"the benchmark of {name}", [utterance], {"precision": precision}):
-            return best_symbols(systems[name], inputs[i][name])
+            return best_symbols(systems[name], processors[name], inputs[i][name])
 
     with inference(*systems.values(), device=device, precision=precision):
         for name in list(systems) * warmup:
@@ -106,12 +107,21 @@ def benchmark(
     }
 
 
-def best_symbols(model: nn.Module, inputs_1S: torch.Tensor) -> torch.Tensor:
+def best_symbols(model: nn.Module, processor, inputs_1S: torch.Tensor) -> torch.Tensor:
     """The work that is timed: what a model reads [1, S, ...] → token ids, of its frames [1, T] or as it writes them."""
-    inputs_1S = inputs_1S.to(model.dtype)
-    if family_of(model.config).head.reads_labels:
-        return model.generate(inputs_1S)
-    return model(inputs_1S).logits.argmax(-1)
+    head, inputs_1S = family_of(model.config).head, inputs_1S.to(model.dtype)
+    if not head.reads_labels:
+        return model(inputs_1S).logits.argmax(-1)
+    frames_1 = frame_counts(model, torch.tensor([inputs_1S.shape[1]], device=inputs_1S.device))
+    return head.recognised(model, processor, {model.main_input_name: inputs_1S}, None, frames_1)
+
+
+def processor_of_each(systems: dict[str, nn.Module], processor) -> dict:
+    """{name: its processor}. `processor` is everyone's, or {name: processor}; ValueError where one is missing."""
+    processors = processor if isinstance(processor, dict) else dict.fromkeys(systems, processor)
+    if missing := systems.keys() - processors.keys():
+        raise ValueError(f"no processor for {', '.join(sorted(missing))}: give one to each system")
+    return processors
 
 
 def inputs_of_each(
@@ -121,9 +131,7 @@ def inputs_of_each(
 
     `processor` is everyone's, or {name: processor}; ValueError where one is missing.
     """
-    processors = processor if isinstance(processor, dict) else dict.fromkeys(systems, processor)
-    if missing := systems.keys() - processors.keys():
-        raise ValueError(f"no processor for {', '.join(sorted(missing))}: give one to each system")
+    processors = processor_of_each(systems, processor)
     distinct = {id(processors[name]): processors[name] for name in systems}
     made = {
         key: one(samples_S, sampling_rate=SAMPLE_RATE, return_tensors="pt").to(device) for key, one in distinct.items()

@@ -14,8 +14,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from asrlib.benchmark import best_symbols, inputs_of_each, measured_on, spread_over_durations, take_turns
+from asrlib.benchmark import (
+    best_symbols,
+    inputs_of_each,
+    measured_on,
+    processor_of_each,
+    spread_over_durations,
+    take_turns,
+)
 from asrlib.data.corpus import Corpus
+from asrlib.models.families import family_of
 from asrlib.models.inference import choose_device, inference
 
 COMPILED = ", compiled"
@@ -46,6 +54,9 @@ def compiled_beside_eager(
         raise ValueError("a benchmark needs at least one system, one utterance and one round")
     device = choose_device(device, next(iter(systems.values())))
     check_compiler(device, backend)
+    for model in systems.values():
+        check_compiled(model.config)
+    processors = processor_of_each(systems, processors)
     speech = spread_over_durations(corpus, LENGTHS)
     inputs = [inputs_of_each(systems, processors, utterance.audio(), device) for utterance in speech]
     compiled = {name: torch.compile(model, dynamic=False, backend=backend) for name, model in systems.items()}
@@ -63,9 +74,10 @@ def compiled_beside_eager(
         ms = {name: np.empty((rounds, len(inputs))) for name in every}
         for turn in tqdm(range(rounds), desc="compiled", unit="round"):
             for place, one in enumerate(inputs):
-                passes = {
-                    name: partial(best_symbols, of, one[name.removesuffix(COMPILED)]) for name, of in every.items()
-                }
+                passes = {}
+                for name, of in every.items():
+                    plain = name.removesuffix(COMPILED)
+                    passes[name] = partial(best_symbols, of, processors[plain], one[plain])
                 for name, value in take_turns(passes, turn + place, device).items():
                     ms[name][turn, place] = value
     for name, row in found.items():
@@ -82,6 +94,12 @@ def _beside(eager_RL: np.ndarray, compiled_RL: np.ndarray) -> dict:
         "ratio": float(np.median(ratios_R)),
         "ratio_range": [float(ratios_R.min()), float(ratios_R.max())],
     }
+
+
+def check_compiled(config) -> None:
+    """Raises ValueError where a model is not timed compiled: it writes token by token, in passes of its own."""
+    if family_of(config).head.reads_labels:
+        raise ValueError(f"benchmark_compiled times models with CTC, and a {config.model_type} is none: leave it out")
 
 
 def check_compiler(device: torch.device, backend: str = "inductor") -> None:

@@ -38,9 +38,9 @@ from asrlib.cost_measurements import Rate, batches_of, padded
 from asrlib.data.corpus import HUB_ID, Corpus, open_corpus
 from asrlib.figures import duration
 from asrlib.length_benchmark import LONG_PASS, PUBLISHED, noise
-from asrlib.models.families import family_of, frames_of, frames_per_second, load, resolve_model
+from asrlib.models.families import FAMILIES, family_of, frames_of, frames_per_second, load, resolve_model
 from asrlib.models.inference import choose_device
-from asrlib.models.scratch import SIZES, new_model, new_processor
+from asrlib.models.scratch import SIZES, WHISPER, new_model, new_processor
 from asrlib.parameters import BadParameter, Schema
 from asrlib.pipeline import first_to_run, plan, seconds_before
 from asrlib.runs import resolve
@@ -153,17 +153,23 @@ class Workload:
     def _load(self) -> tuple:
         """(baseline, its processor); with random weights where there are none here."""
         p = self.p
+        if p.architecture == WHISPER:
+            _refuse(WHISPER)
         if p.architecture is not None:
             processor = new_processor(p.architecture, p.mel_bins, p.frame_shift_ms)
             return new_model(p.architecture, processor, p.seed, **{name: getattr(p, name) for name in SIZES}), processor
+        try:
+            config = AutoConfig.from_pretrained(resolve_model(p.model), revision=p.revision or "main")
+        except (OSError, ValueError):  # told below
+            config = None
+        if config is not None and config.model_type in FAMILIES and family_of(config).head.reads_labels:
+            _refuse(config.model_type)
         try:
             return load(p.model, p.revision)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
         self.missing[f"weights: random ones of the same size took their place, since {reason}"] = None
-        try:
-            config = AutoConfig.from_pretrained(resolve_model(p.model), revision=p.revision or "main")
-        except (OSError, ValueError):
+        if config is None:
             if p.model not in PUBLISHED_CONFIGS:
                 raise BadParameter(f"{reason}. To estimate, its config.json at least must be here") from None
             config = Wav2Vec2ConformerConfig(**PUBLISHED_CONFIGS[p.model])
@@ -274,6 +280,13 @@ class Workload:
         each = [a * s + b * s**2 for s in p.benchmark_seconds]
         repeated = sum(one * (5 if one <= LONG_PASS else 1) for one in each if one <= p.benchmark_pass_seconds)
         return Cost(f"{name}: single passes", sum(once) + repeated, "scaled from passes over 5 and 30 s of audio")
+
+
+def _refuse(model_type: str) -> None:
+    raise BadParameter(
+        f"no estimate for a {model_type}: it takes as long as what it writes, which random weights, in place of those "
+        "to come, cannot tell"
+    )
 
 
 @cache

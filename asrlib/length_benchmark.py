@@ -26,7 +26,15 @@ from torch import nn
 from tqdm import tqdm
 from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
 
-from asrlib.benchmark import best_symbols, inputs_of_each, measured_on, peak_memory_bytes, take_turns
+from asrlib.attention.names import attends_across
+from asrlib.benchmark import (
+    best_symbols,
+    inputs_of_each,
+    measured_on,
+    peak_memory_bytes,
+    processor_of_each,
+    take_turns,
+)
 from asrlib.command_line import add_debug, sentence, tell
 from asrlib.data.corpus import SAMPLE_RATE, Corpus, Utterance
 from asrlib.figures import IN_BLOCKS
@@ -71,14 +79,16 @@ def benchmark_lengths(
     lengths = sorted(set(seconds))
     if not lengths[0] * SAMPLE_RATE >= 1:
         raise ValueError(f"a length must be a positive number of seconds, not {lengths[0]}")
+    for model in systems.values():
+        check_lengths(model.config)
     device = choose_device(device, next(iter(systems.values())))
-    audio_S = joined(corpus, lengths[-1])
+    audio_S, processors = joined(corpus, lengths[-1]), processor_of_each(systems, processors)
     rows = {name: {"ms": [], "peak_memory_bytes": [], "stopped": None} for name in systems}
     with inference(*systems.values(), device=device, precision=precision):
         for turn, length in enumerate(tqdm(lengths, desc="benchmark", unit="length")):
             running = {name: model for name, model in systems.items() if rows[name]["stopped"] is None}
             inputs = inputs_of_each(running, processors, audio_S[: round(length * SAMPLE_RATE)], device)
-            measured = _measure(running, inputs, length, turn, repeats, device)
+            measured = _measure(running, processors, inputs, length, turn, repeats, device)
             for name, row in rows.items():
                 ms, peak = measured.get(name, (None, None))
                 row["ms"].append(ms)
@@ -88,6 +98,12 @@ def benchmark_lengths(
                 elif ms is not None and budget_seconds is not None and ms > 1000 * budget_seconds:
                     row["stopped"] = {"seconds": length, "reason": "time"}
     return {"seconds": lengths, "systems": rows, "budget_seconds": budget_seconds, **measured_on(device, precision)}
+
+
+def check_lengths(config) -> None:
+    """Raises ValueError where all audio is heard in windows of one length."""
+    if attends_across(config):
+        raise ValueError(f"benchmark_seconds times lengths of audio, and a {config.model_type} has one: leave it out")
 
 
 def joined(corpus: Corpus, seconds: float) -> np.ndarray:
@@ -103,6 +119,7 @@ def joined(corpus: Corpus, seconds: float) -> np.ndarray:
 
 def _measure(
     systems: dict[str, nn.Module],
+    processors: dict,
     inputs: dict[str, torch.Tensor],
     length: float,
     turn: int,
@@ -114,7 +131,7 @@ def _measure(
 
     def attempt(name: str) -> None:
         try:
-            best_symbols(systems[name], inputs[name])
+            best_symbols(systems[name], processors[name], inputs[name])
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not is_out_of_memory(error):
                 raise

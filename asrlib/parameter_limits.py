@@ -42,11 +42,11 @@ def numbers(more_than: float, null: bool = False) -> AfterValidator:
 
 
 def some_of(*choices: str) -> AfterValidator:
-    """Of a list."""
+    """Of a list, where there is one."""
     one = one_of(*choices)
 
-    def check(values: list) -> list:
-        return [one.func(value) for value in values]
+    def check(values: list | None) -> list | None:
+        return values and [one.func(value) for value in values]
 
     check.__doc__ = f"some of {', '.join(choices)}"
     return AfterValidator(check)
@@ -125,6 +125,7 @@ LIMITS: dict[str, Any] = {
     "kl_weight": NOT_NEGATIVE,
     "hidden_weight": NOT_NEGATIVE,
     "calibration_seconds": POSITIVE,
+    "parts": some_of("encoder", "decoder", "cross"),
     "ranks": one_of("uniform", "energy", "sensitivity"),
     "rank_multiple": AT_LEAST_ONE,
     "trainable": one_of("attention", "latent", "all"),

@@ -63,7 +63,8 @@ def model_width(source: str, revision: str | None = None) -> int | None:
         config = Path(cached)
     try:
         found = read_json(config)
-        return (found.get("encoder_config") or found).get("hidden_size")
+        found = found.get("encoder_config") or found
+        return found.get("hidden_size", found.get("d_model"))
     except (ValueError, AttributeError):  # damaged, as `check_model` will say
         return None
 
@@ -135,28 +136,55 @@ def check_model(values: Mapping[str, Any], steps: Iterable[str]) -> None:
 
     from asrlib.models.families import check_folder, family_of, resolve_model
 
-    if not values.get("model") or values.get("architecture"):
+    if values.get("architecture"):
+        config, named = _new_config(values), f"'architecture' is {values['architecture']}"
+    elif not values.get("model") or not (folder := Path(resolve_model(values["model"]))).is_dir():
         return
-    folder = Path(resolve_model(values["model"]))
-    if not folder.is_dir():
-        return
-    try:
-        check_folder(folder)
-        config = AutoConfig.from_pretrained(folder)
-        family = family_of(config)
-    except (OSError, ValueError) as error:
-        raise BadParameter(str(error)) from None
-    if "01_convert" in steps and family.is_latent(config):
-        raise BadParameter(f"'model' is {values['model']}, which is latent already: give the one it was converted from")
-    if "01_convert" in steps and values.get("convert_to") == "gqa" and family.to_grouped is None:
-        raise BadParameter(f"'convert_to' is gqa, which a {config.model_type} cannot be made: use mla")
+    else:
+        named = f"'model' is {values['model']}"
+        try:
+            check_folder(folder)
+            config = AutoConfig.from_pretrained(folder)
+            family_of(config)
+        except (OSError, ValueError) as error:
+            raise BadParameter(str(error)) from None
     try:
         if "01_convert" in steps:
-            family.check_layout(config, values.get("layout", "joint"))
+            _check_conversion(values, config, named)
         if "04_evaluate" in steps and values.get("stream_chunks_ms"):
-            family.check_streaming(config)
+            family_of(config).check_streaming(config)
+        if "05_benchmark" in steps:
+            _check_benchmark(values, config)
     except ValueError as error:
-        raise BadParameter(f"'model' is {values['model']}: {error}") from None
+        raise error if isinstance(error, BadParameter) else BadParameter(f"{named}: {error}") from None
+
+
+def _check_conversion(values: Mapping[str, Any], config, named: str) -> None:
+    from asrlib.conversion.sequential import check_one_stack
+    from asrlib.models.families import chosen_parts, family_of
+
+    family = family_of(config)
+    if family.is_latent(config):
+        raise BadParameter(f"{named}, which is latent already: give the one it was converted from")
+    if values.get("convert_to") == "gqa" and family.to_grouped is None:
+        raise BadParameter(f"'convert_to' is gqa, which a {config.model_type} cannot be made: use mla")
+    family.check_layout(config, values.get("layout", "joint"))
+    chosen_parts(config, values.get("parts"))
+    if values.get("sequential") or values.get("reestimate_batch_norm"):
+        check_one_stack(config)
+
+
+def _check_benchmark(values: Mapping[str, Any], config) -> None:
+    from asrlib.compiled_benchmark import check_compiled
+    from asrlib.length_benchmark import check_lengths
+    from asrlib.streaming_benchmark import size_of
+
+    if values.get("benchmark_seconds"):
+        check_lengths(config)
+    if values.get("benchmark_compiled"):
+        check_compiled(config)
+    if values.get("benchmark_left_seconds") and values.get("benchmark_stream_size") is None:
+        size_of(config)
 
 
 def _check_processes(values: dict[str, Any], gpus: int) -> None:
@@ -177,16 +205,21 @@ def _check_processes(values: dict[str, Any], gpus: int) -> None:
 
 
 def _check_new_model(values: dict[str, Any]) -> None:
+    speeds = values.get("speeds", [])
+    if any(not isinstance(speed, float | int) or speed <= 0 for speed in speeds):
+        raise BadParameter(f"'speeds' is {speeds!r}: each should be a number above 0 (1.1 is 10 % faster)")
+    _new_config(values)
+
+
+def _new_config(values: Mapping[str, Any]):
+    """Of the new model that is asked for. Raises BadParameter where there can be none."""
     from huggingface_hub.errors import StrictDataclassError
 
     from asrlib.models.scratch import SIZES, new_config, new_processor
 
-    speeds = values.get("speeds", [])
-    if any(not isinstance(speed, float | int) or speed <= 0 for speed in speeds):
-        raise BadParameter(f"'speeds' is {speeds!r}: each should be a number above 0 (1.1 is 10 % faster)")
     features = {name: values[name] for name in ("mel_bins", "frame_shift_ms", "window_seconds") if name in values}
     sizes = {name: values[name] for name in SIZES if name in values}
     try:
-        new_config(values["architecture"], new_processor(values["architecture"], **features), **sizes)
+        return new_config(values["architecture"], new_processor(values["architecture"], **features), **sizes)
     except (ValueError, StrictDataclassError) as error:
         raise BadParameter(f"no such model can be made: {error}") from None

@@ -43,7 +43,15 @@ RECOMPUTED = "MHA, recomputed"  # by whom has no cache: the past is worked again
 
 
 def size_of(config) -> dict[str, int]:
-    """Of a model's encoder, by the names of SpeechEncoderConfig, with as many frames a second."""
+    """Of a model's encoder, by the names of SpeechEncoderConfig, with as many frames a second.
+
+    Raises ValueError where it has none of these.
+    """
+    if not all(hasattr(config, name) for name in (*SIZES["shipped"], "inputs_to_logits_ratio")):
+        raise ValueError(
+            f"benchmark_left_seconds times an encoder of this model's size, and a {config.model_type} is built "
+            "otherwise: say benchmark_stream_size (shipped or published), or leave it out"
+        )
     return {name: getattr(config, name) for name in SIZES["shipped"]} | {
         "hop_length": config.inputs_to_logits_ratio // 4  # the subsampling of SpeechEncoder's
     }

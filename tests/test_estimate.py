@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import family_models
 import pytest
 import soundfile
 import tiny
@@ -161,6 +162,19 @@ def test_what_cannot_run_is_refused(project, whole, schema, capsys):
     assert not (project / "reports" / "refused").exists()
     with pytest.raises(BadParameter, match=r"cannot load nobody/nothing: .* its config.json at least must be here"):
         Workload(schema.defaults | {"model": "nobody/nothing"}, {})
+
+
+@pytest.mark.parametrize("family", ["whisper", "nemotron", "parakeet_rnnt", "new whisper"])
+def test_what_writes_token_by_token_has_no_estimate(project, family, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "passes", None)  # nothing is computed
+    given = {"architecture": "whisper", "baseline_epochs": 1} if family == "new whisper" else {}
+    if not given:
+        getattr(family_models, family)().save_pretrained(project / family)
+        family_models.processor_of(family).save_pretrained(project / family)
+    values = PARAMS | {"model": str(project / family), "corpus": str(project / "corpus")} | given
+    (project / "params" / "writes.yaml").write_text(yaml.safe_dump(values | {"stream_chunks_ms": []}))
+    assert call(project, "writes", "--estimate") == 2
+    assert "no estimate for a " in capsys.readouterr().err and not (project / "reports" / "writes").exists()
 
 
 def test_speech_that_is_not_here_is_told_and_its_rates_are(project, capsys):

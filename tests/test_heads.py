@@ -17,10 +17,13 @@ from transformers import (
 
 import asrlib
 from asrlib import evaluate, training
+from asrlib.benchmark import best_symbols, inputs_of_each
+from asrlib.compiled_benchmark import compiled_beside_eager
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus, Utterance
 from asrlib.data.text import label_ids, normalise_text, unknown_characters
 from asrlib.evaluation import transcribe
+from asrlib.length_benchmark import benchmark_lengths
 from asrlib.models.families import attention_modules, attention_parts, family_of, frames_of
 from asrlib.models.heads import Decoder, Transducer
 from asrlib.models.inference import attention_of, spoken_logits, zero_attention
@@ -189,6 +192,25 @@ def test_recorded_logits_are_of_the_tokens_of_the_reference(loaded, name):
         torch.testing.assert_close(recorded[index], alone, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["whisper", "nemotron"])  # a parakeet's features are padded by a frame
+def test_a_benchmark_times_what_is_written(loaded, name):
+    model, processor = loaded(name)
+    speech = tiny.corpus(3)
+    for row, utterance in zip(transcribe(model, processor, speech), speech, strict=True):
+        inputs = inputs_of_each({"it": model}, processor, utterance.audio(), torch.device("cpu"))
+        with torch.no_grad():
+            ids = best_symbols(model, processor, inputs["it"])
+        assert family_of(model.config).head.texts(processor, ids.tolist()) == [row["hypothesis"]]
+
+
+def test_what_does_not_fit_a_head_is_not_timed(loaded):
+    model, processor = loaded("whisper")
+    with pytest.raises(ValueError, match="benchmark_seconds times lengths of audio, and a whisper has one"):
+        benchmark_lengths({"it": model}, processor, tiny.corpus(1), [0.5])
+    with pytest.raises(ValueError, match="benchmark_compiled times models with CTC, and a whisper is none"):
+        compiled_beside_eager({"it": model}, processor, tiny.corpus(1), backend="eager")
+
+
 # ---- training ----------------------------------------------------------------------------------------------
 
 
@@ -264,6 +286,13 @@ def test_a_whisper_interrupted_ends_with_the_same_weights(loaded, tmp_path, monk
     assert cut.steps == whole.steps > 3 and cut.best_wer == whole.best_wer
     for ours, theirs in zip(resumed, undisturbed, strict=True):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_parts_are_known_without_a_model(loaded, name):
+    model, _ = loaded(name)
+    family = family_of(model.config)
+    assert tuple(attention_parts(model)) == family.part_names and set(family.cached_parts) <= set(family.part_names)
 
 
 # ---- attention ---------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import family_models
 import nbformat
 import numpy as np
 import papermill
@@ -70,6 +71,9 @@ def project(tmp_path_factory) -> Path:
         write_notebook(project / "notebooks" / f"{step}.ipynb", [parameters_cell(notebook), MARK])
     tiny.conformer().save_pretrained(project / "models" / "whole")
     new_processor().save_pretrained(project / "models" / "whole")
+    for name in ("whisper", "nemotron", "parakeet_rnnt"):
+        getattr(family_models, name)().save_pretrained(project / "models" / name)
+        family_models.processor_of(name).save_pretrained(project / "models" / name)
     spoil_models(project / "models" / "whole", project / "models")
 
     for split in ("train", "validation", "test"):
@@ -178,6 +182,13 @@ SET = {  # of the params file `finished`: assignments → what is said
     "model=models/speechless": "models/speechless holds no vocab.json or tokenizer.json, what the model spells with",
     "model=models/cut": "models/cut: its weights are cut short or damaged: get the file again",
     "model=models/foreign": "no family for model type 'wavlm': asrlib knows ",
+    "parts=[decodr]": "should be one of encoder, decoder, cross: did you mean 'decoder'?",
+    "window_seconds=0": "'window_seconds' (in --set) is 0, should be greater than or equal to 1",
+    "window_seconds=31": "'window_seconds' (in --set) is 31, should be less than or equal to 30",
+    "architecture=whisper baseline_epochs=1 attention=mla": "a new whisper has attention mha",
+    "architecture=whisper baseline_epochs=1 largest_chunk=4": "hears whole windows and masks nothing: leave attention",
+    "architecture=whisper baseline_epochs=1 num_heads=5": "hidden_size 144 is not divisible by num_heads 5",
+    "model=models/whisper latent_dim=33": "latent_dim 33 is wider than the keys and values it replaces: this model",
     "corpus=speach": "there is no corpus at ",
     "corpus=nothing": "nothing holds no corpus: give SPLIT/SPEAKER/CHAPTER/*.trans.txt beside audio",
     "corpus=mute": "mute holds no corpus, and nothing says what is said in test/7/1/7-1-0.wav: give",
@@ -197,6 +208,21 @@ def test_a_wrong_value_is_refused_in_a_sentence(project, capsys, assignments):
     check_said(capsys.readouterr().err, SET[assignments])
 
 
+NEW = ["architecture=whisper", "baseline_epochs=1", "window_seconds=5"]
+OF_A_WHISPER = {  # assignments → what is said
+    "convert_to=gqa method=mean": "'convert_to' is gqa, which a whisper cannot be made: use mla",
+    "sequential=true": "follow one stack of layers, and an encoder-decoder (whisper) has two: leave them out",
+    "reestimate_batch_norm=true": "follow one stack of layers, and an encoder-decoder (whisper) has two",
+    "stream_chunks_ms=[320]": "s as a whole, so it can not stream",
+    "benchmark_seconds=[10]": "benchmark_seconds times lengths of audio, and a whisper has one: leave it out",
+    "benchmark_compiled=true": "benchmark_compiled times models with CTC, and a whisper is none: leave it out",
+    "benchmark_left_seconds=[5]": "times an encoder of this model's size, and a whisper is built otherwise: say",
+}
+OF_A_TRANSDUCER = {
+    "convert_to=gqa": "'method' is attended, which cannot convert to gqa",
+    "benchmark_compiled=true": "benchmark_compiled times models with CTC, and a ",
+    "benchmark_left_seconds=[5]": "times an encoder of this model's size, and a ",
+}
 CALLS = [  # words, what is said, exit status
     ([], "which params file? --list shows them", 2),
     (["finishd"], "there is no params file 'finishd': did you mean 'finished'?", 2),
@@ -207,6 +233,22 @@ CALLS = [  # words, what is said, exit status
     (["latin"], "latin.yaml is not text in UTF-8 (see its byte 5): save it as such", 2),
     (["all", "--set", "model=models/latent"], "models/latent, which is latent already: give the one it was", 2),
     (["all", "--set", "convert_to=gqa", "method=mean"], "'convert_to' is gqa, which a wav2vec2-conformer cannot", 2),
+    (["all", "--set", "parts=[]"], "parts is [], but attention of wav2vec2-conformer is of the encoder", 2),
+    (["all", "--set", "parts=[decoder]"], "but attention of wav2vec2-conformer is of the encoder: give a list of", 2),
+    (
+        ["all", "--set", "model=models/nemotron", "parts=[cross]"],
+        "attention of nemotron_asr_streaming is of the encod",
+        2,
+    ),
+    *[(["all", "--set", *NEW, *word.split()], said, 2) for word, said in OF_A_WHISPER.items()],
+    *[(["all", "--set", "model=models/whisper", *word.split()], said, 2) for word, said in OF_A_WHISPER.items()],
+    *[
+        (["all", "--set", f"model=models/{name}", word], said, 2)
+        for name in ("nemotron", "parakeet_rnnt")
+        for word, said in OF_A_TRANSDUCER.items()
+    ],
+    (["all", "--set", "model=models/nemotron", "stream_chunks_ms=[320]"], "streams by its own cache and not by", 2),
+    (["all", "--set", "model=models/parakeet_rnnt", "stream_chunks_ms=[320]"], "normalised over whole recordings", 2),
     (["finished", "--from", "03_finetun"], "unknown step '03_finetun' (in --from)", 2),
     (["finished", "--from", "03_finetune"], "unknown step '03_finetune' (in --from): steps are 00_baseline", 2),
     (["finished", "--force", "--from", "00_baseline"], "--force asks for every step again, --from for some", 2),

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from asrlib.attention.kinds import LatentQuery
 from asrlib.attention.latent import LatentKV, check_latent_dim
-from asrlib.attention.names import NAMES, attends_across, encoder_config, projections
+from asrlib.attention.names import NAMES, encoder_config, projections
 from asrlib.conversion.attended import AttendedDecomposition, decompose_attended
 from asrlib.conversion.factorize import (
     METHODS,
@@ -23,7 +23,7 @@ from asrlib.conversion.factorize import (
     decompose_shared,
 )
 from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity, smallest_rank
-from asrlib.conversion.sequential import convert_in_sequence
+from asrlib.conversion.sequential import check_one_stack, convert_in_sequence
 from asrlib.conversion.statistics import LayerStatistics, Statistics
 from asrlib.models.families import (
     attention_modules,
@@ -73,7 +73,7 @@ def decompose(
     `convert` takes what is best at its width. Raises ValueError where the layout or the method is impossible.
     """
     _check_convertible(model, layout, method)
-    parts = chosen_parts(model, parts)
+    parts = chosen_parts(model.config, parts)
     modules = attention_modules(model, parts)
     of_modules = _by_module(statistics, parts, len(modules))
     alone = len(modules) - (len(attention_modules(model, ["cross"])) if shared else 0)  # cross is the last of the parts
@@ -142,13 +142,10 @@ def convert(
     it is exact. Raises ValueError where the width, the layout, the method or a part is impossible.
     """
     _check_convertible(model, layout, method)
-    parts = chosen_parts(model, parts)
+    parts = chosen_parts(model.config, parts)
     modules = attention_modules(model, parts)
-    if (sequential or reestimate_batch_norm) and attends_across(model.config):
-        raise ValueError(
-            "sequential and reestimate_batch_norm follow one stack of layers, and an encoder-decoder "
-            f"({model.config.model_type}) has two: leave them out"
-        )
+    if sequential or reestimate_batch_norm:
+        check_one_stack(model.config)
     if (sequential or reestimate_batch_norm) and statistics is None:
         raise ValueError("sequential and reestimate_batch_norm need calibration speech: see asrlib.collect_statistics")
     if sequential and method not in NEEDS_STATISTICS:

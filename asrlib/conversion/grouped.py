@@ -61,7 +61,7 @@ def group_heads(
     if method not in GROUPING_METHODS:
         raise ValueError(f"method is {method!r}: choose one of {', '.join(GROUPING_METHODS)}")
     kv_heads = int(kv_heads)  # numpy's integers too
-    parts = chosen_parts(model, None)
+    parts = chosen_parts(model.config, None)
     modules = attention_modules(model, parts)
     of_layers = statistics.of(parts) if statistics else [None] * len(modules)
     grouped = [

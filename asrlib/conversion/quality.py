@@ -58,7 +58,9 @@ def analyze_compression_quality(
             f"the models are {latent[0]} ({mha.config.model_type}) and {latent[1]} ({mla.config.model_type}): give "
             "first the one with standard attention, then the latent one that was converted from it"
         )
-    parts = {part: attention_parts(mha)[part] for part in chosen_parts(mha, getattr(mla.config, "latent_parts", None))}
+    parts = {
+        part: attention_parts(mha)[part] for part in chosen_parts(mha.config, getattr(mla.config, "latent_parts", None))
+    }
     names = [
         {"part": part} | {"layer": layer} if attends_across(mha.config) else {"layer": layer}
         for part, modules in parts.items()

@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from asrlib.attention.names import attends_across
 from asrlib.conversion.statistics import CalibrationSpeech, Kept, LayerStatistics, Reading, observed, unpadded
 from asrlib.models.families import family_of, layer_frame_counts, run
 from asrlib.models.inference import attention_weights, inference
@@ -30,6 +31,15 @@ class _Batch:
     arguments: dict  # of the layer's call: masks and positions, the same for every layer
     wanted_BTD: torch.Tensor
     ours_BTD: torch.Tensor
+
+
+def check_one_stack(config) -> None:
+    """Raises ValueError where there is another stack of layers beside the encoder's."""
+    if attends_across(config):
+        raise ValueError(
+            "sequential and reestimate_batch_norm follow one stack of layers, and an encoder-decoder "
+            f"({config.model_type}) has two: leave them out"
+        )
 
 
 def convert_in_sequence(

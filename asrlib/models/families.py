@@ -67,6 +67,7 @@ class Family:
     )
     # Of encoder-decoders: {part: attention modules, first layer first}, and of which a run keeps something.
     parts: Callable[[PreTrainedModel], dict[str, list[nn.Module]]] | None = None
+    part_names: tuple[str, ...] = ("encoder",)
     cached_parts: tuple[str, ...] = ("encoder",)
     # Where a pass of the model asks for a text: runs its layers over what they read of a batch, of labels nothing.
     encode: Callable[[PreTrainedModel, dict[str, torch.Tensor]], object] | None = None
@@ -178,6 +179,7 @@ WHISPER = Family(
     input_length=lambda config, samples: samples // whisper.HOP,
     samples_per_frame=lambda config: whisper.SAMPLES_PER_FRAME,
     parts=whisper.parts,
+    part_names=whisper.PARTS,
     cached_parts=whisper.CACHED,
     frame_counts=lambda model, lengths: torch.full_like(lengths, model.config.max_source_positions),
 )
@@ -230,15 +232,16 @@ def latent_modules(latent: PreTrainedModel) -> list[nn.Module]:
     return attention_modules(latent, getattr(latent.config, "latent_parts", None))
 
 
-def chosen_parts(model: PreTrainedModel, parts: Sequence[str] | None) -> list[str]:
-    """The parts of `model` to convert, in order: those given, else all of which a run keeps something.
+def chosen_parts(config, parts: Sequence[str] | None) -> list[str]:
+    """The parts of a model to convert, in order: those given, else all of which a run keeps something.
 
-    Raises ValueError where `model` has no such part.
+    Raises ValueError where it has no such part.
     """
-    known, given = list(attention_parts(model)), family_of(model.config).cached_parts if parts is None else parts
+    family = family_of(config)
+    known, given = family.part_names, family.cached_parts if parts is None else parts
     if isinstance(given, str) or not given or set(given) - set(known):
         raise ValueError(
-            f"parts is {given!r}, but attention of {model.config.model_type} is of the {', '.join(known)}: give a list "
+            f"parts is {given!r}, but attention of {config.model_type} is of the {', '.join(known)}: give a list "
             "of one or more"
         )
     return [part for part in known if part in given]
@@ -247,7 +250,7 @@ def chosen_parts(model: PreTrainedModel, parts: Sequence[str] | None) -> list[st
 def layer_names(model: PreTrainedModel, parts: Sequence[str] | None) -> list[str]:
     """What to call each module of `chosen_parts`: its layer's number, behind its part where there are several."""
     modules = attention_parts(model)
-    names = [(part, index) for part in chosen_parts(model, parts) for index in range(len(modules[part]))]
+    names = [(part, index) for part in chosen_parts(model.config, parts) for index in range(len(modules[part]))]
     return [f"{part} {index}" if len(modules) > 1 else str(index) for part, index in names]
 
 
