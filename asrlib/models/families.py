@@ -33,7 +33,7 @@ from transformers import (
 from asrlib.attention.names import attends_across
 from asrlib.data.audio import SAMPLE_RATE
 from asrlib.models import encoder, nemotron, parakeet, wav2vec2, wav2vec2_bert, wav2vec2_conformer, whisper
-from asrlib.models.heads import CTC, Decoder, Transducer
+from asrlib.models.heads import CTC, Decoder, Head, Transducer
 from asrlib.models.latent_twin import LatentConfig, check_layout
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"  # the models shipped with the package
@@ -51,7 +51,7 @@ class Family:
     layers: Callable[[PreTrainedModel], list[nn.Module]]  # encoder layers, in order
     attention: Callable[[nn.Module], nn.Module]  # layer → attention, with projections of `attention.names`
     check_streaming: Callable[[PreTrainedConfig], None]  # raises where something takes the whole recording
-    head: CTC = field(default_factory=CTC)  # what writes the text: see heads.py
+    head: Head = field(default_factory=CTC)  # what writes the text: see heads.py
     check_layout: Callable[[PreTrainedConfig, str], None] = check_layout  # raises where attention forbids a layout
     # Of those that can stream: inputs → what the layers read [B, T, D], and what the last layer gives → [B, T, V].
     frames: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] | None = None
@@ -400,7 +400,7 @@ def load(source: str | Path, revision: str | None = None) -> tuple[PreTrainedMod
     return model.eval(), processor
 
 
-def _head_of(config: PreTrainedConfig) -> CTC:
+def _head_of(config: PreTrainedConfig) -> Head:
     """CTC too where no family is known, so that it is `family_of` that says so, and not transformers."""
     return FAMILIES[config.model_type].head if config.model_type in FAMILIES else CTC()
 
