@@ -26,7 +26,7 @@ class Head(ABC):
     auto_model: type  # of transformers, which loads models with such a head
     reads_labels = True  # whether posteriors need a text that they are of
 
-    def prepare(self, model: PreTrainedModel, processor) -> None:
+    def prepare(self, model: PreTrainedModel, processor) -> None:  # noqa: B027  (most have nothing to agree on)
         """What a model and its processor must agree on, as soon as they are loaded."""
 
     def forward(self, model: PreTrainedModel, batch: Batch, **how) -> Any:
