@@ -198,6 +198,8 @@ def test_the_card_says_how_it_is_loaded_and_asked(runs, tmp_path, name, to):
     assert f"{auto}.from_pretrained" in card.text and "model.generate(" in card.text and "argmax" not in card.text
     assert ("trust_remote_code=True" in card.text) is (to == "hub") and "asrlib.stream" not in card.text
     assert ("Leave `attn_implementation`" in card.text) is ([name, to] == ["nemotron_asr_streaming", "standard"])
+    assert ("generator of chunks" in card.text) is name.startswith("nemotron")
+    assert ("`pipeline`" in card.text) is (name.startswith("whisper") and to == "hub")
     latent = ["multi-head-latent-attention"] * (to == "hub")
     assert card.data.tags == ["automatic-speech-recognition", *latent]
     assert (tmp_path / to / "generation_config.json").is_file()
