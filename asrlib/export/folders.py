@@ -1,12 +1,13 @@
 """Folders that transformers loads without asrlib: with the code that the model needs, or with standard attention."""
 
+import copy
 from pathlib import Path
 
 from transformers import PreTrainedModel, ProcessorMixin
 
 from asrlib.attention.kinds import KINDS
 from asrlib.conversion.convert import to_standard_attention
-from asrlib.export.loading import loading
+from asrlib.export.loading import generation_settings, loading
 from asrlib.export.modules import flat_name, self_contained
 from asrlib.models.families import family_of, is_latent
 
@@ -57,9 +58,14 @@ def standard(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def write_folder(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
-    """Weights, configs (also of generation, if the model generates) and processor, without code."""
+    """Weights, configs and processor, without code. What asrlib tells `generate` is the folder's default."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    if told := generation_settings(model, processor):
+        generation = copy.deepcopy(model.generation_config)
+        for name, value in told.items():
+            setattr(generation, name, value)
+        generation.save_pretrained(folder)
 
 
 def described(model: PreTrainedModel, processor: ProcessorMixin, to: str) -> tuple[str, str]:

@@ -30,19 +30,29 @@ def loading_code(model: PreTrainedModel, processor: ProcessorMixin, known: str =
     )
 
 
-def _text(model: PreTrainedModel, processor: ProcessorMixin) -> list[str]:
-    """Lines that print what a model says of `inputs`, as asrlib has it said."""
+def generation_settings(model: PreTrainedModel, processor: ProcessorMixin) -> dict[str, str | int]:
+    """What asrlib tells `generate` whoever speaks: the language and the task, or where a transducer starts."""
     head = family_of(model.config).head
     if head.auto_model is AutoModelForSpeechSeq2Seq:
-        told = "".join(f', {name}="{value}"' for name, value in head.prompt(model, processor).items())
+        return head.prompt(model, processor)
+    if head.auto_model is AutoModelForRNNT:
+        return {"decoder_start_token_id": model.config.blank_token_id}
+    return {}
+
+
+def _text(model: PreTrainedModel, processor: ProcessorMixin) -> list[str]:
+    """Lines that print what a model says of `inputs`, as asrlib has it said."""
+    auto = family_of(model.config).head.auto_model
+    if auto is AutoModelForSpeechSeq2Seq:
+        told = "".join(f', {name}="{value}"' for name, value in generation_settings(model, processor).items())
         return [
             f"ids = model.generate(**inputs{told})",
             "print(processor.batch_decode(ids, skip_special_tokens=True))",
         ]
-    if head.auto_model is AutoModelForRNNT:
+    if auto is AutoModelForRNNT:
         return [
             *_lookahead(model.config),
-            "said = model.generate(**inputs, decoder_start_token_id=model.config.blank_token_id)",
+            "said = model.generate(**inputs)",
             "print(processor.batch_decode(said.sequences, skip_special_tokens=True, group_tokens=False))",
         ]
     return ["print(processor.batch_decode(model(**inputs).logits.argmax(-1)))"]
