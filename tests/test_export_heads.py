@@ -79,17 +79,22 @@ def latent_of(name: str) -> tuple:
     return model, processor
 
 
+def told_of(model, processor) -> dict:
+    """As asrlib has texts written."""
+    if blank := getattr(model.config, "blank_token_id", None):
+        return {"decoder_start_token_id": blank}
+    return family_of(model.config).head.prompt(model, processor)
+
+
 @torch.no_grad()
 def written(model, processor, folder) -> dict[str, torch.Tensor]:
     """What `model` makes of a batch, in `folder` beside what it was given; returns it."""
     items = list(SpeechDataset(tiny.corpus(2), processor))
     batch = SpeechCollator(processor)(items)
     heard = {key: values for key, values in batch.items() if key != "labels"}
-    head, blank = family_of(model.config).head, getattr(model.config, "blank_token_id", None)
-    told = {"decoder_start_token_id": blank} if blank else head.prompt(model, processor)
     given = {
         "teacher": heard | {"decoder_input_ids": batch["labels"].clamp(min=1)},
-        "generate": heard | told,
+        "generate": heard,
         "chunks": [],
         "audio": torch.from_numpy(items[0]["audio"]),
     }
@@ -99,7 +104,7 @@ def written(model, processor, folder) -> dict[str, torch.Tensor]:
         given["chunks"] = [frames[:, :9], *frames[:, 9:].split(16, dim=1)]
         chunks = (chunk for chunk in given["chunks"])
         wanted["streamed"] = model.generate(input_features=chunks, num_lookahead_tokens=1).sequences
-    said = model.generate(**given["generate"])
+    said = model.generate(**heard, **told_of(model, processor))
     wanted["ids"] = getattr(said, "sequences", said)
     torch.save(given, folder / "given.pt")
     torch.save(wanted, folder / "wanted.pt")
@@ -139,7 +144,7 @@ def test_a_hub_folder_computes_and_writes_the_same_where_asrlib_is_not(alone, na
     model, processor = latent_of(name)
     here = found[f"{name} hub"]
     assert here["classes"] == [type(model).__name__, type(processor).__name__] and here["differ"] == []
-    assert here["told"] == model.generation_config.to_diff_dict()
+    assert here["told"] == model.generation_config.to_diff_dict() | told_of(model, processor)
     assert len(wanted[f"{name} hub"]["ids"].unique()) > 1 and any(wanted[f"{name} hub"]["text"]), "it writes"
     for file in (root / f"{name} hub").glob("*.py"):
         assert "asrlib import" not in file.read_text() and ".register(" not in file.read_text(), file.name
@@ -198,6 +203,8 @@ def test_the_card_says_how_it_is_loaded_and_asked(runs, tmp_path, name, to):
     assert f"{auto}.from_pretrained" in card.text and "model.generate(" in card.text and "argmax" not in card.text
     assert ("trust_remote_code=True" in card.text) is (to == "hub") and "asrlib.stream" not in card.text
     assert ("Leave `attn_implementation`" in card.text) is ([name, to] == ["nemotron_asr_streaming", "standard"])
+    assert ("generator of chunks" in card.text) is name.startswith("nemotron")
+    assert ("`pipeline`" in card.text) is (name.startswith("whisper") and to == "hub")
     latent = ["multi-head-latent-attention"] * (to == "hub")
     assert card.data.tags == ["automatic-speech-recognition", *latent]
     assert (tmp_path / to / "generation_config.json").is_file()

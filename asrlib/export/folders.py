@@ -1,13 +1,13 @@
 """Folders that transformers loads without asrlib: with the code that the model needs, or with standard attention."""
 
+import copy
 from pathlib import Path
 
 from transformers import PreTrainedModel, ProcessorMixin
 
 from asrlib.attention.kinds import KINDS
 from asrlib.conversion.convert import to_standard_attention
-from asrlib.export.graphs import can_stream
-from asrlib.export.loading import loading_code
+from asrlib.export.loading import generation_settings, loading
 from asrlib.export.modules import flat_name, self_contained
 from asrlib.models.families import family_of, is_latent
 
@@ -58,9 +58,14 @@ def standard(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def write_folder(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
-    """Weights, configs (also of generation, if the model generates) and processor, without code."""
+    """Weights, configs and processor, without code. What asrlib tells `generate` is the folder's default."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    if told := generation_settings(model, processor):
+        generation = copy.deepcopy(model.generation_config)
+        for name, value in told.items():
+            setattr(generation, name, value)
+        generation.save_pretrained(folder)
 
 
 def described(model: PreTrainedModel, processor: ProcessorMixin, to: str) -> tuple[str, str]:
@@ -70,24 +75,10 @@ def described(model: PreTrainedModel, processor: ProcessorMixin, to: str) -> tup
     attention = "latent" if is_latent(config) else "multi-head" if kind == "mha" else kind
     if not needs_code(config):
         what = "A speech recogniser of transformers' own, with standard multi-head attention: it needs no other code."
-        return what, loading_code(model, processor) + _EAGER.get(config.model_type, "")
+        return what, loading(model, processor)
     if to == "hub":
         code = ", ".join(f"`{name}`" for name in self_contained(type(model).__module__))
         what = f"A speech recogniser with {attention} attention, and the code that transformers needs for it: {code}."
-        streams = ", and the model also streams (`asrlib.stream`)" if can_stream(config) else ""
-        return what, loading_code(model, processor, trust=True) + _TRUSTED.format(streams=streams)
+        return what, loading(model, processor, trust=True)
     what = f"A speech recogniser, a {config.encoder} of asrlib with multi-head attention, without its code."
-    return what, loading_code(model, processor, known="import asrlib  # knows the class")
-
-
-_TRUSTED = """
-
-`trust_remote_code` lets transformers run the Python files of this folder: read them first. Where asrlib is imported,
-its own code is used instead{streams}."""
-
-_EAGER = {  # of transformers' own classes that compute something else by other means
-    "nemotron_asr_streaming": """
-
-Leave `attn_implementation` as it is: eager attention of transformers 5.23 hears other frames than it should in this
-class, unless asrlib is imported."""
-}
+    return what, loading(model, processor, known="import asrlib  # knows the class")
