@@ -2,12 +2,21 @@
 
 import family_models
 import pytest
+import tiny
 import torch
 from family_models import LAYERS, WIDTH
 
 import asrlib
 from asrlib.attention.kinds import LatentMemory
-from asrlib.decoder_benchmark import SHARED, SIZES, STANDARD, benchmark_writing, main, random_writers
+from asrlib.decoder_benchmark import (
+    SHARED,
+    SIZES,
+    STANDARD,
+    benchmark_writing,
+    kept_while_writing,
+    main,
+    random_writers,
+)
 from asrlib.models.families import latent_modules
 
 CUTS = [0.5, 0.75]
@@ -44,6 +53,21 @@ def test_writers_share_all_weights_but_those_of_latents(writers):
         assert len(own.keys() - first.keys()) == (0 if name == STANDARD else 5 * len(latent_modules(writer.model)))
     shared = {module.latent_kv.down.weight.data_ptr() for module in latent_modules(writers[SHARED].model)}
     assert len(shared) == LAYERS + 1
+
+
+def test_what_is_kept_while_writing_is_counted_and_is_that_of_the_formula():
+    model, processor = family_models.whisper(), family_models.processor_of("whisper")
+    latent = asrlib.convert(model, 4)
+    systems = {"MHA": model, "MLA": latent, "shared": asrlib.convert(model, 4, parts=["cross"], shared=True)}
+    table = kept_while_writing(systems, dict.fromkeys(systems, processor), tiny.corpus(3)).set_index("system")
+    assert (table["cross_bytes"] + table["decoder_bytes"] == table["formula_bytes"]).all()
+    assert table["cross_bytes"]["MHA"] == 4 * 50 * LAYERS * 2 * WIDTH
+    assert table["cross_bytes"]["MLA"] == 4 * 50 * LAYERS * 4 and table["cross_bytes"]["shared"] == 4 * 50 * 4
+    for name, width in {"MHA": 2 * WIDTH, "MLA": 4, "shared": 2 * WIDTH}.items():
+        assert table["decoder_bytes"][name] == pytest.approx(4 * table["tokens"][name] * LAYERS * width)
+        both = table["cross_bytes"] + table["decoder_bytes"]
+        assert table["ratio"][name] == both["MHA"] / both[name]
+    assert (table["tokens"] > 4).all()  # the prompt
 
 
 def test_both_forms_of_one_latent_are_timed(writers):

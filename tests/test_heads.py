@@ -156,6 +156,15 @@ def test_audio_beyond_the_window_is_rejected_and_so_is_a_text_beyond_the_tokens(
         Corpus("noise", "train", rows[2:3]).usable(processor, frames_of(model))
 
 
+def test_speech_whose_end_would_not_be_heard_is_an_error(loaded, tmp_path):
+    model, processor = loaded("whisper")
+    with pytest.raises(ValueError, match=r"O lasts 1.1 s, and this model hears 1 s at once: Corpus.usable leaves"):
+        transcribe(model, processor, Corpus("noise", "train", (spoken("A"), spoken("O", seconds=1.1))))
+    speech = Corpus("noise", "train", (spoken("A"), spoken("O", seconds=0.95)))
+    with pytest.raises(ValueError, match=r"O lasts 1.1 s at speed 0.9, .* leave this speed out"):
+        train(model, processor, speech, speech, tmp_path, settings(speeds=(0.9, 1.0)))
+
+
 @pytest.mark.parametrize("name", TRANSDUCERS)
 def test_a_text_that_its_frames_cannot_say_is_rejected(loaded, name):
     model, processor = loaded(name)

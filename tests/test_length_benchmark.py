@@ -27,6 +27,7 @@ class Listener(nn.Module):
     """Remembers how much it was given; `room_for` is the most it has memory for."""
 
     dtype = torch.float32
+    config = SimpleNamespace(model_type="wav2vec2-conformer")
 
     def __init__(self, heard: list, name: str, reads: str = "input_values", room_for: int = 10**9):
         super().__init__()

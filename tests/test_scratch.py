@@ -1,12 +1,16 @@
 """New models have the sizes that were asked for, read what their processor gives, and cache what was published."""
 
 import pytest
+import tiny
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+import asrlib
 from asrlib import kv_cache_bytes
 from asrlib.attention.kinds import KINDS
 from asrlib.attention.latent import LatentKV
+from asrlib.data.text import label_ids
+from asrlib.evaluation import transcribe
 from asrlib.models.encoder import BLOCKS, SpeechEncoderConfig, SpeechEncoderForCTC
 from asrlib.models.families import attention_modules
 from asrlib.models.scratch import PRESETS, SIZES, architectures, new_config, new_model, new_processor
@@ -118,9 +122,83 @@ def test_the_usual_size_is_that_of_a_medium_conformer():
     assert parameters["linear"] == parameters["mha"] - 12 * (512 * 512 + 2 * 512)
 
 
+# ---- a new Whisper -----------------------------------------------------------------------------------------
+
+TEXTS = ["HELLO THERE", "THE OTHER ONE", "HELLO OTHER"] * 4
+WHISPER = dict(hidden_size=32, num_layers=2, num_heads=4, feedforward_size=40)
+
+
+@pytest.fixture(scope="module")
+def whisper_processor():
+    return new_processor("whisper", 20, texts=TEXTS, window_seconds=2)
+
+
+def test_a_new_whisper_is_reproducible_and_as_large_as_asked(whisper_processor):
+    first, again, other = (new_model("whisper", whisper_processor, seed, **WHISPER) for seed in (0, 0, 1))
+    same = [torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True)]
+    assert all(same) and not torch.equal(first.proj_out.weight, other.proj_out.weight)
+    named = dict(
+        d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=40, decoder_ffn_dim=40, num_mel_bins=20, max_source_positions=100, max_target_positions=64,
+        dropout=0.1, vocab_size=len(whisper_processor.tokenizer),
+    )  # fmt: skip
+    assert {name: getattr(first.config, name) for name in named} == named
+    assert new_config("whisper", whisper_processor).encoder_ffn_dim == 4 * 512
+
+
+@pytest.mark.parametrize(("seconds", "tokens"), [(1, 64), (5, 64), (6, 128), (30, 384)])
+def test_a_new_whisper_hears_its_window_and_writes_what_may_be_said_in_it(seconds, tokens):
+    processor = new_processor("whisper", texts=TEXTS, window_seconds=seconds)
+    model = new_model("whisper", processor, **WHISPER)
+    assert model.config.max_source_positions == 50 * seconds
+    assert model.config.max_target_positions == model.generation_config.max_length == tokens
+    heard = processor(torch.randn(8_000).numpy(), sampling_rate=16_000, return_tensors="pt").input_features
+    assert heard.shape == (1, 80, 100 * seconds)
+
+
+def test_pieces_of_a_new_whisper_are_frequent_ones_and_spell_everything(whisper_processor):
+    tokenizer = whisper_processor.tokenizer
+    text = "HELLO Déjà 😀"
+    assert tokenizer.decode(label_ids(text, tokenizer), skip_special_tokens=True) == text
+    plain = new_processor("whisper").tokenizer
+    spelt = [len(one("HELLO", add_special_tokens=False).input_ids) for one in (tokenizer, plain)]
+    assert spelt[0] < spelt[1] == len("HELLO")
+    assert len(plain) == 256 + 8 < len(tokenizer)
+
+
+def test_a_new_whisper_saved_and_loaded_writes_the_same(whisper_processor, tmp_path):
+    model = new_model("whisper", whisper_processor, **WHISPER).eval()
+    model.save_pretrained(tmp_path)
+    whisper_processor.save_pretrained(tmp_path)
+    loaded, processor = asrlib.load(tmp_path)
+    found, wanted = (transcribe(*one, tiny.corpus(3)) for one in ((loaded, processor), (model, whisper_processor)))
+    assert found == wanted and all(row["hypothesis"] for row in found)
+    assert label_ids("HELLO", processor) == label_ids("HELLO", whisper_processor)
+    assert loaded.generation_config.to_dict() == model.generation_config.to_dict()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"attention": "mla"}, {"causal": True}, {"largest_chunk": 4}, {"time_masks": 1}, {"frequency_masks": 1}],
+    ids=str,
+)
+def test_what_a_new_whisper_cannot_be_is_refused(sizes, whisper_processor):
+    with pytest.raises(ValueError, match="a new whisper has attention mha, hears whole windows and masks nothing"):
+        new_config("whisper", whisper_processor, **sizes)
+
+
+def test_a_window_shorter_than_a_second_is_refused():
+    with pytest.raises(ValueError, match="window_seconds is 0: a window lasts at least 1 s"):
+        new_processor("whisper", window_seconds=0)
+
+
+# ---- what contradicts itself -------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("architecture", "sizes", "said"),
     [
+        ("whisper", {"hidden_size": 30, "num_heads": 4}, "hidden_size 30 is not divisible by num_heads 4"),
         ("lstm", {}, "architecture is 'lstm': choose one of wav2vec2-conformer, conformer, branchformer"),
         ("wav2vec2-conformer", {"attention": "mla"}, "attention is 'mla', but a new wav2vec2-conformer has 'mha'"),
         ("conformer", {"hidden_size": 30, "num_heads": 4}, "hidden_size 30 is not divisible by num_heads 4"),
@@ -140,11 +218,12 @@ def test_sizes_that_contradict_each_other_are_refused(architecture, sizes, said,
 
 
 def test_processors_write_the_same_symbols_and_read_what_the_model_does(processors):
-    vocabularies = [processor.tokenizer.get_vocab() for processor in processors.values()]
+    vocabularies = [one.tokenizer.get_vocab() for name, one in processors.items() if name != "whisper"]
     assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies) and len(vocabularies[0]) == 32
     names = {name: processor.feature_extractor.model_input_names[0] for name, processor in processors.items()}
     assert names == {
-        "wav2vec2-conformer": "input_values", "conformer": "input_features", "branchformer": "input_features"
+        "wav2vec2-conformer": "input_values", "conformer": "input_features", "branchformer": "input_features",
+        "whisper": "input_features",
     }  # fmt: skip
     with pytest.raises(ValueError, match="architecture is 'lstm'"):
         new_processor("lstm")

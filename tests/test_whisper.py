@@ -11,8 +11,10 @@ from transformers import AutoConfig, AutoModelForSpeechSeq2Seq
 
 import asrlib
 from asrlib.attention.cache import held_bytes
+from asrlib.conversion.benchmark import benchmark
 from asrlib.conversion.convert import convert, decompose, measure_sensitivity
 from asrlib.conversion.quality import analyze_compression_quality, summarise_quality
+from asrlib.conversion.recipes import RECIPES, Recipe
 from asrlib.conversion.statistics import observed
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.models.families import attention_modules, attention_parts, latent_modules
@@ -355,3 +357,24 @@ def test_what_layers_can_not_share_is_refused(model, statistics, how, reason):
         convert(model, statistics=statistics, shared=True, **how)
     with pytest.raises(ValueError, match="of cross-attention"):
         convert(tiny.conformer(), 6, shared=True)
+
+
+# ---- ways to convert side by side --------------------------------------------------------------------------
+
+
+def test_rows_count_what_is_kept_of_tokens_and_of_frames(model):
+    processor, speech = processor_of("whisper"), tiny.corpus(4)
+    for parts in (CACHED, ["cross"]):
+        statistics = asrlib.collect_statistics(model, processor, tiny.corpus(24), parts=parts)
+        rows = benchmark(model, processor, speech, {"test": speech}, [0.5], [RECIPES["svd"]], statistics=statistics)
+        kept = {row.recipe: (row.latent_dim, row.cut_reached) for row in rows}
+        standard, latents = 2 * WIDTH, len(parts) * LAYERS
+        left = (standard,) * (2 * LAYERS - latents)  # of the decoder's
+        assert kept.pop("svd") == (left + (WIDTH,) * latents, len(parts) / 4)
+        assert sorted(kept.values()) == [((0,) * 2 * LAYERS, 1.0), ((standard,) * 2 * LAYERS, 0.0)]
+
+
+def test_a_recipe_for_one_stack_of_layers_is_out_of_reach(model):
+    for way in (Recipe("s", sequential=True, method="two_sided"), Recipe("b", batch_norm=True)):
+        assert "an encoder-decoder (whisper) has two" in way.obstacle(model.config, 0.5)
+        assert way.obstacle(tiny.conformer().config, 0.5) is None

@@ -32,7 +32,6 @@ from transformers import PreTrainedModel
 
 import asrlib
 from asrlib.attention.cache import cached_numbers
-from asrlib.attention.names import encoder_config
 from asrlib.command_line import add_debug, sentence, tell
 from asrlib.conversion.recipes import RECIPES, Recipe, names_in, percents, reachable
 from asrlib.conversion.rows import (
@@ -51,7 +50,7 @@ from asrlib.conversion.statistics import Statistics, collect_statistics
 from asrlib.data.corpus import Corpus, open_usable
 from asrlib.data.splits import check_splits
 from asrlib.evaluation import EvaluationResult, score, transcribe
-from asrlib.models.families import frames_of, latent_modules
+from asrlib.models.families import chosen_parts, frames_of, latent_modules
 from asrlib.models.inference import choose_device, zero_attention
 from asrlib.runs import atomic_write, fingerprint, resolve
 from asrlib.significance import interval, paired_bootstrap, resample_sums
@@ -101,6 +100,7 @@ def benchmark(
             "weights of the model": _weights_fingerprint(model),
             "calibration speech": f"{calibration.split} {calibration.fingerprint()}",
             "calibration_seconds": calibration_seconds,
+            "parts": ", ".join(statistics.parts if statistics else chosen_parts(model.config, None)),
             "device": choose_device(device, model).type,
             "code of asrlib": _code_fingerprint(),
         }
@@ -207,18 +207,16 @@ class _Reference:
 
     def itself(self) -> dict:
         no_error_N4 = np.tile([0.0, 1.0, 0.0, 1.0], (len(self.corpus), 1))
-        return self._outcome(self.result, no_error_N4, cached_numbers(self.model.config, frames=1, tokens=1))
+        return self._outcome(self.result, no_error_N4, _kept(self.model))
 
     def without_attention(self) -> dict:
         with zero_attention(self.model):
             result, sums_N4 = self._pass(self.model)
-        return self._outcome(
-            result, sums_N4, [0] * encoder_config(self.model.config).num_hidden_layers, output_error=1.0
-        )
+        return self._outcome(result, sums_N4, [0] * len(_kept(self.model)), output_error=1.0)
 
     def compare(self, latent: PreTrainedModel, output_error: float, seconds: float) -> dict:
         result, sums_N4 = self._pass(latent)
-        return self._outcome(result, sums_N4, cached_numbers(latent.config, frames=1, tokens=1), output_error, seconds)
+        return self._outcome(result, sums_N4, _kept(latent), output_error, seconds)
 
     def _pass(self, system: PreTrainedModel) -> tuple[EvaluationResult, np.ndarray]:
         """Word errors, and of each utterance: KL summed over frames, frames, ‖Δlogits‖², ‖logits‖² [N, 4]."""
@@ -245,7 +243,7 @@ class _Reference:
         kl_R, frames_R = resample_sums(sums_N4[:, :2]).T
         paired = paired_bootstrap(self.result, result)
         return {
-            "cut_reached": 1 - sum(widths) / sum(cached_numbers(self.model.config, frames=1, tokens=1)),
+            "cut_reached": 1 - sum(widths) / sum(_kept(self.model)),
             "latent_dim": tuple(widths),
             "output_error": output_error,
             "logit_error": (change / size) ** 0.5,
@@ -261,6 +259,11 @@ class _Reference:
             "words": result.words,
             "predictions": result.predictions,
         }
+
+
+def _kept(model: PreTrainedModel) -> list[int]:
+    """Numbers that each attention module keeps of a frame, or of a token where it reads these."""
+    return cached_numbers(model.config, frames=1, tokens=1)
 
 
 def _code_fingerprint() -> str:

@@ -9,6 +9,7 @@ from asrlib.attention.latent import check_latent_dim
 from asrlib.attention.names import encoder_config
 from asrlib.conversion.convert import convert, decompose, latent_dim_for, measure_sensitivity
 from asrlib.conversion.grouped import group_heads
+from asrlib.conversion.sequential import check_one_stack
 from asrlib.conversion.statistics import Statistics
 from asrlib.models.families import family_of, is_latent
 from asrlib.parameters import nearest
@@ -36,6 +37,8 @@ class Recipe:
             family_of(config).check_layout(config, self.layout)
             width = encoder_config(config).hidden_size
             check_latent_dim(latent_dim_for(cut, width), width, self.layout)
+            if self.sequential or self.batch_norm:
+                check_one_stack(config)
         except ValueError as error:
             return str(error)
         return None

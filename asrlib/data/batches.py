@@ -151,7 +151,8 @@ class SpeechDataset(Dataset):
     The speeds of an utterance follow each other: item i is utterance i // len(speeds) at speed i % len(speeds), and
     lasts `.seconds[i]`, or what it is padded to if that is more; `.groups[i]` is the row group that it is fetched with,
     None of speech at hand. Faster speech may be too short for its text: under `ctc_zero_infinity`, which `train` sets,
-    it costs nothing and teaches nothing. Raises ValueError for no speed, or one that is not positive.
+    it costs nothing and teaches nothing. Raises ValueError for no speed, or one that is not positive, and for
+    speech longer than what the processor pads to: its end would not be heard.
     """
 
     def __init__(self, corpus: Corpus, processor, speeds: Sequence[float] = (1.0,)):
@@ -161,6 +162,8 @@ class SpeechDataset(Dataset):
         self.processor = processor
         self.speeds = tuple(speeds)
         padded = padded_samples(processor) / SAMPLE_RATE
+        if padded:
+            _check_window(corpus, padded, self.speeds)
         self.seconds = [max(padded, utterance.seconds / speed) for utterance in corpus for speed in self.speeds]
         self.groups = [utterance.group for utterance in corpus for _ in self.speeds]
 
@@ -185,6 +188,17 @@ class SpeechDataset(Dataset):
     def workers(self, wished: int) -> int:
         """How many processes of a DataLoader to read it in. Streamed speech: one, or each would fetch all of it."""
         return min(wished, 1) if any(self.groups) else wished
+
+
+def _check_window(corpus: Corpus, window: float, speeds: Sequence[float]) -> None:
+    slowest, longest = min(speeds), max(corpus, key=lambda utterance: utterance.seconds, default=None)
+    if longest is not None and round(longest.seconds / slowest * SAMPLE_RATE) > round(window * SAMPLE_RATE):
+        at_speed = f" at speed {slowest:g}" if slowest != 1 else ""
+        advice = "leave this speed out" if longest.seconds <= window else "Corpus.usable leaves such speech out"
+        raise ValueError(
+            f"{longest.id} lasts {longest.seconds / slowest:.1f} s{at_speed}, and this model hears {window:g} s at "
+            f"once: {advice}"
+        )
 
 
 def padded_samples(processor) -> int:
