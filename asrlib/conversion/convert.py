@@ -77,7 +77,9 @@ def decompose(
     modules = attention_modules(model, parts)
     of_modules = _by_module(statistics, parts, len(modules))
     alone = len(modules) - (len(attention_modules(model, ["cross"])) if shared else 0)  # cross is the last of the parts
-    found = [_candidates(*pair, layout, method) for pair in zip(modules[:alone], of_modules[:alone], strict=True)]
+    pairs = list(zip(modules[:alone], of_modules[:alone], strict=True))
+    progress = tqdm(pairs, desc="decomposing", unit="layer", leave=False)
+    found = [_candidates(*pair, layout, method) for pair in progress]
     if shared:
         weights = [LayerWeights.of(module) for module in modules[alone:]]
         moments = [of_module and of_module.moments() for of_module in of_modules[alone:]]
