@@ -12,7 +12,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from asrlib.data.text import folded
-from asrlib.evaluation import EvaluationResult, in_per_cent, score
+from asrlib.evaluation import EvaluationResult, in_per_cent, in_points, score
 from asrlib.html import audio_html, diff_transcripts
 from asrlib.significance import holm, mcnemar, paired_bootstrap, pairing
 
@@ -107,7 +107,7 @@ def readable_speakers(speakers: pd.DataFrame) -> pd.DataFrame:
             "words": speakers["words"],
             "WER before, %": speakers["wer_before"].map("{:.2%}".format).str.rstrip("%"),
             "after, %": speakers["wer_after"].map("{:.2%}".format).str.rstrip("%"),
-            "change, points": (100 * speakers["change"]).map("{:+.2f}".format),
+            "change, points": [in_points(change) for change in speakers["change"]],
             "95 % interval": [in_per_cent(interval, "+.2f") for interval in speakers["interval"]],
         }
     )

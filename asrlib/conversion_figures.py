@@ -200,8 +200,8 @@ def _plainly(value: float, _) -> str:
     return f"{value:g}" if value == 0 or f"{abs(value):.0e}"[0] in "125" else ""
 
 
-def allocation_figure(frame: pd.DataFrame, recipes: Sequence[str]) -> "Figure":
-    """Numbers per frame that each layer is given at each cut, a panel per method of `recipes`."""
+def allocation_figure(frame: pd.DataFrame, recipes: Sequence[str], layers: Sequence[str] | None = None) -> "Figure":
+    """Numbers per frame that each layer is given at each cut, a panel per method of `recipes`; `layers` names them."""
     import seaborn as sns
 
     made = frame.drop_duplicates(["recipe", "cut"])
@@ -214,7 +214,7 @@ def allocation_figure(frame: pd.DataFrame, recipes: Sequence[str]) -> "Figure":
                 f"{100 * cut:.4g}": list(map(int, w.split()))
                 for cut, w in zip(part["cut"], part["latent_dim"], strict=True)
             }
-            grid = pd.DataFrame(widths)
+            grid = pd.DataFrame(widths, index=layers if layers and len(layers) == n_layers else None)
             share = grid / grid.mean()
             limits = {"vmin": 0, "vmax": 2, "center": 1, "cmap": "vlag", "cbar": False, "linewidths": 0.5}
             sns.heatmap(share, ax=ax, annot=grid if n_layers <= 32 else None, fmt="d", annot_kws={"size": 8}, **limits)

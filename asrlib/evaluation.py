@@ -232,7 +232,7 @@ def error_table(results: dict[tuple[str, str], EvaluationResult]) -> pd.DataFram
             "WER %": f"{100 * result.wer:.2f} ({in_per_cent(result.wer_interval)})",
             "over speakers": f"{in_per_cent(result.wer_interval_by_speaker)} ({result.speakers})",
             "CER %": f"{100 * result.cer:.2f}",
-            **{name: "–" if value is None else f"{value:.4g}" for name, value in result.others.items()},
+            **{name: _metric(name, value) for name, value in result.others.items()},
             "sub / del / ins": f"{result.substitutions} / {result.deletions} / {result.insertions}",
             "words": result.words,
             "utterances": result.utterances,
@@ -253,7 +253,7 @@ def paired_table(paired: dict[str, dict[str, dict]]) -> pd.DataFrame:
                 {
                     "split": split,
                     "from → to": name.replace(" vs ", " → ").replace("finetuned", "fine-tuned"),
-                    "change, points": f"{100 * test['difference']:+.2f} ({in_per_cent(test['interval'], '+.2f')})",
+                    "change, points": f"{in_points(test['difference'])} ({in_per_cent(test['interval'], '+.2f')})",
                     "p": _shown(test["p"]),
                     "over speakers": _with_p(of_speakers) if of_speakers else "–",
                     "p matched pairs": _shown(test["matched_pairs"]["p"]),
@@ -261,6 +261,10 @@ def paired_table(paired: dict[str, dict[str, dict]]) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _metric(name: str, value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}" if name.endswith("%") else f"{value:.4g}"
 
 
 def _with_p(test: dict) -> str:
@@ -274,7 +278,12 @@ def _shown(p: float | None) -> str:
 
 def in_per_cent(interval: Sequence[float] | None, form: str = ".2f") -> str:
     """An interval of fractions, written in per cent or points."""
-    return "–" if interval is None else " to ".join(format(100 * end, form) for end in interval)
+    return "–" if interval is None else " to ".join(format(100 * end, form) for end in interval).replace("-", "−")
+
+
+def in_points(change: float) -> str:
+    """A change of a fraction, in points, with the minus sign, as wide as the plus."""
+    return f"{100 * change:+.2f}".replace("-", "−")
 
 
 def _word_errors(alignment: list[jiwer.AlignmentChunk]) -> int:
@@ -319,10 +328,8 @@ def main(argv: list[str] | None = None) -> int:
     lines = [f"{name}: {100 * one.wer:.2f} % ({in_per_cent(one.wer_interval)})" for name, one in (("A", a), ("B", b))]
     for over, of in (("utterances", test), ("speakers", test["by_speaker"])):
         if of is not None:
-            change = [100 * value for value in (of["difference"], *of["interval"])]
-            lines.append(
-                "B − A: {:+.2f} points ({:+.2f} to {:+.2f}), p = {:.4f}, over {}".format(*change, of["p"], over)
-            )
+            change = f"{in_points(of['difference'])} points ({in_per_cent(of['interval'], '+.2f')})"
+            lines.append(f"B − A: {change}, p = {of['p']:.4f}, over {over}")
     pairs = test["matched_pairs"]
     lines.append("matched pairs: z = {z:.3f}, p = {p:.4f}, {segments:,} segments".format(**pairs))
     sys.stdout.write("\n".join(lines) + "\n")

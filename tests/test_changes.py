@@ -90,7 +90,7 @@ def test_speakers_are_scored_apart_with_an_interval_of_their_own():
     low, high = table.loc["ann", "interval"]
     assert low == pytest.approx(-1 / 3) and high == pytest.approx(2 / 3)
     shown = readable_speakers(changed_speakers(BEFORE, AFTER)).loc[0]
-    assert shown.tolist() == ["ann", 2, 6, "16.67", "33.33", "+16.67", "-33.33 to +66.67"]
+    assert shown.tolist() == ["ann", 2, 6, "16.67", "33.33", "+16.67", "−33.33 to +66.67"]
 
 
 def test_a_speaker_of_one_utterance_has_no_interval_and_one_of_no_words_no_row():

@@ -207,6 +207,15 @@ def test_a_standard_folder_has_no_smaller_cache_and_its_card_says_none(run, tmp_
     assert "would keep" in (of_latent / "README.md").read_text()
 
 
+def test_a_base_model_in_a_folder_has_no_licence_that_is_known(tmp_path):
+    run = Run(tmp_path / "trial")
+    write_folder(tiny.conformer(), new_processor(), run.models / "baseline")
+    for base, licence in ((str(run.models / "baseline"), "unknown"), ("synthetic-conformer", "mit")):
+        run.write_metrics("baseline", {"model": base, "corpus": "speech", "splits": {"test": score(0.04)}})
+        assert main([str(run.path), "--to", "hub", "--out", str(tmp_path / licence)]) == 0
+        assert ModelCard.load(tmp_path / licence / "README.md").data.license == licence
+
+
 @pytest.mark.parametrize("family", family_models.FAMILIES)
 def test_every_family_gets_a_card(family, tmp_path):
     run = Run(tmp_path / "trial")

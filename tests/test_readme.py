@@ -10,6 +10,7 @@ import torch
 from asrlib import load
 from asrlib.attention.chunks import Chunks
 from asrlib.attention.kinds import KINDS
+from asrlib.models.families import FAMILIES
 from asrlib.runs import project_root
 from asrlib.streaming import Recognition
 
@@ -50,3 +51,15 @@ def test_every_fault_in_the_table_names_a_test_that_there_is():
     assert len(named) == len(rows) > 10
     for file, name in named:
         assert f"def {name}(" in (Path(__file__).parent / file).read_text(encoding="utf-8"), name
+
+
+def test_every_cell_of_families_names_a_test_that_there_is():
+    tests = Path(__file__).parent
+    page = (project_root(tests) / "FAMILIES.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`(test_\w+\.py)", page)) <= {file.name for file in tests.glob("test_*.py")}
+    named = set(re.findall(r"`(test_\w+\.py)::(\w+)`", page))
+    assert len(named) > 20
+    for file, name in named:
+        assert f"def {name}(" in (tests / file).read_text(encoding="utf-8"), name
+    families = set(re.findall(r"`([\w-]+)`", " ".join(line.split("|")[1] for line in page.splitlines() if "|" in line)))
+    assert {name.removesuffix("-mla") for name in FAMILIES} <= families

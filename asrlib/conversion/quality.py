@@ -86,6 +86,13 @@ def _as_read(values: torch.Tensor, device: torch.device, dtype: torch.dtype) -> 
     return values.to(device, dtype) if values.is_floating_point() else values.to(device)
 
 
+def by_name(table: pd.DataFrame) -> pd.DataFrame:
+    """`analyze_compression_quality` whose layers are named by what they are part of, where there are several parts."""
+    if "part" not in table:
+        return table
+    return table.assign(layer=table["part"] + " " + table["layer"].astype(str)).drop(columns="part")
+
+
 def summarise_quality(table: pd.DataFrame) -> dict[str, float | str]:
     """The whole model in one row: of a table of `analyze_compression_quality`, the root mean square over layers of
     each relative error, the mean of attention_tv and output_cosine, and the `verdict` on the output error."""

@@ -49,7 +49,6 @@ class Panel(widgets.VBox):
 
     def refresh(self, change=None) -> None:
         """Shows what goes with the controls as they are."""
-        raise NotImplementedError
 
     def show(self) -> None:
         """Displays the panel, then what it opens with: a bar can be seen only where there is a panel."""

@@ -106,8 +106,11 @@ def export_folder(args: argparse.Namespace, run: Run, system: str, source: Path,
     export = Export(run, system, args.to, command_of(args, run, system), args.licence)
     about = {"run": run.path.name, "model": system, "to": args.to, "versions": versions()}
     if args.to in GRAPHS:
-        from asrlib.export import onnx_folder
+        from transformers import AutoConfig
 
+        from asrlib.export import graphs, onnx_folder
+
+        graphs.check_head(AutoConfig.from_pretrained(source))
         onnx_folder.check_installed()
     model, processor = load(source)
     if args.to == "standard":
@@ -119,7 +122,7 @@ def export_folder(args: argparse.Namespace, run: Run, system: str, source: Path,
         else:
             write = folders.write_hub_folder if args.to == "hub" else folders.write_folder
             write(model, processor, folder)
-            what, loading = folders.described(model, args.to)
+            what, loading = folders.described(model, processor, args.to)
         (folder / "README.md").write_text(model_card(export, model.config, what, loading), encoding="utf-8")
         write_json(folder / ABOUT, about)
     return [onnx_folder.summary(about)] if args.to in GRAPHS else []

@@ -8,17 +8,16 @@ from pathlib import Path
 import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from transformers import AutoModelForCTC
 
-from asrlib.attention.cache import kv_cache_bytes
 from asrlib.data.corpus import HUB_ID
-from asrlib.figures import SYSTEMS, percent, size
+from asrlib.export.kept import kept_sentence
+from asrlib.figures import SYSTEMS, percent
 from asrlib.html import TEMPLATES
-from asrlib.models.families import PRETRAINED, family_of, frames_per_second
+from asrlib.models.families import PRETRAINED, family_of
 from asrlib.provenance import provenance_of
 from asrlib.report import comparison_table, readable_comparison
 from asrlib.runs import Run, read_json, resolve
-
-FRAMES = 1000  # that the cache is counted over, then scaled to a second
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Export:
 def model_card(export: Export, config, what: str, loading: str, unknown: list[str] = ()) -> str:
     """README.md as text. `config` is the exported model's; `what` says what the folder holds, `loading` how it is
     loaded, and `unknown` what this kind of export leaves open."""
-    run, system, family = export.run, export.system, family_of(config)
+    run, system = export.run, export.system
     metrics = {name: run.metrics_so_far(name) for name in ("baseline", "convert", "finetune", "evaluate", "benchmark")}
     scores = metrics["evaluate"].get("systems", {}).get(system, {})
     if system == "baseline":
@@ -52,11 +51,9 @@ def model_card(export: Export, config, what: str, loading: str, unknown: list[st
         base_model=_hub_id(metrics["baseline"].get("model")),
         library_name="onnx" if export.to.startswith("onnx") else "transformers",
         pipeline_tag="automatic-speech-recognition",
-        tags=["ctc", "multi-head-latent-attention"] if family.is_latent(config) else ["ctc"],
+        tags=_tags(config),
         eval_results=list(_eval_results(scores, metrics["baseline"].get("corpus"))),
     )
-    seconds = FRAMES / frames_per_second(config)
-    kept, standard = (kv_cache_bytes(one, FRAMES) / seconds for one in (config, family.to_standard(config)))
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")
     return environment.from_string((TEMPLATES / "export" / "model_card.md.j2").read_text(encoding="utf-8")).render(
@@ -66,10 +63,9 @@ def model_card(export: Export, config, what: str, loading: str, unknown: list[st
         measured=_measured(export) if scores else [],
         tests=list(_tests(metrics["evaluate"].get("paired", {}), system)),
         timed_on=provenance.get("timed on") if export.to == "hub" else None,
-        cache=size(kept),
-        cache_of_standard=size(standard) if kept < standard else None,
+        kept=kept_sentence(config),
         loading=loading.strip(),
-        made=_made(metrics, system, provenance),
+        made=_made(metrics, system, provenance, config),
         commit=f" at commit {provenance['commit']}" if "commit" in provenance else "",
         run=run.path.name,
         command=export.command,
@@ -77,6 +73,12 @@ def model_card(export: Export, config, what: str, loading: str, unknown: list[st
         unknown=[*_unknown(metrics, scores, provenance, licence), *unknown],
         licence=of_licence,
     )
+
+
+def _tags(config) -> list[str]:
+    family = family_of(config)
+    ctc = ["ctc"] if family.head.auto_model is AutoModelForCTC else []
+    return ["automatic-speech-recognition", *ctc, *["multi-head-latent-attention"] * family.is_latent(config)]
 
 
 def _measured(export: Export) -> list[list[str]]:
@@ -122,7 +124,7 @@ def _tests(paired: dict[str, dict], system: str) -> Iterator[str]:
             )
 
 
-def _made(metrics: dict[str, dict], system: str, provenance: dict[str, str]) -> dict[str, str]:
+def _made(metrics: dict[str, dict], system: str, provenance: dict[str, str], config) -> dict[str, str]:
     before, convert, finetune = metrics["baseline"], metrics["convert"], metrics["finetune"]
     made = {"base model": _name_of(before.get("model")), "speech": _name_of(before.get("corpus"))}
     if system != "baseline" and convert:
@@ -132,7 +134,10 @@ def _made(metrics: dict[str, dict], system: str, provenance: dict[str, str]) -> 
         )
         if convert.get("latent_dim"):
             widths = ", ".join(map(str, convert["latent_dim"]))
-            made["numbers kept of a frame, layer by layer"] = (
+            of = "a frame, layer by layer"
+            if parts := getattr(config, "latent_parts", None):
+                of = f"a token or a frame, layer by layer of {', then '.join(parts)}"
+            made[f"numbers kept of {of}"] = (
                 f"{widths} ({convert.get('layout', 'joint')}, ranks {convert.get('ranks', 'uniform')})"
             )
     if system == "finetuned" and "settings" in finetune:
@@ -186,7 +191,7 @@ def _licence(export: Export, base: str | None) -> tuple[str, str]:
     code = "Code in this folder, if any, is asrlib's, under the MIT licence."
     if export.licence:
         return export.licence, f"Weights: {export.licence}, as was said at the export. {code}"
-    if base and (PRETRAINED / base / "config.json").is_file():
+    if base and Path(base).name == base and (PRETRAINED / base / "config.json").is_file():
         return "mit", "Weights and code: MIT, as the base model, which asrlib brings along."
     said = _said_by_the_base(base)
     if said:

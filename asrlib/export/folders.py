@@ -1,13 +1,15 @@
 """Folders that transformers loads without asrlib: with the code that the model needs, or with standard attention."""
 
+import copy
 from pathlib import Path
 
-from transformers import PreTrainedModel, Wav2Vec2Processor
+from transformers import PreTrainedModel, ProcessorMixin
 
 from asrlib.attention.kinds import KINDS
 from asrlib.conversion.convert import to_standard_attention
+from asrlib.export.loading import generation_settings, loading
 from asrlib.export.modules import flat_name, self_contained
-from asrlib.models.families import is_latent
+from asrlib.models.families import family_of, is_latent
 
 
 def needs_code(config) -> bool:
@@ -15,9 +17,9 @@ def needs_code(config) -> bool:
     return not type(config).__module__.startswith("transformers.")
 
 
-def write_hub_folder(model: PreTrainedModel, processor: Wav2Vec2Processor, folder: Path) -> None:
-    """A folder that `AutoModelForCTC.from_pretrained(folder, trust_remote_code=True)` loads where asrlib is not
-    installed: weights, config, processor, and the modules that the model's class needs.
+def write_hub_folder(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
+    """A folder that the head's Auto class loads by `from_pretrained(folder, trust_remote_code=True)` where asrlib is
+    not installed: weights, configs, processor, and the modules that the model's class needs.
 
     Raises ValueError where the model's class or attention is not asrlib's own code.
     """
@@ -34,7 +36,7 @@ def write_hub_folder(model: PreTrainedModel, processor: Wav2Vec2Processor, folde
     for name, source in self_contained(type(model).__module__).items():
         (folder / name).write_text(source, encoding="utf-8")
     config = type(model.config).from_pretrained(folder)
-    classes = {"AutoConfig": type(model.config), "AutoModelForCTC": type(model)}
+    classes = {"AutoConfig": type(model.config), family_of(config).head.auto_model.__name__: type(model)}
     # Which class in which file; what `register_for_auto_class` writes, which knows of no absolute imports.
     config.auto_map = {auto: f"{flat_name(of.__module__)}.{of.__name__}" for auto, of in classes.items()}
     config.save_pretrained(folder)
@@ -55,39 +57,28 @@ def standard(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def write_folder(model: PreTrainedModel, processor: Wav2Vec2Processor, folder: Path) -> None:
-    """Weights, config and processor, without code."""
+def write_folder(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
+    """Weights, configs and processor, without code. What asrlib tells `generate` is the folder's default."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    if told := generation_settings(model, processor):
+        generation = copy.deepcopy(model.generation_config)
+        for name, value in told.items():
+            setattr(generation, name, value)
+        generation.save_pretrained(folder)
 
 
-def described(model: PreTrainedModel, to: str) -> tuple[str, str]:
+def described(model: PreTrainedModel, processor: ProcessorMixin, to: str) -> tuple[str, str]:
     """(what the folder holds, how it is loaded), for its card."""
     config = model.config
     kind = getattr(config, "attention", "mha")
     attention = "latent" if is_latent(config) else "multi-head" if kind == "mha" else kind
     if not needs_code(config):
         what = "A speech recogniser of transformers' own, with standard multi-head attention: it needs no other code."
-        return what, _LOADING.format(known="", trust="", remark="")
+        return what, loading(model, processor)
     if to == "hub":
         code = ", ".join(f"`{name}`" for name in self_contained(type(model).__module__))
         what = f"A speech recogniser with {attention} attention, and the code that transformers needs for it: {code}."
-        return what, _LOADING.format(known="", trust=", trust_remote_code=True", remark=_TRUSTED)
+        return what, loading(model, processor, trust=True)
     what = f"A speech recogniser, a {config.encoder} of asrlib with multi-head attention, without its code."
-    return what, _LOADING.format(known="import asrlib  # knows the class\n", trust="", remark="")
-
-
-_LOADING = """\
-```python
-{known}from transformers import AutoModelForCTC, AutoProcessor
-
-model = AutoModelForCTC.from_pretrained("FOLDER"{trust}).eval()
-processor = AutoProcessor.from_pretrained("FOLDER"{trust})
-inputs = processor(audio, sampling_rate=16_000, return_tensors="pt")  # float samples, mono
-print(processor.batch_decode(model(**inputs).logits.argmax(-1)))
-```
-{remark}"""
-
-_TRUSTED = """
-`trust_remote_code` lets transformers run the Python files of this folder: read them first. Where asrlib is imported,
-its own code is used instead, and the model also streams (`asrlib.stream`)."""
+    return what, loading(model, processor, known="import asrlib  # knows the class")

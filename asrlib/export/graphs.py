@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCTC, PreTrainedModel
 
 from asrlib.attention.chunks import Chunks
 from asrlib.attention.formats import cache_format
@@ -24,6 +24,15 @@ from asrlib.models.families import attention_modules, family_of, frame_counts
 from asrlib.streaming import prepared, through_layers
 
 USUAL_FRAMES = 500  # of an utterance, for which the form of attention is chosen: whichever multiplies less
+
+
+def check_head(config) -> None:
+    """Raises ValueError unless a model of such a config writes by CTC."""
+    if family_of(config).head.auto_model is not AutoModelForCTC:
+        raise ValueError(
+            f"a graph is made of models with CTC, and {config.model_type} writes token by token: use --to hub or "
+            "standard"
+        )
 
 
 class GraphMemory(LayerMemory):
@@ -81,11 +90,13 @@ class OfflineGraph(nn.Module):
 
     Takes `model` over: its attention works in blocks, and in one form. What is beyond an utterance reaches no other
     frame, so that a batch gives what its utterances give alone; but for `one_at_a_time`, whose feature encoder
-    normalises over all that is in a row. Raises ValueError where an adapter behind the encoder thins its frames out.
+    normalises over all that is in a row. Raises ValueError where an adapter behind the encoder thins its frames out,
+    and where something else than CTC writes.
     """
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
+        check_head(model.config)
         if getattr(model.config, "add_adapter", False):
             raise ValueError("an adapter behind the encoder does not go into a graph yet: use --to hub or standard")
         self.model = family_of(model.config).work_in_blocks(model).eval()

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, Wav2Vec2Processor
 
 from asrlib.data.corpus import Corpus, open_corpus
-from asrlib.evaluation import in_per_cent
+from asrlib.evaluation import in_per_cent, in_points
 from asrlib.export.onnx_check import Heard, OnnxModel, check_agrees, compared, streamed, transcribed
 from asrlib.export.onnx_graphs import write_int8, write_offline, write_streaming
 from asrlib.runs import Run
@@ -82,7 +82,7 @@ def summary(about: dict) -> str:
         change = rounded["change"]
         parts.append(
             f"int8 {100 * rounded['wer']:.2f} % ({in_per_cent(rounded['wer_interval'])}; "
-            f"{100 * change['difference']:+.2f} points, {in_per_cent(change['interval'], '+.2f')})"
+            f"{in_points(change['difference'])} points, {in_per_cent(change['interval'], '+.2f')})"
         )
     return "; ".join(parts)
 
@@ -125,7 +125,7 @@ def _row(name: str, size: dict, found: dict) -> str:
     change = found["change"]
     return (
         f"| {name} | {size['bytes'] / 1e6:.2f} | {100 * found['wer']:.2f} % ({in_per_cent(found['wer_interval'])}) | "
-        f"{100 * change['difference']:+.2f} ({in_per_cent(change['interval'], '+.2f')}) | "
+        f"{in_points(change['difference'])} ({in_per_cent(change['interval'], '+.2f')}) | "
         f"{found['largest_difference']:.2g} | {found['equal_transcripts']} of {found['utterances']} |"
     )
 

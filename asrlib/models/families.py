@@ -33,7 +33,7 @@ from transformers import (
 from asrlib.attention.names import attends_across
 from asrlib.data.audio import SAMPLE_RATE
 from asrlib.models import encoder, nemotron, parakeet, wav2vec2, wav2vec2_bert, wav2vec2_conformer, whisper
-from asrlib.models.heads import CTC, Decoder, Transducer
+from asrlib.models.heads import CTC, Decoder, Head, Transducer
 from asrlib.models.latent_twin import LatentConfig, check_layout
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"  # the models shipped with the package
@@ -51,7 +51,7 @@ class Family:
     layers: Callable[[PreTrainedModel], list[nn.Module]]  # encoder layers, in order
     attention: Callable[[nn.Module], nn.Module]  # layer → attention, with projections of `attention.names`
     check_streaming: Callable[[PreTrainedConfig], None]  # raises where something takes the whole recording
-    head: CTC = field(default_factory=CTC)  # what writes the text: see heads.py
+    head: Head = field(default_factory=CTC)  # what writes the text: see heads.py
     check_layout: Callable[[PreTrainedConfig, str], None] = check_layout  # raises where attention forbids a layout
     # Of those that can stream: inputs → what the layers read [B, T, D], and what the last layer gives → [B, T, V].
     frames: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] | None = None
@@ -232,13 +232,6 @@ def latent_modules(latent: PreTrainedModel) -> list[nn.Module]:
     return attention_modules(latent, getattr(latent.config, "latent_parts", None))
 
 
-def latent_names(latent: PreTrainedModel) -> list[str]:
-    """What to call each of `latent_modules`: the layer's number, and what it is part of where there are several."""
-    parts = attention_parts(latent)
-    chosen = getattr(latent.config, "latent_parts", None) or list(parts)
-    return [f"{part} {i}" if len(parts) > 1 else str(i) for part in chosen for i in range(len(parts[part]))]
-
-
 def chosen_parts(config, parts: Sequence[str] | None) -> list[str]:
     """The parts of a model to convert, in order: those given, else all of which a run keeps something.
 
@@ -252,6 +245,13 @@ def chosen_parts(config, parts: Sequence[str] | None) -> list[str]:
             "of one or more"
         )
     return [part for part in known if part in given]
+
+
+def layer_names(model: PreTrainedModel, parts: Sequence[str] | None) -> list[str]:
+    """What to call each module of `chosen_parts`: its layer's number, behind its part where there are several."""
+    modules = attention_parts(model)
+    names = [(part, index) for part in chosen_parts(model.config, parts) for index in range(len(modules[part]))]
+    return [f"{part} {index}" if len(modules) > 1 else str(index) for part, index in names]
 
 
 def run(model: PreTrainedModel, batch: dict[str, torch.Tensor]):
@@ -400,7 +400,7 @@ def load(source: str | Path, revision: str | None = None) -> tuple[PreTrainedMod
     return model.eval(), processor
 
 
-def _head_of(config: PreTrainedConfig) -> CTC:
+def _head_of(config: PreTrainedConfig) -> Head:
     """CTC too where no family is known, so that it is `family_of` that says so, and not transformers."""
     return FAMILIES[config.model_type].head if config.model_type in FAMILIES else CTC()
 

@@ -6,6 +6,7 @@ they spell. Everything else of asrlib treats the three alike.
 Shapes: B batch, T frames, L labels, K token ids, N positions that are no padding, V vocabulary, D width.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,47 +20,70 @@ from asrlib.models.transducer import transducer_loss
 Batch = dict[str, torch.Tensor]  # as the collator makes it, on the device of the model
 
 
-class CTC:
-    """A posterior a frame, the best of each frame without repetitions and blanks is the text (Graves et al. 2006)."""
+class Head(ABC):
+    """What every head can be asked."""
 
-    auto_model = AutoModelForCTC
-    reads_labels = False  # whether posteriors need a text that they are of
+    auto_model: type  # of transformers, which loads models with such a head
+    reads_labels = True  # whether posteriors need a text that they are of
 
-    def prepare(self, model: PreTrainedModel, processor) -> None:
+    def prepare(self, model: PreTrainedModel, processor) -> None:  # noqa: B027  (most have nothing to agree on)
         """What a model and its processor must agree on, as soon as they are loaded."""
 
     def forward(self, model: PreTrainedModel, batch: Batch, **how) -> Any:
         """transformers' output: logits, with labels in the batch also the loss; with output_hidden_states these too."""
         return model(**batch, **how)
 
-    def spoken(self, batch: Batch, output, frames_B: torch.Tensor) -> list[torch.Tensor]:
-        """Logits [N, V] of each utterance, where `frames_B` of the logits are of speech."""
-        return [logits_TV[:frames] for logits_TV, frames in zip(output.logits, frames_B.tolist(), strict=True)]
-
     def layers(self, batch: Batch, output, frames_B: torch.Tensor) -> list[torch.Tensor]:
         """What each layer gives [N, D], of `frames_B` of its frames that are of speech."""
         return [_kept(states_BTD, frames_B) for states_BTD in output.hidden_states[1:]]
 
+    @abstractmethod
+    def spoken(self, batch: Batch, output, frames_B: torch.Tensor) -> list[torch.Tensor]:
+        """Logits [N, V] of each utterance, where `frames_B` of the encoder's frames are of speech."""
+
+    @abstractmethod
     def recognised(self, model: PreTrainedModel, processor, batch: Batch, output, frames_B: torch.Tensor):
         """Token ids [B, K] of what was recognised, with what stands for nothing behind it."""
+
+    @abstractmethod
+    def texts(self, processor, ids: Sequence[Sequence[int]]) -> list[str]:
+        """What recognised token ids spell."""
+
+    @abstractmethod
+    def references(self, processor, labels: Sequence[Sequence[int]]) -> list[str]:
+        """What labels spell."""
+
+    @abstractmethod
+    def problem(self, config, ids: list[int], samples: int, frames: int) -> str | None:
+        """Why this head cannot write these labels of audio that long, or None."""
+
+
+class CTC(Head):
+    """A posterior a frame, the best of each frame without repetitions and blanks is the text (Graves et al. 2006)."""
+
+    auto_model = AutoModelForCTC
+    reads_labels = False
+
+    def spoken(self, batch, output, frames_B):
+        return [logits_TV[:frames] for logits_TV, frames in zip(output.logits, frames_B.tolist(), strict=True)]
+
+    def recognised(self, model, processor, batch, output, frames_B):
         ids_BT = output.logits.argmax(-1)
         beyond_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) >= frames_B[:, None]
         return ids_BT.masked_fill(beyond_BT, processor.tokenizer.pad_token_id)  # the blank
 
-    def texts(self, processor, ids: Sequence[Sequence[int]]) -> list[str]:
-        """What recognised token ids spell."""
+    def texts(self, processor, ids):
         return processor.batch_decode([list(row) for row in ids])
 
-    def references(self, processor, labels: Sequence[Sequence[int]]) -> list[str]:
-        """What labels spell: they are no paths, and grouping would swallow their doubled letters."""
+    def references(self, processor, labels):
+        # They are no paths: grouping would swallow their doubled letters.
         return processor.tokenizer.batch_decode(labels, group_tokens=False)
 
-    def problem(self, config, ids: list[int], samples: int, frames: int) -> str | None:
-        """Why this head cannot write these labels of audio that long, or None."""
+    def problem(self, config, ids, samples, frames):
         return ctc_problem(ids, samples, frames)
 
 
-class Decoder(CTC):
+class Decoder(Head):
     """An autoregressive decoder that attends to the encoder's frames: of Whisper (Radford et al. 2022).
 
     Posteriors are those of the labels' tokens, each told all before it. Transcripts are what greedy generation
@@ -67,7 +91,6 @@ class Decoder(CTC):
     """
 
     auto_model = AutoModelForSpeechSeq2Seq
-    reads_labels = True
 
     def prepare(self, model, processor):
         if told := self.prompt(model, processor):
@@ -108,14 +131,13 @@ class Decoder(CTC):
         return None
 
 
-class Transducer(CTC):
+class Transducer(Head):
     """A joint network of each frame and of each text so far: of Nemotron and Parakeet (Graves 2012).
 
     Posteriors are those of the whole lattice of an utterance, frames × labels and one more. Transcripts are greedy.
     """
 
     auto_model = AutoModelForRNNT
-    reads_labels = True
 
     def forward(self, model, batch, **how):
         own, labels_BL = getattr(model, "module", model), batch["labels"]  # `model` may be wrapped for many processes

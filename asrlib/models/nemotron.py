@@ -9,7 +9,6 @@ Shapes: B batch, n frames of a call, T frames heard (those of the window, then t
 """
 
 from dataclasses import dataclass
-from functools import wraps
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -124,20 +123,5 @@ class NemotronMLAForRNNT(NemotronAsrStreamingForRNNT):
         self.post_init()
 
 
-def _reading_its_mask(forward):
-    """transformers 5.23 takes the mask of eager attention, 0 where a frame is heard, for a boolean one, and so hears
-    what it should not and nothing else. Frames of padding that hear nothing hear all here: no number would spread."""
-
-    @wraps(forward)
-    def corrected(self, hidden_states, position_embeddings, attention_mask=None, **others):
-        if attention_mask is not None and attention_mask.dtype != torch.bool:
-            attention_mask = heard(attention_mask)
-            attention_mask = attention_mask | ~attention_mask.any(-1, keepdim=True)
-        return forward(self, hidden_states, position_embeddings, attention_mask, **others)
-
-    return corrected
-
-
-NemotronAsrStreamingEncoderAttention.forward = _reading_its_mask(NemotronAsrStreamingEncoderAttention.forward)
 AutoConfig.register("nemotron_asr_streaming-mla", NemotronMLAConfig)
 AutoModelForRNNT.register(NemotronMLAConfig, NemotronMLAForRNNT)

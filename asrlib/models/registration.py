@@ -22,7 +22,7 @@ WITHOUT_CLASSES = {
     "scratch",
     "transducer",
 }
-MODEL_MODULES = [  # the other files beside this one: each registers its classes when it is imported
+MODEL_MODULES = [  # the others here: each registers its classes when imported, or mends one of transformers'
     f"asrlib.models.{file.stem}"
     for file in sorted(Path(__file__).parent.glob("*.py"))
     if file.stem not in WITHOUT_CLASSES
