@@ -117,31 +117,37 @@ def error_by_layer(table: pd.DataFrame, limits: Mapping[str, float]) -> "Figure"
     return fig
 
 
-def attention_maps(weights: Mapping[str, np.ndarray], seconds: float, about: str) -> "Figure":
+def attention_maps(
+    weights: Mapping[str, np.ndarray], seconds: float, about: str, tokens: tuple[bool, bool] = (False, False)
+) -> "Figure":
     """Attention weights [T, T] side by side, by the name of their model, in one scale, over `seconds` of audio.
 
-    Rows are the frames that attend, columns those attended to. `about` says of which layer and head, and utterance.
+    Rows are the frames that attend, columns those attended to; `tokens` says which of the two are a decoder's tokens
+    instead. `about` says of which layer and head, and utterance.
     """
     from matplotlib.colors import PowerNorm
 
     largest = max(float(np.quantile(one, 0.999)) for one in weights.values())
     shade = PowerNorm(0.5, vmin=0, vmax=largest)  # or little but the peaks would be seen
+    units = ["token" if of else "s" for of in tokens]
     with _style():
         fig, axes = _figure(4 * len(weights) + 0.8, 4.3, 1, len(weights), sharex=True, sharey=True)
         for ax, (name, weights_TT) in zip(axes[0], weights.items(), strict=True):
-            extent = [0, seconds, seconds, 0]
+            height, width = (n if of else seconds for n, of in zip(weights_TT.shape, tokens, strict=True))
+            extent = [0, width, height, 0]
             image = ax.imshow(
                 weights_TT, cmap="cividis", norm=shade, extent=extent, aspect="auto", interpolation="nearest"
             )
-            ax.set(title=name, xlabel="attended to (s)")
+            ax.set(title=name, xlabel=f"attended to ({units[1]})")
             ax.grid(visible=False)
-        axes[0, 0].set_ylabel("attending (s)")
+        axes[0, 0].set_ylabel(f"attending ({units[0]})")
         fig.colorbar(image, ax=axes, label="attention weight", extend="max", pad=0.01)
     apart = ""
     if len(weights) == 2:
         first, second = weights.values()
         shifted = float(np.abs(first - second).sum(-1).mean() / 2)
-        apart = f" On average {percent(shifted, 1)} of the attention of a frame goes elsewhere."
+        whose = "token" if tokens[0] else "frame"
+        apart = f" On average {percent(shifted, 1)} of the attention of a {whose} goes elsewhere."
     fig.set_label(f"Attention weights of {about}, {' beside '.join(weights)}, over {seconds:.1f} s.{apart}")
     return fig
 

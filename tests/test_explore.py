@@ -4,6 +4,7 @@ import io
 import os
 from datetime import UTC, datetime
 
+import family_models
 import numpy as np
 import pytest
 import soundfile
@@ -12,6 +13,7 @@ from bs4 import BeautifulSoup
 
 import asrlib
 from asrlib.benchmark import cache_bytes_per_second
+from asrlib.conversion.convert import convert
 from asrlib.conversion_figures import attention_maps, error_by_layer
 from asrlib.evaluation import transcribe
 from asrlib.explore import Workbench, found_runs, workbench
@@ -246,6 +248,22 @@ def test_both_maps_have_one_scale_and_seconds_on_both_axes():
     assert first.get_clim() == second.get_clim() and first.norm is second.norm
     assert first.get_extent() == second.get_extent() == [0, 2.5, 2.5, 0]
     assert np.array_equal(first.get_array(), weights["a"]) and np.array_equal(second.get_array(), weights["b"])
+
+
+def test_a_decoders_rows_are_tokens_and_cross_attention_looks_over_its_window():
+    model, processor = family_models.whisper(), family_models.processor_of("whisper")
+    bench = Workbench(tiny.corpus(2), tiny.corpus(2))
+    bench.baseline, bench.processor = model, processor
+    bench.converted = convert(model, [3, 4, 5, 6])
+    panel = AttentionPanel(bench)
+    panel.refresh()
+    assert panel.layer.max == 5 and panel.names[:2] == ["encoder 0", "encoder 1"]
+    panel.layer.value = panel.names.index("cross 1")
+    about = alternative(panel.map)
+    assert "layer cross 1, head 0" in about and "MLA, latent_dim 6" in about and "over 1.0 s" in about
+    assert "of the attention of a token" in about
+    panel.layer.value = 0
+    assert "MLA, as it was here" in alternative(panel.map)
 
 
 def test_weights_of_attention_are_distributions(bench):

@@ -2,11 +2,12 @@
 
 import ipywidgets as widgets
 
-from asrlib.attention.names import encoder_config
+from asrlib.attention.names import attends_across, encoder_config
 from asrlib.conversion_figures import attention_maps
 from asrlib.explore.panel import NAMED, Panel, html
 from asrlib.explore.workbench import Workbench
 from asrlib.figures import as_image
+from asrlib.models.families import attention_parts, frames_per_second, layer_names
 from asrlib.models.inference import attention_of
 
 
@@ -17,6 +18,7 @@ class AttentionPanel(Panel):
         self.head = widgets.IntSlider(max=0, description="head", continuous_update=False, style=NAMED)
         self.map = widgets.HTML()
         self.weights: dict = {}  # of each model, a tensor [H, T, T] a layer
+        self.names: list[str] = []  # of layers
         super().__init__({"layer": self.layer, "head": self.head}, [self.map])
         for slider in (self.layer, self.head):
             slider.observe(self.redraw, "value")
@@ -25,8 +27,9 @@ class AttentionPanel(Panel):
     def refresh(self, change=None) -> None:
         """Lets the models attend anew; without a converted one, the baseline alone."""
         with self.working("attending to the utterance"):
-            config, inputs = encoder_config(self.bench.required().config), self.bench.inputs()
-            self.layer.max, self.head.max = config.num_hidden_layers - 1, config.num_attention_heads - 1
+            model, inputs = self.bench.required(), self.bench.inputs()
+            self.names = layer_names(model, list(attention_parts(model)))
+            self.layer.max, self.head.max = len(self.names) - 1, encoder_config(model.config).num_attention_heads - 1
             self.weights = {"MHA": attention_of(self.bench.baseline, inputs)}
             if self.bench.converted is not None:
                 self.weights["MLA"] = attention_of(self.bench.converted, inputs)
@@ -41,12 +44,20 @@ class AttentionPanel(Panel):
     def _draw(self) -> None:
         self.advance("drawing", 0.7)
         layer, head, utterance = self.layer.value, self.head.value, self.bench.utterance
-        names = {"MHA": "MHA"}
+        named, names = self.names[layer], {"MHA": "MHA"}
         if "MLA" in self.weights:
-            names["MLA"] = f"MLA, latent_dim {self.bench.converted.config.latent_dim[layer]}"
+            latent = self.bench.converted
+            chosen = layer_names(latent, getattr(latent.config, "latent_parts", None))
+            width = dict(zip(chosen, latent.config.latent_dim, strict=True)).get(named)
+            names["MLA"] = f"MLA, latent_dim {width}" if width else "MLA, as it was here"
         weights = {name: self.weights[kind][layer][head].numpy() for kind, name in names.items()}
-        about = f"layer {layer}, head {head} in {utterance.id}"
-        self.map.value = html(as_image(attention_maps(weights, utterance.seconds, about)))
+        about = f"layer {named}, head {head} in {utterance.id}"
+        tokens = named.startswith(("decoder", "cross")), named.startswith("decoder")
+        config = self.bench.required().config  # of a window, what its encoder hears at once, or else the utterance
+        seconds = (
+            config.max_source_positions / frames_per_second(config) if attends_across(config) else utterance.seconds
+        )
+        self.map.value = html(as_image(attention_maps(weights, seconds, about, tokens)))
 
 
 def attention_panel(bench: Workbench) -> None:
