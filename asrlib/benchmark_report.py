@@ -30,11 +30,12 @@ def speed_sentence(measured: dict) -> str:
         mha, mla = systems["baseline"], systems["finetuned"]
         low, high = mla["speed_ratio_interval"]
         faster = f"{mla['speed_ratio']:.2f} times as fast as"
+        kept = f"{mla['cache_bytes_per_second'] / 1024:.1f} instead of {mha['cache_bytes_per_second'] / 1024:.1f} KiB"
+        what = "keeps {}, for cross-attention, of a second of its window" if "writing" in measured else "would cache {}"
         return (
             f"The fine-tuned latent model is {'not measurably faster or slower than' if low <= 1 <= high else faster} "
-            f"the baseline (95 % interval {low:.2f} to {high:.2f}) and would cache "
-            f"{mla['cache_bytes_per_second'] / 1024:.1f} instead of {mha['cache_bytes_per_second'] / 1024:.1f} KiB per "
-            "second of audio."
+            f"the baseline (95 % interval {low:.2f} to {high:.2f}) and {what.format(kept)}"
+            f"{'' if 'writing' in measured else ' per second of audio'}."
         )
     first, *others = systems
     if not others:

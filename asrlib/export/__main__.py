@@ -80,6 +80,8 @@ def find_run(name: str) -> Run:
     for folder in (Path(name).expanduser().absolute(), named):
         if (folder / "models").is_dir():
             return Run(folder)
+    if (Path(name) / "index.html").is_file() or (named / "index.html").is_file():
+        raise FileNotFoundError(f"the run {name} is there without its models: run it again, then export it")
     raise FileNotFoundError(f"no run with models at {named}: give a run's name or folder (run_all.py --list)")
 
 

@@ -15,6 +15,7 @@ from asrlib.export.kept import kept_sentence
 from asrlib.figures import SYSTEMS, percent
 from asrlib.html import TEMPLATES
 from asrlib.models.families import PRETRAINED, family_of
+from asrlib.models.scratch import architectures
 from asrlib.provenance import provenance_of
 from asrlib.report import comparison_table, readable_comparison
 from asrlib.runs import Run, read_json, resolve
@@ -126,7 +127,9 @@ def _tests(paired: dict[str, dict], system: str) -> Iterator[str]:
 
 def _made(metrics: dict[str, dict], system: str, provenance: dict[str, str], config) -> dict[str, str]:
     before, convert, finetune = metrics["baseline"], metrics["convert"], metrics["finetune"]
-    made = {"base model": _name_of(before.get("model")), "speech": _name_of(before.get("corpus"))}
+    base = before.get("model")
+    made = {"base model": "none: trained from scratch in this run" if base in architectures() else _name_of(base)}
+    made["speech"] = _name_of(before.get("corpus"))
     if system != "baseline" and convert:
         made["conversion"] = (
             f"multi-head attention to {convert.get('attention', 'MLA')} by the method {convert.get('method', 'svd')}, "
@@ -196,6 +199,8 @@ def _licence(export: Export, base: str | None) -> tuple[str, str]:
     said = _said_by_the_base(base)
     if said:
         return said, f"Weights: {said}, as the base model's own card says. {code}"
+    if base in architectures():
+        return "unknown", f"Weights: trained from scratch, by whom and for whom the run does not know. {code}"
     return "unknown", f"Weights: whatever the base model's licence asks; the run does not know it. {code}"
 
 
