@@ -92,6 +92,8 @@ def _by_module(statistics: Statistics | None, parts: Sequence[str], modules: int
 
 
 def _candidates(attention: nn.Module, statistics: LayerStatistics | None, layout: str, method: str) -> Candidates:
+    if method in NEEDS_STATISTICS and statistics is None:
+        raise ValueError(f"method {method!r} needs statistics of calibration speech: see asrlib.collect_statistics")
     weights = LayerWeights.of(attention)
     moments = statistics.moments() if statistics else None
     balances = BALANCES if method in ("two_sided", "attended") and layout == "joint" else (1.0,)
