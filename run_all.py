@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from asrlib.command_line import add_debug, sentence, tell
-from asrlib.parameters import BadParameter, Schema, known_step, read_assignments, read_params_file
+from asrlib.parameters import Schema, known_step, read_assignments, read_params_file
 from asrlib.preflight import check_model
-from asrlib.runs import Run, write_json
+from asrlib.runs import BadParameter, Run, asked_steps, find_notebooks, progress, write_json
 
 ROOT = Path(__file__).resolve().parent
 LONGEST_NAME = 200  # bytes of a run folder's name; file systems end at 255
@@ -138,7 +138,7 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
         workplace.log.info(text)
         print(text, flush=True)
 
-    notebooks = pipeline.find_notebooks(root)
+    notebooks = find_notebooks(root)
     if not notebooks:
         raise BadParameter(f"{root} is no project folder: it holds no notebooks/NN_*.ipynb, see --root")
     file = sweeps.find_params(root, args.params)
@@ -177,14 +177,14 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
 
 def look_at(args: argparse.Namespace, root: Path) -> int:
     """What --verify, --diff and --index ask of runs that are there."""
-    from asrlib import pipeline, run_differences, runs_page, verification
+    from asrlib import run_differences, runs_page, verification
 
     if args.verify:
         found = verification.verify(root / args.verify)
         print(verification.as_text(found))
         return int(any(one.problems for one in found.values()))
     if args.diff:
-        defaults = Schema(pipeline.find_notebooks(root)).defaults
+        defaults = Schema(find_notebooks(root)).defaults
         print(run_differences.differences(*(root / folder for folder in args.diff), defaults))
         return 0
     print(runs_page.write_runs_index(root / "reports"))
@@ -244,10 +244,6 @@ def run_name(name: str | None, file: Path) -> str:
 
 def listing(root: Path) -> str:
     """The params files with their first comment line, and the runs and sweeps with how far they are."""
-    from asrlib.members import asked_steps
-    from asrlib.pipeline import find_notebooks
-    from asrlib.sweeps import progress
-
     params, runs = {}, {}
     for file in sorted((root / "params").glob("*.yaml")):
         text = file.read_text(encoding="utf-8").splitlines()

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 import pandas as pd
 
-from asrlib.figures import change, duration, percent, size
 from asrlib.member_report import kind, points, significant, tested, verdict
 from asrlib.members import ATTENTION, AUDIO_SECONDS, LATENT, SIGNIFICANT, Comparison
+from asrlib.reporting.numbers import change, duration, percent, size
 
 EQUAL_CACHE = 1.05  # times as large at most: then two caches are called equal
 

@@ -2,8 +2,9 @@
 
 import pandas as pd
 
-from asrlib.figures import SYSTEMS, size
+from asrlib.figures import SYSTEMS
 from asrlib.members import ATTENTION, AUDIO_SECONDS, short_names
+from asrlib.reporting.numbers import size
 
 WRITING_INTRODUCTION = (
     "What `generate` keeps of an utterance while it writes, counted in its cache: of every frame of the window for "

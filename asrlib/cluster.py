@@ -27,11 +27,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from asrlib.figures import duration
 from asrlib.mirror import Mirror, check_storage
-from asrlib.parameters import BadParameter
 from asrlib.pipeline import time_left
 from asrlib.report import write_index
+from asrlib.reporting.numbers import duration
+from asrlib.runs import BadParameter
 from asrlib.sweeps import IN_TURN, Engine, Failures, Member, Sweep, reasons, run_member, seconds_ahead
 from asrlib.workplace import RunLocked, StepFailed, Workplace, locked, log, work_in
 

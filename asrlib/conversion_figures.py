@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from asrlib.conversion.rows import BASELINE, SIGNIFICANT, ZEROED
-from asrlib.figures import GREY, INK, _figure, _style, percent
+from asrlib.figures import GREY, INK, _figure, _style
+from asrlib.reporting.numbers import percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

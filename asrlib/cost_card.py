@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from asrlib.figures import change, duration, size
+from asrlib.reporting.numbers import change, duration, size
 from asrlib.runs import Run, read_json
 
 MEASURED, BEFORE, UNCHANGED = "measured", "timed before", "unchanged"

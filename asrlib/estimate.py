@@ -36,14 +36,14 @@ from asrlib.conversion.statistics import SAMPLE_FRAMES
 from asrlib.cost_card import BEFORE, UNCHANGED, Cost, in_all, summed
 from asrlib.cost_measurements import Rate, batches_of, padded
 from asrlib.data.corpus import HUB_ID, Corpus, open_corpus
-from asrlib.figures import duration
 from asrlib.length_benchmark import LONG_PASS, PUBLISHED, noise
 from asrlib.models.families import FAMILIES, family_of, frames_of, frames_per_second, load, resolve_model
 from asrlib.models.inference import choose_device
 from asrlib.models.scratch import SIZES, WHISPER, new_model, new_processor
-from asrlib.parameters import BadParameter, Schema
+from asrlib.parameters import Schema
 from asrlib.pipeline import first_to_run, plan, seconds_before
-from asrlib.runs import resolve
+from asrlib.reporting.numbers import duration
+from asrlib.runs import BadParameter, resolve
 from asrlib.streaming import chunks_of
 from asrlib.sweeps import Member, Sweep
 from asrlib.training import TrainingSettings

@@ -1,4 +1,4 @@
-"""Figures: numbers as text, and drawings of the tables that `report` and the notebooks make.
+"""Figures: drawings of the tables that `report` and the notebooks make.
 
 Every figure is a matplotlib Figure that pyplot does not know; its label is a description in words, computed
 from the same data, which `save_figure` and `show_figure` hand on as alternative text.
@@ -7,7 +7,6 @@ from the same data, which `save_figure` and `show_figure` hand on as alternative
 import base64
 import io
 import math
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from markupsafe import Markup
 
+from asrlib.reporting.numbers import change, percent, size
 from asrlib.runs import atomic_write
 
 if TYPE_CHECKING:
@@ -26,41 +26,6 @@ IN_BLOCKS = "MHA in blocks"  # the baseline, worked by attention.relative
 DPI = 160
 LIVE_SECONDS = 5.0  # between two drawings of a figure that grows
 INK, GREY = "#1c2126", "#5b656e"
-
-
-# ---- numbers as text ---------------------------------------------------------------------------------------
-
-
-def percent(fraction: float, digits: int = 2) -> str:
-    return f"{100 * fraction:.{digits}f} %"
-
-
-def change(value: float, reference: float) -> str:
-    """−75 %, +3.5 %."""
-    text = f"{100 * (value / reference - 1):+.1f}".removesuffix(".0")
-    return ("±0" if text in ("+0", "-0") else text.replace("-", "−")) + " %"
-
-
-def size(n_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if abs(n_bytes) < 1024:
-            return f"{n_bytes:.4g} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.4g} GiB"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def unbroken(text: str) -> str:
-    """Keep a number with its unit, `p = 0.3` and `3.1–4.2` on one line of a page."""
-    text = re.sub(r"(?<=\d) (?=(%|ms|s|[KMG]?i?B|M|min|h)(\W|$))", "\u00a0", text)
-    text = re.sub(r"\bp ([=<]) ", "p\u00a0\\1\u00a0", text)
-    return re.sub(r"(?<=\d)–(?=\d)", "\u2060–\u2060", text)
 
 
 def system_name(table: pd.DataFrame, system: str) -> str:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from asrlib.figures import GREY, IN_BLOCKS, SYSTEMS, _colours, _figure, _style, percent, size
+from asrlib.figures import GREY, IN_BLOCKS, SYSTEMS, _colours, _figure, _style
 from asrlib.members import ATTENTION, AUDIO_SECONDS, UNCONVERTED, Comparison, varied_parameters
+from asrlib.reporting.numbers import percent, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,10 +9,10 @@ from urllib.parse import quote
 import pandas as pd
 from markupsafe import Markup
 
-from asrlib.figures import change, duration, percent, size
 from asrlib.html import table_html
 from asrlib.members import ATTENTION, AUDIO_SECONDS, SIGNIFICANT, UNCONVERTED, Comparison, Entry
 from asrlib.report import save_table, small_print
+from asrlib.reporting.numbers import change, duration, percent, size
 from asrlib.runs import Run
 
 # Cache relative to that of multi-head attention, as Sonawane, Gokhale and Tian (2025) stated and did not measure it.

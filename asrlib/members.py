@@ -13,7 +13,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -337,21 +336,3 @@ def varied_parameters(entries: Sequence[Entry]) -> dict[str, list[list[str]]]:
         if several:
             found[parameter] = several
     return found
-
-
-def asked_steps(folder: Path, steps: Sequence[str]) -> list[str]:
-    """Those of `steps` that the run in `folder` was asked for: its params.json names them where they are not all."""
-    params = folder / "params.json"
-    asked = read_json(params).get("steps", steps) if params.is_file() else steps
-    return [step for step in steps if step in asked]
-
-
-def is_sweep(folder: Path) -> bool:
-    """Is it the folder of a sweep, rather than that of a run or of none at all?"""
-    params = folder / "params.json"
-    return "sweep" in read_json(params) if params.is_file() else any(folder.glob("*/params.json"))
-
-
-def is_member(folder: Path) -> bool:
-    """Is it the folder of one run of a sweep?"""
-    return (folder.parent / "params.json").is_file() and is_sweep(folder.parent)

@@ -13,8 +13,7 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from asrlib.parameters import BadParameter
-from asrlib.runs import atomic_write
+from asrlib.runs import BadParameter, atomic_write
 
 State = tuple[int, int]  # size in bytes and time in ns of a file
 

@@ -13,8 +13,7 @@ from typing import Any
 
 from asrlib.parameter_limits import LIMITS, in_words
 from asrlib.parameters import SET_BY_RUN_ALL, Parameter, read_parameters
-from asrlib.pipeline import find_notebooks
-from asrlib.runs import atomic_write, project_root
+from asrlib.runs import atomic_write, find_notebooks, project_root
 
 INTRODUCTION = """# Parameters
 

@@ -15,13 +15,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from asrlib.parameter_limits import LIMITS, nearest
+from asrlib.runs import BadParameter
 
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
 TYPES |= {"List": list, "Dict": dict, "Optional": Optional}
-
-
-class BadParameter(ValueError):
-    """A parameter that cannot be used; the message says which, where it was given, what would be valid."""
 
 
 SET_BY_RUN_ALL = {"run_dir": "name the run with --name", "members": "name them in `sweep`"}

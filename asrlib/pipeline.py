@@ -18,10 +18,10 @@ from typing import Any
 import nbformat
 
 from asrlib.dependencies import library_files
-from asrlib.figures import duration
 from asrlib.parameters import Schema
 from asrlib.provenance import commit, machine, versions
-from asrlib.runs import Run, atomic_write, files_fingerprint, fingerprint
+from asrlib.reporting.numbers import duration
+from asrlib.runs import Run, atomic_write, files_fingerprint, find_notebooks, fingerprint
 from asrlib.workplace import StepFailed, Workplace, log
 
 ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -52,11 +52,6 @@ class Step:
     notebook: Path
     parameters: dict[str, Any]
     fingerprint: str
-
-
-def find_notebooks(root: Path) -> dict[str, Path]:
-    """The notebooks that are steps, in order: notebooks/NN_*.ipynb."""
-    return {path.stem: path for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
 
 
 def plan(

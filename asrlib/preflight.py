@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from asrlib.parameter_limits import nearest
-from asrlib.parameters import BadParameter
-from asrlib.runs import read_json, resolve
+from asrlib.runs import BadParameter, read_json, resolve
 
 
 def check_width(values: dict[str, Any]) -> None:

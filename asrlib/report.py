@@ -17,25 +17,21 @@ from asrlib.cost_card import beside, compared, estimated_steps
 from asrlib.figures import (
     SYSTEMS,
     cache_comparison,
-    change,
-    duration,
     inference_time_comparison,
     keep_figure,
-    percent,
     save_figure,
     show_figure,
-    size,
     splits_of,
     system_name,
     training_curves,
-    unbroken,
     wer_bars,
     wer_vs_cache,
 )
 from asrlib.html import PAGES, diff_transcripts, display_table, render_notebook, table_html
-from asrlib.members import ATTENTION, asked_steps, is_member, is_sweep
+from asrlib.members import ATTENTION
 from asrlib.provenance import parameters_of, provenance_of
-from asrlib.runs import STEP_OF_METRICS, Run, atomic_write, read_json
+from asrlib.reporting.numbers import change, duration, percent, size, unbroken
+from asrlib.runs import STEP_OF_METRICS, Run, asked_steps, atomic_write, is_member, is_sweep, read_json
 
 __all__ = [  # what notebooks call
     "CLAIMED", "CLAIMED_CUTS", "CLAIMS_INTRODUCTION", "cache_comparison", "comparison_table", "diff_transcripts",

@@ -9,12 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from asrlib.figures import change, size
-from asrlib.members import is_sweep
-from asrlib.parameters import BadParameter
 from asrlib.provenance import provenance_of
 from asrlib.report import comparison_table
-from asrlib.runs import Run, read_json
+from asrlib.reporting.numbers import change, size
+from asrlib.runs import BadParameter, Run, is_sweep, read_json
 
 MISSING = "–"
 

@@ -10,11 +10,13 @@ Only a `.completed/<step>.json` marker means that a step is done.
 
 import ast
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,12 @@ STEP_OF_METRICS = {
     "benchmark": "05_benchmark",
     "compare": "06_compare",
 }
+VALUE_CHARACTERS = 60  # of a value in a member's name; of a path its end says more than its beginning
 STEP_OF_MODEL = {"baseline": "00_baseline", "converted": "01_convert", "finetuned": "03_finetune"}
+
+
+class BadParameter(ValueError):
+    """A parameter that cannot be used; the message says which, where it was given, what would be valid."""
 
 
 class MissingStep(FileNotFoundError):
@@ -260,6 +267,77 @@ class Run:
     def _marker(self, kind: str, step: str) -> dict | None:
         path = self._marker_path(kind, step)
         return read_json(path) if path.is_file() else None
+
+
+# ---- steps, sweeps and their members -------------------------------------------------------------------------
+
+
+def find_notebooks(root: Path) -> dict[str, Path]:
+    """The notebooks that are steps, in order: notebooks/NN_*.ipynb."""
+    return {path.stem: path for path in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
+
+
+def asked_steps(folder: Path, steps: Sequence[str]) -> list[str]:
+    """Those of `steps` that the run in `folder` was asked for: its params.json names them where they are not all."""
+    params = folder / "params.json"
+    asked = read_json(params).get("steps", steps) if params.is_file() else steps
+    return [step for step in steps if step in asked]
+
+
+def is_sweep(folder: Path) -> bool:
+    """Is it the folder of a sweep, rather than that of a run or of none at all?"""
+    params = folder / "params.json"
+    return "sweep" in read_json(params) if params.is_file() else any(folder.glob("*/params.json"))
+
+
+def is_member(folder: Path) -> bool:
+    """Is it the folder of one run of a sweep?"""
+    return (folder.parent / "params.json").is_file() and is_sweep(folder.parent)
+
+
+def member_names(sweep: list | dict[str, list]) -> list[str]:
+    """The members' names, which are those of their folders, in order."""
+    if isinstance(sweep, list):
+        return [re.sub(r"\.ya?ml$", "", Path(name).name) for name in sweep]
+    members = own_values(sweep)
+    return ["_".join(f"{name}-{_in_file_name(value)}" for name, value in own.items()) for own in members]
+
+
+def _in_file_name(value: Any) -> str:
+    if isinstance(value, list):
+        return "-".join(map(_in_file_name, value))
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return re.sub(r"[^\w.+-]+", "-", text)[-VALUE_CHARACTERS:]
+
+
+def own_values(sweep: list | dict[str, list]) -> list[str | dict[str, Any]]:
+    """What makes each member: the name of its params file, or its combination of the values that vary."""
+    if isinstance(sweep, list):
+        return sweep
+    return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
+
+
+def asked_for(run: Run) -> list[str]:
+    """The members that the sweep's params.json names; where there is none, the folders that hold runs."""
+    params = run.path / "params.json"
+    if params.is_file():
+        return member_names(read_json(params)["sweep"])
+    return sorted(path.parent.name for path in run.path.glob("*/params.json"))
+
+
+def progress(folder: Path) -> tuple[int, int] | None:
+    """How many members of the sweep in `folder` are done, and of how many; None where no sweep ran there."""
+    params = folder / "params.json"
+    if not params.is_file() or "sweep" not in (asked := read_json(params)):
+        return None
+    names = member_names(asked["sweep"])
+    return sum(_done(folder / name) for name in names), len(names)
+
+
+def _done(folder: Path) -> bool:
+    """Were all steps completed that a run ever began, as far as its markers tell?"""
+    begun, completed = ({path.name for path in (folder / kind).glob("*.json")} for kind in (".started", ".completed"))
+    return bool(begun) and begun <= completed
 
 
 # ---- fingerprints ------------------------------------------------------------------------------------------

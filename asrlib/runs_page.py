@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from asrlib import html
-from asrlib.figures import _figure, _style, percent, save_figure, size, splits_of
-from asrlib.members import ATTENTION, AUDIO_SECONDS, compare_members, is_member, is_sweep
+from asrlib.figures import _figure, _style, save_figure, splits_of
+from asrlib.members import ATTENTION, AUDIO_SECONDS, compare_members
 from asrlib.report import comparison_table
-from asrlib.runs import Run, read_json
-from asrlib.sweep_page import asked_for
+from asrlib.reporting.numbers import percent, size
+from asrlib.runs import Run, asked_for, is_member, is_sweep, read_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,8 +7,9 @@ import pandas as pd
 
 from asrlib.attention.cache import cached_numbers, kv_cache_bytes
 from asrlib.attention.formats import FORMATS
-from asrlib.figures import SYSTEMS, _colours, _figure, _style, size
+from asrlib.figures import SYSTEMS, _colours, _figure, _style
 from asrlib.models.families import frames_per_second
+from asrlib.reporting.numbers import size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,13 +7,13 @@ import pandas as pd
 from asrlib import html
 from asrlib.cost_card import beside, compared, estimated_steps
 from asrlib.figure_captions import caption_of, heading_of
-from asrlib.figures import duration, unbroken
 from asrlib.html import PAGES
 from asrlib.member_report import headline, how_to_read, ranking_html
 from asrlib.members import Comparison, compare_members, entries_of
 from asrlib.provenance import parameters_of, provenance_of
 from asrlib.report import step_times
-from asrlib.runs import Run, read_json
+from asrlib.reporting.numbers import duration, unbroken
+from asrlib.runs import Run, asked_for
 
 FIRST_FIGURES = 2  # stand above the list of members, the others below
 
@@ -47,16 +47,6 @@ def write_sweep_index(run: Run, command: str) -> Path:
         provenance=provenance_of(run, {"benchmark": found.benchmark, "baseline": {}}),
         files=[file for file in ("tables/ranking.csv", "tables/tests.csv") if figures and (run.path / file).is_file()],
     )
-
-
-def asked_for(run: Run) -> list[str]:
-    """The members that the sweep's params.json names; where there is none, the folders that hold runs."""
-    from asrlib.sweeps import member_names
-
-    params = run.path / "params.json"
-    if params.is_file():
-        return member_names(read_json(params)["sweep"])
-    return sorted(path.parent.name for path in run.path.glob("*/params.json"))
 
 
 def _progress(run: Run) -> dict:

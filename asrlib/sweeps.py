@@ -7,8 +7,6 @@ The file's other values hold for every member and go before those of a member's 
 other, in reports/<sweep>/<member>. The steps that declare `members` then run once more, in reports/<sweep> itself.
 """
 
-import itertools
-import json
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,17 +15,16 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from asrlib.figures import duration
-from asrlib.parameters import BadParameter, Schema, known_step, nearest, read_assignments, read_params_file
+from asrlib.parameters import Schema, known_step, nearest, read_assignments, read_params_file
 from asrlib.pipeline import Step, expected_seconds, first_to_run, plan, run_steps, time_left
 from asrlib.preflight import check_surroundings, check_width
 from asrlib.report import write_index
-from asrlib.runs import Run, read_json, write_json
+from asrlib.reporting.numbers import duration
+from asrlib.runs import BadParameter, Run, member_names, own_values, write_json
 from asrlib.workplace import StepFailed, Workplace, work_in
 
 RUN_FOLDERS = {"metrics", "predictions", "tables", "figures", "rejected", "models", "checkpoints", "notebooks"}
 DIFFERS_BY_CHANCE = r"0x[0-9a-f]+|Request ID: [^)]*"  # in the messages of one and the same failure of the network
-VALUE_CHARACTERS = 60  # of a value in a member's name; of a path its end says more than its beginning
 
 
 @dataclass(frozen=True)
@@ -143,7 +140,7 @@ def read_sweep(root: Path, run: Run, file: Path, assignments: list[str], schema:
     _check_sweep(sweep, given, file.name)
     shared, assigned = (file.name, given), ("--set", read_assignments(assignments))
     members = []
-    for name, own in zip(member_names(sweep), _own_values(sweep), strict=True):
+    for name, own in zip(member_names(sweep), own_values(sweep), strict=True):
         try:
             values, steps = checked([*_layers(root, own, shared), assigned], schema, list(schema.parameters))
             for varied, value in own.items() if isinstance(own, dict) else ():
@@ -158,13 +155,6 @@ def read_sweep(root: Path, run: Run, file: Path, assignments: list[str], schema:
     return Sweep(file, root, run, schema, sweep, schema.check(values, origin), members)
 
 
-def _own_values(sweep: list | dict[str, list]) -> list[str | dict[str, Any]]:
-    """What makes each member: the name of its params file, or its combination of the values that vary."""
-    if isinstance(sweep, list):
-        return sweep
-    return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
-
-
 def _layers(root: Path, own: str | dict[str, Any], shared: tuple[str, dict]) -> list[tuple[str, dict]]:
     if isinstance(own, dict):
         return [shared, (f"the sweep of {shared[0]}", own)]
@@ -173,21 +163,6 @@ def _layers(root: Path, own: str | dict[str, Any], shared: tuple[str, dict]) -> 
     if "sweep" in values:
         raise BadParameter(f"{file.name} is a sweep itself: name its members instead")
     return [(file.name, values), shared]
-
-
-def member_names(sweep: list | dict[str, list]) -> list[str]:
-    """The members' names, which are those of their folders, in order."""
-    if isinstance(sweep, list):
-        return [re.sub(r"\.ya?ml$", "", Path(name).name) for name in sweep]
-    members = _own_values(sweep)
-    return ["_".join(f"{name}-{_in_file_name(value)}" for name, value in own.items()) for own in members]
-
-
-def _in_file_name(value: Any) -> str:
-    if isinstance(value, list):
-        return "-".join(map(_in_file_name, value))
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return re.sub(r"[^\w.+-]+", "-", text)[-VALUE_CHARACTERS:]
 
 
 def _check_sweep(sweep: Any, shared: Mapping[str, Any], where: str) -> None:
@@ -351,21 +326,3 @@ def reasons(failures: Failures) -> list[list[str]]:
         told.append([f"the same as {first[kind]}"] if kind in first else [reason, notebook])
         first.setdefault(kind, name)
     return told
-
-
-# ---- what was run ------------------------------------------------------------------------------------------
-
-
-def progress(folder: Path) -> tuple[int, int] | None:
-    """How many members of the sweep in `folder` are done, and of how many; None where no sweep ran there."""
-    params = folder / "params.json"
-    if not params.is_file() or "sweep" not in (asked := read_json(params)):
-        return None
-    names = member_names(asked["sweep"])
-    return sum(_done(folder / name) for name in names), len(names)
-
-
-def _done(folder: Path) -> bool:
-    """Were all steps completed that a run ever began, as far as its markers tell?"""
-    begun, completed = ({path.name for path in (folder / kind).glob("*.json")} for kind in (".started", ".completed"))
-    return bool(begun) and begun <= completed

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from asrlib.parameters import BadParameter
-from asrlib.runs import Run, atomic_write
+from asrlib.runs import BadParameter, Run, atomic_write
 
 CHECKSUMS = "checksums.sha256"
 PASSING = {CHECKSUMS, "pipeline.log", "checkpoints", "exports", "metrics/estimate.json"}  # change, and no result does

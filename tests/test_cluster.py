@@ -14,8 +14,7 @@ from test_run_all import TRACE, call, gone, is_locked, trace, wait_until, write_
 from test_sweeps import COMPARE, params
 
 from asrlib.cluster import engine_of, ray_address
-from asrlib.parameters import BadParameter
-from asrlib.runs import Run
+from asrlib.runs import BadParameter, Run
 
 FIRST = [
     """

@@ -8,8 +8,8 @@ from asrlib import compiled_benchmark as room
 from asrlib.benchmark_report import compiled_table
 from asrlib.compiled_benchmark import compiled_beside_eager
 from asrlib.models.scratch import new_processor
-from asrlib.parameters import BadParameter
 from asrlib.preflight import check_surroundings
+from asrlib.runs import BadParameter
 
 
 @pytest.fixture(scope="module")

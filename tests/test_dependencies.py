@@ -10,8 +10,7 @@ import nbformat
 import pytest
 
 from asrlib.dependencies import library_files
-from asrlib.pipeline import find_notebooks
-from asrlib.runs import project_root
+from asrlib.runs import find_notebooks, project_root
 
 ROOT = project_root(Path(__file__).parent)
 

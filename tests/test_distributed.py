@@ -29,9 +29,8 @@ from asrlib import convert, distributed, figures, load, open_corpus, training
 from asrlib.data.batches import BucketBatchSampler
 from asrlib.launching import TrainingFailed, launch, launch_command, read_history, train_in_processes, write_job
 from asrlib.models.scratch import new_processor
-from asrlib.parameters import BadParameter
 from asrlib.preflight import check_surroundings
-from asrlib.runs import read_json, write_json
+from asrlib.runs import BadParameter, read_json, write_json
 from asrlib.training import SpeechTrainer, TrainingSettings, checkpoint_folder, last_checkpoint, train
 from asrlib.training_job import main
 

@@ -19,9 +19,9 @@ from asrlib.conversion.convert import convert
 from asrlib.cost_card import as_text, estimated_steps
 from asrlib.estimate import PUBLISHED_CONFIGS, Workload, _baseline, _convert
 from asrlib.models.scratch import new_processor
-from asrlib.parameters import BadParameter, Schema
-from asrlib.pipeline import find_notebooks, plan
-from asrlib.runs import Run, read_json, write_json
+from asrlib.parameters import Schema
+from asrlib.pipeline import plan
+from asrlib.runs import BadParameter, Run, find_notebooks, read_json, write_json
 from asrlib.training import TrainingSettings
 
 SIZES = {"train": 24, "validation": 4, "test-clean": 6}  # utterances

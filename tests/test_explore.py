@@ -22,9 +22,9 @@ from asrlib.explore.conversion_panel import ConversionPanel
 from asrlib.explore.own_speech_panel import OwnSpeechPanel
 from asrlib.explore.run_panel import RunPanel
 from asrlib.explore.streaming_panel import CONVERTED_HERE, StreamingPanel
-from asrlib.figures import size
 from asrlib.models.inference import attention_of
 from asrlib.models.scratch import new_processor
+from asrlib.reporting.numbers import size
 from asrlib.streaming import stream
 
 

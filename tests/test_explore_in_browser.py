@@ -17,8 +17,8 @@ from playwright.sync_api import Locator, Page, expect
 import asrlib
 from asrlib.benchmark import cache_bytes_per_second
 from asrlib.data.audio import SAMPLE_RATE
-from asrlib.figures import size
 from asrlib.models.families import PRETRAINED
+from asrlib.reporting.numbers import size
 
 SECONDS = 1000  # Playwright counts milliseconds
 PATIENCE = 60 * SECONDS

@@ -18,9 +18,9 @@ from asrlib.export.folders import standard, write_folder, write_hub_folder
 from asrlib.export.graphs import OfflineGraph
 from asrlib.export.loading import loading_code
 from asrlib.export.modules import self_contained
-from asrlib.figures import size
 from asrlib.models.families import FAMILIES, family_of, frame_counts
 from asrlib.models.inference import recognise
+from asrlib.reporting.numbers import size
 from asrlib.runs import Run
 
 ALONE = """

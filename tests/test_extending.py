@@ -15,8 +15,7 @@ from asrlib.attention.kinds import KINDS
 from asrlib.evaluation import METRICS
 from asrlib.models.families import FAMILIES
 from asrlib.parameters import Schema
-from asrlib.pipeline import find_notebooks
-from asrlib.runs import project_root
+from asrlib.runs import find_notebooks, project_root
 from asrlib.streaming import Recognition
 
 ROOT = project_root(Path(__file__).parent)

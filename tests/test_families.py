@@ -28,8 +28,8 @@ from asrlib.models.families import (
     positions_of,
 )
 from asrlib.models.inference import zero_attention
-from asrlib.parameters import BadParameter
 from asrlib.preflight import check_model, check_width
+from asrlib.runs import BadParameter
 from asrlib.training import TrainingSettings, train
 
 EVERY = pytest.mark.parametrize("family", FAMILIES)

@@ -24,15 +24,13 @@ from asrlib.members import (
     UNCONVERTED,
     compare_members,
     entries_of,
-    is_member,
-    is_sweep,
     load_systems,
     pairs_to_test,
     short_names,
     varied_parameters,
 )
 from asrlib.models.scratch import new_model, new_processor
-from asrlib.runs import MissingStep, Run, write_json
+from asrlib.runs import MissingStep, Run, is_member, is_sweep, write_json
 from asrlib.streaming import what_is_kept
 
 ROOT = Path(__file__).parent.parent

@@ -7,8 +7,7 @@ import fsspec
 import pytest
 
 from asrlib.mirror import Mirror, check_storage
-from asrlib.parameters import BadParameter
-from asrlib.runs import Run, read_json
+from asrlib.runs import BadParameter, Run, read_json
 
 MARKER = ".completed/00_first.json"
 

@@ -7,7 +7,7 @@ import pytest
 from asrlib.parameter_limits import LIMITS, in_words
 from asrlib.parameter_table import main, table
 from asrlib.parameters import Schema
-from asrlib.pipeline import find_notebooks
+from asrlib.runs import find_notebooks
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,8 +19,7 @@ from transformers import WhisperFeatureExtractor, WhisperProcessor
 
 import asrlib
 from asrlib.parameters import Schema, read_params_file
-from asrlib.pipeline import find_notebooks
-from asrlib.runs import read_json
+from asrlib.runs import find_notebooks, read_json
 
 ROOT = Path(__file__).parent.parent
 TIMES = re.compile("seconds$|runtime|per_second|^time")  # names of what a clock says

@@ -27,8 +27,8 @@ from asrlib.data.batches import SpeechDataset
 from asrlib.data.corpus import SAMPLE_RATE, Corpus, open_corpus
 from asrlib.data.remote import UnreadableShard
 from asrlib.data.splits import check_splits
-from asrlib.parameters import BadParameter
 from asrlib.preflight import check_surroundings
+from asrlib.runs import BadParameter
 from asrlib.training import SpeechTrainer, TrainingSettings, train
 
 SHARDS = {  # of the layout of openslr/librispeech_asr: number of utterances

@@ -14,11 +14,11 @@ import psutil
 import pytest
 
 import run_all
-from asrlib.figures import duration
-from asrlib.parameters import LIMITS, BadParameter, Schema, read_assignments, read_params_file
-from asrlib.pipeline import find_notebooks, first_to_run, plan, time_left
+from asrlib.parameters import LIMITS, Schema, read_assignments, read_params_file
+from asrlib.pipeline import first_to_run, plan, time_left
 from asrlib.preflight import check_latent_dim, check_surroundings
-from asrlib.runs import Run, project_root, read_json, write_json
+from asrlib.reporting.numbers import duration
+from asrlib.runs import BadParameter, Run, find_notebooks, project_root, read_json, write_json
 
 ROOT = project_root(Path(__file__).parent)
 

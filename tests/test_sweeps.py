@@ -8,9 +8,9 @@ import pytest
 from test_run_all import ROOT, TRACE, call, gone, kernels_of, start, trace, wait_until, write_notebook
 
 from asrlib.parameters import Schema, read_params_file
-from asrlib.pipeline import Step, expected_seconds, find_notebooks
-from asrlib.runs import Run, read_json, write_json
-from asrlib.sweeps import member_names, plan_comparison, read_sweep, seconds_ahead
+from asrlib.pipeline import Step, expected_seconds
+from asrlib.runs import Run, find_notebooks, member_names, read_json, write_json
+from asrlib.sweeps import plan_comparison, read_sweep, seconds_ahead
 from asrlib.workplace import log, logged
 
 FIRST = [

@@ -26,7 +26,7 @@ from asrlib import evaluation, length_benchmark, streaming, streaming_benchmark
 from asrlib.conversion import benchmark
 from asrlib.data import __main__ as data
 from asrlib.models.scratch import new_processor
-from asrlib.pipeline import find_notebooks
+from asrlib.runs import find_notebooks
 
 ROOT = Path(__file__).parent.parent
 MARK = 'from asrlib.runs import Run\nRun.open(run_dir).write_metrics("baseline", {"splits": {}})'

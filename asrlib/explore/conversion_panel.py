@@ -15,8 +15,9 @@ from asrlib.conversion_figures import error_by_layer
 from asrlib.data.text import folded
 from asrlib.explore.panel import NAMED, WIDE, Panel, html, player, rows
 from asrlib.explore.workbench import Workbench
-from asrlib.figures import as_image, change, percent, size
+from asrlib.figures import as_image
 from asrlib.html import diff_transcripts
+from asrlib.reporting.numbers import change, percent, size
 
 FIRST_CUT = 16  # of the cache, at the start: MHA's divided by so many
 LIMITS = {f"excellent: below {percent(EXCELLENT, 0)}": EXCELLENT, f"good: below {percent(GOOD, 0)}": GOOD}

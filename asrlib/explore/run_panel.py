@@ -10,8 +10,8 @@ from asrlib.attention.names import encoder_config
 from asrlib.benchmark import cache_bytes_per_second
 from asrlib.explore.panel import NAMED, WIDE, Panel, html
 from asrlib.explore.workbench import Workbench
-from asrlib.figures import size
 from asrlib.models.families import frames_per_second
+from asrlib.reporting.numbers import size
 
 
 class RunPanel(Panel):

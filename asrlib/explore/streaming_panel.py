@@ -15,9 +15,9 @@ from asrlib.data.text import folded
 from asrlib.explore.conversion_panel import utterance_dropdown
 from asrlib.explore.panel import NAMED, WIDE, Panel, html, player, rows
 from asrlib.explore.workbench import Workbench
-from asrlib.figures import change, size
 from asrlib.html import diff_transcripts
 from asrlib.models.families import family_of, load
+from asrlib.reporting.numbers import change, size
 from asrlib.streaming import Recognition, chunks_of
 
 CONVERTED_HERE = "converted here"
