@@ -9,6 +9,7 @@ from asrlib.attention.latent import check_latent_dim
 from asrlib.attention.names import encoder_config
 from asrlib.conversion.convert import convert, decompose, latent_dim_for, measure_sensitivity
 from asrlib.conversion.grouped import group_heads
+from asrlib.conversion.methods import latent_methods
 from asrlib.conversion.sequential import check_one_stack
 from asrlib.conversion.statistics import Statistics
 from asrlib.models.families import family_of, is_latent
@@ -79,10 +80,7 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe("split svd", layout="split"),  # the first system's
-        Recipe("svd"),
-        Recipe("whitened", method="whitened"),
-        Recipe("two_sided", method="two_sided"),
-        Recipe("attended", method="attended"),
+        *(Recipe(name, method=name) for name in latent_methods()),
         Recipe("two_sided, energy", method="two_sided", ranks="energy"),
         Recipe("two_sided, sensitivity", method="two_sided", ranks="sensitivity"),
         Recipe("attended, energy", method="attended", ranks="energy"),
