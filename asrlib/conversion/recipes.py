@@ -1,4 +1,4 @@
-"""The ways to convert that `asrlib.conversion.benchmark` compares: a new one is a line in RECIPES."""
+"""The ways to convert that `asrlib.conversion.benchmark` compares: a new one is a line in `all_recipes`."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -76,9 +76,9 @@ class GroupedRecipe:
         return lambda cut: group_heads(model, round((1 - cut) * heads), self.method, statistics)
 
 
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
+def all_recipes() -> dict[str, Recipe | GroupedRecipe]:
+    """By name: each method that makes latents, plainly, and what else is worth comparing."""
+    recipes = (
         Recipe("split svd", layout="split"),  # the first system's
         *(Recipe(name, method=name) for name in latent_methods()),
         Recipe("two_sided, energy", method="two_sided", ranks="energy"),
@@ -91,7 +91,10 @@ RECIPES = {
         GroupedRecipe("GQA, mean of heads"),  # Ainslie et al. 2023
         GroupedRecipe("GQA, least squares", method="two_sided"),
     )
-}
+    return {recipe.name: recipe for recipe in recipes}
+
+
+RECIPES = all_recipes()
 
 
 def reachable(config, recipes: Iterable[Recipe], cuts: Sequence[float]) -> dict[Recipe, list[float]]:
