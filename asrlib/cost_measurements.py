@@ -22,6 +22,7 @@ from asrlib.attention.chunks import Chunks
 from asrlib.attention.names import encoder_config
 from asrlib.benchmark import peak_memory_bytes
 from asrlib.conversion.convert import convert, decompose
+from asrlib.conversion.methods import METHODS
 from asrlib.conversion.statistics import collect_statistics
 from asrlib.data.batches import BucketBatchSampler
 from asrlib.data.corpus import Corpus
@@ -172,7 +173,7 @@ def one_layer(corpus: Corpus, model, processor, device: str, layout: str, method
     twin = family_of(config).standard_model(config).eval()
     longest = max(one.seconds for one in corpus)  # by so much an excerpt may be shorter than what is asked for
     some = corpus.excerpt(max(10.0, 1.2 * encoder_config(config).hidden_size / frames_per_second(config)) + longest)
-    how = {"device": device, "attention": method == "attended"}
+    how = {"device": device, "attention": METHODS[method].needs_attention}
     _, passing = warm(lambda: transcribe(twin, processor, some, device=device))
     statistics, collecting = warm(lambda: collect_statistics(twin, processor, some, some.seconds, **how))
     how = {"layout": layout, "method": method, "statistics": statistics}

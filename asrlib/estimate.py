@@ -29,7 +29,7 @@ from asrlib.attention.cache import cached_widths, kv_cache_bytes
 from asrlib.attention.names import encoder_config
 from asrlib.benchmark import DTYPES, measured_on, spread_over_durations
 from asrlib.conversion.convert import latent_dim_for
-from asrlib.conversion.factorize import NEEDS_STATISTICS
+from asrlib.conversion.methods import METHODS, latent_methods
 from asrlib.conversion.ranks import PROBED_SHARES
 from asrlib.conversion.recipes import RECIPES
 from asrlib.conversion.statistics import SAMPLE_FRAMES
@@ -71,7 +71,7 @@ def _baseline(work: "Workload") -> list[Cost]:
 
 def _convert(work: "Workload") -> list[Cost]:
     p, probed = work.p, work.p.ranks == "sensitivity" and work.p.convert_to == "mla"
-    costs = work.statistics(p.method) if p.method in NEEDS_STATISTICS or probed else []
+    costs = work.statistics(p.method) if METHODS[p.method].needs_statistics or probed else []
     return [*costs, work.conversions(p.method, p.layout, p.method, 1, probed)]  # at full width nothing is searched
 
 
@@ -251,7 +251,9 @@ class Workload:
         ]
 
     def layer(self, layout: str, method: str) -> tuple[Rate, float, float]:
-        how = self.p.device, layout, "svd" if method == "mean" else method  # the mean is GQA's, and as quick
+        if not METHODS[method].makes_latents:
+            method = latent_methods()[0]  # the mean is GQA's, and as quick
+        how = self.p.device, layout, method
         return self.rate(measure.one_layer, self.calibration, self.baseline, *how)
 
     def statistics(self, method: str) -> list[Cost]:

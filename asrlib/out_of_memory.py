@@ -29,7 +29,8 @@ def out_of_memory_explained(
     """Where memory runs out inside, torch.OutOfMemoryError says on what, and which of `settings` to change.
 
     `work` is what is being done, `utterances` the batch at hand. Of `settings`, named as the parameters of a run, those
-    that memory depends on are told with their present value: batch_seconds, gradient_checkpointing, precision, method.
+    that memory depends on are told with their present value: batch_seconds, gradient_checkpointing, precision. Beside
+    them, `attention` says whether every weight of it is kept.
     """
     try:
         yield
@@ -64,8 +65,8 @@ def _remedies(utterances: Sequence[tuple[str, float]], settings: Mapping[str, An
         remedies.append("set gradient_checkpointing: true (now false)")
     if settings.get("precision") == "fp32":
         remedies.append("use precision: bf16 (now fp32)")
-    if settings.get("method") == "attended":
-        remedies.append("choose method: two_sided (now attended, which needs every weight of the attention)")
+    if settings.get("attention"):
+        remedies.append("choose method: two_sided (the present one needs every weight of the attention)")
     if alone:
         remedies.append("leave out utterances so long, for no batch_seconds makes a smaller batch")
     text = ", or ".join(remedies)

@@ -5,10 +5,12 @@ The docstring of a validator is the limit in words, as PARAMETERS.md shows it.
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from pydantic import AfterValidator, Field
+
+from asrlib.conversion.methods import METHODS
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -18,6 +20,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def one_of(*choices: str) -> AfterValidator:
+    return name_in(choices)
+
+
+def name_in(choices: Collection[str]) -> AfterValidator:
+    """`choices` are read anew at each check: a registry may grow."""
+
     def check(value: str | None) -> str | None:
         if value is not None and value not in choices:
             raise ValueError(f"should be one of {', '.join(choices)}{nearest(str(value), choices)}")
@@ -120,7 +128,7 @@ LIMITS: dict[str, Any] = {
     "cache_cut": Field(gt=0, lt=1),
     "layout": one_of("joint", "split"),
     "convert_to": one_of("mla", "gqa"),
-    "method": one_of("mean", "svd", "whitened", "two_sided", "attended"),
+    "method": name_in(METHODS),
     "ctc_weight": NOT_NEGATIVE,
     "kl_weight": NOT_NEGATIVE,
     "hidden_weight": NOT_NEGATIVE,

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from asrlib.conversion.methods import grouping_methods, latent_methods
 from asrlib.parameter_limits import nearest
 from asrlib.runs import BadParameter, read_json, resolve
 
@@ -110,9 +111,9 @@ def check_surroundings(values: dict[str, Any]) -> None:
         raise BadParameter("'architecture' asks for a new model, whose weights are random: say 'baseline_epochs' too")
     if values.get("architecture"):
         _check_new_model(values)
-    forbidden = "attended" if values.get("convert_to") == "gqa" else "mean"
-    if values.get("method") == forbidden:
-        raise BadParameter(f"'method' is {forbidden}, which cannot convert to {values.get('convert_to', 'mla')}")
+    method, convert_to = values.get("method"), values.get("convert_to", "mla")
+    if method is not None and method not in (grouping_methods() if convert_to == "gqa" else latent_methods()):
+        raise BadParameter(f"'method' is {method}, which cannot convert to {convert_to}")
     for seconds in values.get("benchmark_seconds", []):
         if not isinstance(seconds, float | int) or seconds <= 0:
             raise BadParameter(f"'benchmark_seconds' holds {seconds!r}: each should be a number of seconds above 0")

@@ -17,8 +17,8 @@ from asrlib import (
 )
 from asrlib.attention.kinds import KINDS
 from asrlib.conversion.convert import decompose, measure_sensitivity
-from asrlib.conversion.factorize import METHODS
-from asrlib.conversion.grouped import GROUPING_METHODS, group_heads, to_grouped_attention
+from asrlib.conversion.grouped import group_heads, to_grouped_attention
+from asrlib.conversion.methods import grouping_methods, latent_methods
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.features import feature_statistics
 from asrlib.evaluation import transcribe
@@ -146,7 +146,7 @@ def test_statistics_are_those_of_every_utterance_alone(model, statistics):
 
 
 @pytest.mark.parametrize("layout", EXACT)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", latent_methods())
 def test_every_method_converts_and_calibration_helps(model, statistics, method, layout):
     narrow = convert(model, 6, layout=layout, method=method, statistics=statistics)
     wide = convert(model, 14, layout=layout, method=method, statistics=statistics)
@@ -236,7 +236,7 @@ def test_the_mean_of_heads_is_the_gqa_encoder_of_averaged_weights(model, kv_head
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
-@pytest.mark.parametrize("method", GROUPING_METHODS)
+@pytest.mark.parametrize("method", grouping_methods())
 def test_a_gqa_model_computes_what_its_latent_twin_does(model, statistics, method, kv_heads):
     twin = group_heads(model, kv_heads, method, statistics).double()
     grouped = to_grouped_attention(twin, kv_heads)
@@ -254,7 +254,7 @@ def test_only_what_caches_that_many_heads_becomes_a_gqa_model(model):
         to_grouped_attention(group_heads(tiny.conformer(), 1), 1)
 
 
-@pytest.mark.parametrize("method", GROUPING_METHODS[1:])
+@pytest.mark.parametrize("method", grouping_methods()[1:])
 def test_least_squares_group_heads_better_than_the_mean(model, statistics, method):
     felt = "output_error" if method == "two_sided" else "key_error"
     tables = {

@@ -12,6 +12,7 @@ import asrlib
 import run_all
 from asrlib.attention.chunks import Chunks
 from asrlib.attention.kinds import KINDS
+from asrlib.conversion.methods import METHODS
 from asrlib.evaluation import METRICS
 from asrlib.models.families import FAMILIES
 from asrlib.parameters import Schema
@@ -31,7 +32,7 @@ def blocks(language: str) -> list[str]:
 def made(tmp_path_factory):
     """The folder that all code of EXTENDING.md was executed in, and the names it leaves behind."""
     folder, names = tmp_path_factory.mktemp("extending"), {}
-    tables = [(table, set(table)) for table in (KINDS, FAMILIES, METRICS)]
+    tables = [(table, set(table)) for table in (KINDS, METHODS, FAMILIES, METRICS)]
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
         try:
@@ -70,6 +71,18 @@ def test_the_kind_of_attention_caches_as_it_says_and_streams(made):
     model = names["multi_query"]
     assert asrlib.kv_cache_bytes(model.config, frames=10) == 10 * 2 * (2 * 8) * 4
     assert streams_as_it_is_cached(model, names["processor"])
+
+
+def test_the_method_converts_and_loses_nothing_at_full_width(made):
+    _, names = made
+    assert names["weighed"].config.latent_dim == [8, 8]
+    model, features = names["model"].eval(), torch.randn(1, 60, 80)
+    exact, plain = (asrlib.convert(model, latent_dim=32, method=name) for name in ("behind_the_output", "svd"))
+    with torch.no_grad():
+        for latent in (exact, plain):
+            torch.testing.assert_close(latent(features).logits, model(features).logits, atol=1e-4, rtol=1e-4)
+        other = asrlib.convert(model, latent_dim=8, method="svd")
+        assert not torch.equal(names["weighed"](features).logits, other(features).logits)
 
 
 def test_the_family_converts_loads_back_and_streams(made):

@@ -10,13 +10,14 @@ from transformers import AutoModelForCTC
 
 import asrlib
 from asrlib.conversion.convert import convert, factors_of
-from asrlib.conversion.grouped import GROUPING_METHODS, group_heads
+from asrlib.conversion.grouped import group_heads
+from asrlib.conversion.methods import grouping_methods
 from asrlib.models.families import attention_modules
 from asrlib.models.scratch import new_processor
 
 WIDTH, LAYERS, HEADS = tiny.WIDTH, tiny.LAYERS, 4
 SIZE = WIDTH // HEADS  # d_h
-LEAST_SQUARES = GROUPING_METHODS[1:]
+LEAST_SQUARES = grouping_methods()[1:]
 
 
 def four_heads(positions: str | None = "relative", attention: str = "sdpa"):
@@ -153,7 +154,7 @@ def test_the_bias_takes_the_mean_error_out(statistics, method):
         torch.testing.assert_close(ours.linear_v(mean), theirs.linear_v(mean))
 
 
-@pytest.mark.parametrize("method", GROUPING_METHODS)
+@pytest.mark.parametrize("method", grouping_methods())
 @pytest.mark.parametrize("positions", ["relative", "rotary"])
 def test_as_many_as_there_are_heads_is_exact(method, positions):
     mha = four_heads(positions)
@@ -202,7 +203,7 @@ def relative_gqa(layer, mha, kv_heads: int, x_BTD: torch.Tensor, positions_1PD: 
     return (weights @ values).transpose(1, 2).flatten(2) @ output.T + output_bias
 
 
-@pytest.mark.parametrize("method", GROUPING_METHODS)
+@pytest.mark.parametrize("method", grouping_methods())
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_a_gqa_layer_computes_the_same(statistics, method, kv_heads, frames=9):
     mha = four_heads(attention="eager").double()
@@ -222,7 +223,7 @@ def test_a_gqa_layer_computes_the_same(statistics, method, kv_heads, frames=9):
                 assert (computed - unchanged).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("method", GROUPING_METHODS)
+@pytest.mark.parametrize("method", grouping_methods())
 def test_a_head_reads_its_own_group_alone(statistics, method):
     for layer in attention_modules(group_heads(four_heads(), 2, method, statistics)):
         for up in (layer.latent_kv.up_k, layer.latent_kv.up_v):

@@ -9,7 +9,7 @@ import torch
 from alone import run_alone
 
 from asrlib import collect_statistics, convert
-from asrlib.conversion.factorize import METHODS
+from asrlib.conversion.methods import latent_methods
 from asrlib.conversion.quality import analyze_compression_quality
 from asrlib.conversion.statistics import InputSums
 from asrlib.data.audio import UnusableAudio
@@ -308,7 +308,7 @@ def test_attended_needs_statistics_of_attention(tiny_model, relative_statistics)
         convert(tiny_model, 5, method="attended", statistics=relative_statistics)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", latent_methods())
 def test_every_method_is_exact_at_full_rank(model, statistics, method):
     batch = tiny.padded_batch()
     widths = {"joint": tiny.WIDTH, "split": 2 * tiny.WIDTH}

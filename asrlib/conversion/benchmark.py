@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 import asrlib
 from asrlib.attention.cache import cached_numbers
 from asrlib.command_line import add_debug, sentence, tell
+from asrlib.conversion.methods import METHODS
 from asrlib.conversion.recipes import RECIPES, Recipe, names_in, percents, reachable
 from asrlib.conversion.rows import (
     BASELINE,
@@ -108,7 +109,7 @@ def benchmark(
         kept = read_rows(resolve(out))
     asked = [(recipe.name, cut, split) for recipe, reached in plan.items() for cut in reached for split in corpora]
     if statistics is None and any(key not in kept for key in asked):
-        attention = any(recipe.method == "attended" for recipe in plan)
+        attention = any(METHODS[recipe.method].needs_attention for recipe in plan)
         statistics = collect_statistics(
             model, processor, calibration, calibration_seconds, batch_seconds, device, attention
         )

@@ -12,16 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from asrlib.attention.kinds import LatentQuery
 from asrlib.attention.latent import LatentKV, check_latent_dim
 from asrlib.attention.names import NAMES, encoder_config, projections
-from asrlib.conversion.attended import AttendedDecomposition, decompose_attended
-from asrlib.conversion.factorize import (
-    METHODS,
-    NEEDS_STATISTICS,
-    Decomposition,
-    Factors,
-    LayerWeights,
-    decompose_layer,
-    decompose_shared,
-)
+from asrlib.conversion.factorize import Decomposition, Factors, LayerWeights, decompose_layer, decompose_shared
+from asrlib.conversion.methods import METHODS, check_method, latent_methods, sharing_methods
 from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity, smallest_rank
 from asrlib.conversion.sequential import check_one_stack, convert_in_sequence
 from asrlib.conversion.statistics import LayerStatistics, Statistics
@@ -36,7 +28,7 @@ from asrlib.models.families import (
 from asrlib.models.inference import inference, on_cpu, spoken_logits
 from asrlib.models.whisper import check_shared
 
-Candidates = tuple[Decomposition | AttendedDecomposition, ...]  # of one layer
+Candidates = tuple[Decomposition, ...]  # of one layer
 BALANCES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the values' error against the keys', from which a layer chooses
 
 
@@ -68,8 +60,8 @@ def decompose(
     """The decompositions of every layer's key and value projections, first layer first. `parts`, `shared`: see
     `convert`.
 
-    Computed once, they can be cut at many widths (`convert(..., decomposition=...)`). A layer has one, except for
-    `two_sided` and a joint latent: there the keys' error can be weighed against the values' in several ways, and
+    Computed once, they can be cut at many widths (`convert(..., decomposition=...)`). A layer has one, except for a
+    balanced method and a joint latent: there the keys' error can be weighed against the values' in several ways, and
     `convert` takes what is best at its width. Raises ValueError where the layout or the method is impossible.
     """
     _check_convertible(model, layout, method)
@@ -92,13 +84,9 @@ def _by_module(statistics: Statistics | None, parts: Sequence[str], modules: int
 
 
 def _candidates(attention: nn.Module, statistics: LayerStatistics | None, layout: str, method: str) -> Candidates:
-    if method in NEEDS_STATISTICS and statistics is None:
-        raise ValueError(f"method {method!r} needs statistics of calibration speech: see asrlib.collect_statistics")
     weights = LayerWeights.of(attention)
     moments = statistics.moments() if statistics else None
-    balances = BALANCES if method in ("two_sided", "attended") and layout == "joint" else (1.0,)
-    if method == "attended":
-        return tuple(decompose_attended(weights, layout, moments, balance) for balance in balances)
+    balances = BALANCES if METHODS[method].balanced and layout == "joint" else (1.0,)
     return tuple(decompose_layer(weights, layout, method, moments, balance) for balance in balances)
 
 
@@ -109,8 +97,7 @@ def _check_convertible(model: PreTrainedModel, layout: str, method: str) -> None
             f"the model is latent already ({model.config.model_type}): convert the one it came from, or what "
             "to_standard_attention makes of it"
         )
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}: choose one of {', '.join(METHODS)}")
+    check_method(method, latent_methods())
     family_of(model.config).check_layout(model.config, layout)
 
 
@@ -152,7 +139,7 @@ def convert(
         check_one_stack(model.config)
     if (sequential or reestimate_batch_norm) and statistics is None:
         raise ValueError("sequential and reestimate_batch_norm need calibration speech: see asrlib.collect_statistics")
-    if sequential and method not in NEEDS_STATISTICS:
+    if sequential and not METHODS[method].needs_statistics:
         raise ValueError(f"method {method!r} looks at weights alone: sequential has nothing to change, leave it out")
     family, width = family_of(model.config), encoder_config(model.config).hidden_size
     of_modules = _by_module(statistics, parts, len(modules))
@@ -205,7 +192,7 @@ def convert(
                 statistics.speech,
                 fit if sequential else None,
                 reestimate_batch_norm,
-                attention=sequential and method == "attended",
+                attention=sequential and METHODS[method].needs_attention,
             )
     return latent.to("cpu")
 
@@ -213,8 +200,8 @@ def convert(
 def _check_shared(parts: list[str], layout: str, method: str, ranks: str, cache_cut: float | None) -> None:
     """Raises ValueError where the words of `convert` do not go with a latent that layers share."""
     check_shared(parts, layout)
-    if method == "attended":
-        raise ValueError("method 'attended' fits the latent of one layer: shared takes svd, whitened or two_sided")
+    if not METHODS[method].shares_latents:
+        raise ValueError(f"method {method!r} fits the latent of one layer: shared takes {', '.join(sharing_methods())}")
     if ranks != "uniform" or cache_cut is not None:
         raise ValueError("a latent that layers share has one width: give latent_dim, and neither cache_cut nor ranks")
 

@@ -28,9 +28,7 @@ from dataclasses import dataclass
 import torch
 
 from asrlib.attention.names import projections
-
-METHODS = ("svd", "whitened", "two_sided", "attended")  # the last one: attended.py
-NEEDS_STATISTICS = ("whitened", "two_sided", "attended")
+from asrlib.conversion.methods import Method, check_method, latent_methods, sharing_methods
 
 
 @dataclass(frozen=True)
@@ -179,6 +177,45 @@ def gram(weight: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor:
     return torch.einsum("hid,hij,hje->de", by_head, metric, by_head)
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What a method minimises in one layer: keys and values to reproduce, Σ_h W_hᵀ A_h W_h and S of each."""
+
+    targets: tuple[Target, Target]  # of keys, of values
+    grams: tuple[torch.Tensor, torch.Tensor]  # [D, D]
+    roots: tuple[torch.Tensor | None, torch.Tensor | None]  # [D, D]; None: the identity
+
+    @classmethod
+    def of(
+        cls,
+        weights: LayerWeights,
+        moments: Moments | None = None,
+        key_metric: torch.Tensor | None = None,
+        value_metric: torch.Tensor | None = None,
+    ) -> "Objective":
+        """With S of `moments` and the metrics A [H, d_h, d_h]; each is the identity where it is None."""
+        key_inputs, value_inputs = (moments.key, moments.value) if moments else (None, None)
+        keys = Target.of(weights.key, weights.key_bias, key_inputs)
+        values = Target.of(weights.value, weights.value_bias, value_inputs)
+        return cls(
+            (keys, values),
+            (gram(keys.weight, key_metric), gram(values.weight, value_metric)),
+            tuple(inputs and symmetric_root(inputs.covariance) for inputs in (key_inputs, value_inputs)),
+        )
+
+
+def svd(weights: LayerWeights, moments: Moments | None) -> Objective:
+    return Objective.of(weights)
+
+
+def whitened(weights: LayerWeights, moments: Moments) -> Objective:
+    return Objective.of(weights, moments)
+
+
+def two_sided(weights: LayerWeights, moments: Moments) -> Objective:
+    return Objective.of(weights, moments, moments.query, output_metric(weights))
+
+
 def decompose_layer(
     weights: LayerWeights, layout: str, method: str = "svd", moments: Moments | None = None, balance: float = 1.0
 ) -> Decomposition:
@@ -187,11 +224,15 @@ def decompose_layer(
     Raises ValueError for an unknown method, for one that needs statistics and has none, and for weights that hold NaN
     or infinity.
     """
+    chosen = check_method(method, latent_methods())
+    _check_given(chosen, weights, moments)
+    if chosen.decompose:
+        return chosen.decompose(weights, layout, moments, balance)
+    objective = chosen.objective(weights, moments)
     if layout == "joint":
-        return decompose_shared([weights], method, [moments], balance)[0]
-    targets, grams, roots = _targets(weights, method, moments)
-    directions = [Directions.of(g, root) for g, root in zip(grams, roots, strict=True)]
-    return Decomposition(layout, tuple(directions), *targets)
+        return _joint([objective], balance)[0]
+    directions = [Directions.of(g, root) for g, root in zip(objective.grams, objective.roots, strict=True)]
+    return Decomposition(layout, tuple(directions), *objective.targets)
 
 
 def decompose_shared(
@@ -199,31 +240,30 @@ def decompose_shared(
 ) -> list[Decomposition]:
     """The directions of one joint latent for all `layers`, which read the same: their G are summed, each divided by its
     trace. See `decompose_layer`; of each layer the same directions, with its own keys and values."""
-    each = [_targets(*pair) for pair in zip(layers, [method] * len(layers), moments, strict=True)]
-    root = each[0][2][0]  # of what all read
-    weighed = [(keys / _energy(keys, root), values / _energy(values, root)) for _, (keys, values), _ in each]
+    chosen = check_method(method, sharing_methods())
+    objectives = []
+    for layer, layer_moments in zip(layers, moments, strict=True):
+        _check_given(chosen, layer, layer_moments)
+        objectives.append(chosen.objective(layer, layer_moments))
+    return _joint(objectives, balance)
+
+
+def _joint(objectives: list[Objective], balance: float) -> list[Decomposition]:
+    root = objectives[0].roots[0]  # of what all read
+    grams = [objective.grams for objective in objectives]
+    weighed = [(keys / _energy(keys, root), values / _energy(values, root)) for keys, values in grams]
     directions = Directions.of(sum(keys + balance**2 * values for keys, values in weighed), root)
-    return [Decomposition("joint", (directions,), *targets) for targets, _, _ in each]
+    return [Decomposition("joint", (directions,), *objective.targets) for objective in objectives]
 
 
-def _targets(weights: LayerWeights, method: str, moments: Moments | None):
-    """(targets of keys and values, their G, roots of what they read)"""
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}: choose one of {', '.join(METHODS)}")
-    if method in NEEDS_STATISTICS and moments is None:
-        raise ValueError(f"method {method!r} needs statistics of calibration speech: see asrlib.collect_statistics")
+def _check_given(method: Method, weights: LayerWeights, moments: Moments | None) -> None:
+    if method.needs_statistics and moments is None:
+        raise ValueError(
+            f"method {method.name!r} needs statistics of calibration speech: see asrlib.collect_statistics"
+        )
     for name in ("key", "value"):
         if not torch.isfinite(getattr(weights, name)).all():
             raise ValueError(f"the {name} weight holds NaN or infinity: the checkpoint is damaged")
-    weighed = moments if method in NEEDS_STATISTICS else None
-    targets = [
-        Target.of(weights.key, weights.key_bias, weighed and weighed.key),
-        Target.of(weights.value, weights.value_bias, weighed and weighed.value),
-    ]
-    roots = [symmetric_root(inputs.covariance) for inputs in (weighed.key, weighed.value)] if weighed else [None, None]
-    metrics = [moments.query, output_metric(weights)] if method == "two_sided" else [None, None]
-    grams = [gram(target.weight, metric) for target, metric in zip(targets, metrics, strict=True)]
-    return targets, grams, roots
 
 
 def output_metric(weights: LayerWeights) -> torch.Tensor:

@@ -34,10 +34,9 @@ from transformers import PreTrainedModel
 from asrlib.attention.names import encoder_config
 from asrlib.conversion.convert import convert
 from asrlib.conversion.factorize import Factors, LayerWeights, Moments, decompose_layer
+from asrlib.conversion.methods import METHODS, check_method, grouping_methods
 from asrlib.conversion.statistics import LayerStatistics, Statistics
 from asrlib.models.families import attention_modules, chosen_parts, family_of, is_latent
-
-GROUPING_METHODS = ("mean", "svd", "whitened", "two_sided")
 
 
 def group_heads(
@@ -58,8 +57,7 @@ def group_heads(
         raise ValueError(
             f"kv_heads is {kv_heads!r}, but {heads} heads fall into equal groups: choose one of {divisors}"
         )
-    if method not in GROUPING_METHODS:
-        raise ValueError(f"method is {method!r}: choose one of {', '.join(GROUPING_METHODS)}")
+    check_method(method, grouping_methods())
     kv_heads = int(kv_heads)  # numpy's integers too
     parts = chosen_parts(model.config, None)
     modules = attention_modules(model, parts)
@@ -84,8 +82,8 @@ class GroupedHeads:
     def cut(self, rank_k: int, rank_v: int) -> Factors:
         """Float64; the ranks are both G·d_h, and given because a decomposition's are."""
         weights = LayerWeights.of(self.attention)
-        if self.method == "mean":
-            return average(weights, self.kv_heads)
+        if METHODS[self.method].group:
+            return METHODS[self.method].group(weights, self.kv_heads)
         return least_squares(weights, self.kv_heads, self.method, self.statistics and self.statistics.moments())
 
 

@@ -1,4 +1,4 @@
-"""The ways to convert that `asrlib.conversion.benchmark` compares: a new one is a line in RECIPES."""
+"""The ways to convert that `asrlib.conversion.benchmark` compares: a new one is a line in `all_recipes`."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from asrlib.attention.latent import check_latent_dim
 from asrlib.attention.names import encoder_config
 from asrlib.conversion.convert import convert, decompose, latent_dim_for, measure_sensitivity
 from asrlib.conversion.grouped import group_heads
+from asrlib.conversion.methods import latent_methods
 from asrlib.conversion.sequential import check_one_stack
 from asrlib.conversion.statistics import Statistics
 from asrlib.models.families import family_of, is_latent
@@ -75,14 +76,11 @@ class GroupedRecipe:
         return lambda cut: group_heads(model, round((1 - cut) * heads), self.method, statistics)
 
 
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
+def all_recipes() -> dict[str, Recipe | GroupedRecipe]:
+    """By name: each method that makes latents, plainly, and what else is worth comparing."""
+    recipes = (
         Recipe("split svd", layout="split"),  # the first system's
-        Recipe("svd"),
-        Recipe("whitened", method="whitened"),
-        Recipe("two_sided", method="two_sided"),
-        Recipe("attended", method="attended"),
+        *(Recipe(name, method=name) for name in latent_methods()),
         Recipe("two_sided, energy", method="two_sided", ranks="energy"),
         Recipe("two_sided, sensitivity", method="two_sided", ranks="sensitivity"),
         Recipe("attended, energy", method="attended", ranks="energy"),
@@ -93,7 +91,10 @@ RECIPES = {
         GroupedRecipe("GQA, mean of heads"),  # Ainslie et al. 2023
         GroupedRecipe("GQA, least squares", method="two_sided"),
     )
-}
+    return {recipe.name: recipe for recipe in recipes}
+
+
+RECIPES = all_recipes()
 
 
 def reachable(config, recipes: Iterable[Recipe], cuts: Sequence[float]) -> dict[Recipe, list[float]]:

@@ -351,7 +351,7 @@ def collect_statistics(
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=SpeechCollator(processor))
     unread = set() if family_of(model.config).head.reads_labels else {"labels"}
     speech = CalibrationSpeech(loader, device, frozenset(unread))
-    limits = {"batch_seconds": batch_seconds, "method": "attended" if attention else None}
+    limits = {"batch_seconds": batch_seconds, "attention": attention}
     modules = {part: attention_parts(model)[part] for part in chosen_parts(model.config, parts)}
     layers = {part: [LayerStatistics.of(one, attention) for one in found] for part, found in modules.items()}
     inputs: dict[str, torch.Tensor] = {}

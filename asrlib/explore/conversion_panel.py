@@ -9,7 +9,7 @@ from asrlib.attention.latent import LAYOUTS
 from asrlib.attention.names import encoder_config
 from asrlib.benchmark import cache_bytes_per_second
 from asrlib.conversion.convert import exact_latent_dim
-from asrlib.conversion.factorize import METHODS
+from asrlib.conversion.methods import latent_methods
 from asrlib.conversion.quality import EXCELLENT, GOOD, summarise_quality
 from asrlib.conversion_figures import error_by_layer
 from asrlib.data.text import folded
@@ -29,7 +29,7 @@ class ConversionPanel(Panel):
         self.latent_dim = widgets.IntSlider(
             min=1, max=1, description="latent_dim", continuous_update=False, style=NAMED, layout=WIDE
         )
-        self.method = widgets.Dropdown(options=METHODS, value="attended", description="method", style=NAMED)
+        self.method = widgets.Dropdown(options=latent_methods(), value="attended", description="method", style=NAMED)
         self.latent_layout = widgets.Dropdown(options=LAYOUTS, description="layout", style=NAMED)
         self.utterance = utterance_dropdown(bench)
         self.speech = widgets.HBox()
