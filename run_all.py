@@ -29,9 +29,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from asrlib.command_line import add_debug, sentence, tell
-from asrlib.parameters import Schema, known_step, read_assignments, read_params_file
-from asrlib.preflight import check_model
+from asrlib.running.command_line import add_debug, sentence, tell
+from asrlib.running.parameters import Schema, known_step, read_assignments, read_params_file
+from asrlib.running.preflight import check_model
 from asrlib.runs import BadParameter, Run, asked_steps, find_notebooks, progress, write_json
 
 ROOT = Path(__file__).resolve().parent
@@ -117,8 +117,8 @@ def starts_something(args: argparse.Namespace) -> bool:
 
 def end(error: Exception, args: argparse.Namespace) -> int:
     """Say what went wrong, in a sentence; the exit status."""
-    from asrlib.pipeline import with_advice
-    from asrlib.workplace import RunLocked, StepFailed
+    from asrlib.running.pipeline import with_advice
+    from asrlib.running.workplace import RunLocked, StepFailed
 
     if isinstance(error, BadParameter | RunLocked):
         tell(str(error), error, args.debug)
@@ -132,7 +132,7 @@ def end(error: Exception, args: argparse.Namespace) -> int:
 def run_all(args: argparse.Namespace, root: Path) -> int:
     if args.estimate:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: its profiler says what it cannot see
-    from asrlib import cluster, pipeline, sweeps, workplace
+    from asrlib.running import cluster, pipeline, sweeps, workplace
 
     def say(text: str) -> None:
         workplace.log.info(text)
@@ -177,7 +177,8 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
 
 def look_at(args: argparse.Namespace, root: Path) -> int:
     """What --verify, --diff and --index ask of runs that are there."""
-    from asrlib import run_differences, runs_page, verification
+    from asrlib.reporting import runs_page
+    from asrlib.running import differences, verification
 
     if args.verify:
         found = verification.verify(root / args.verify)
@@ -185,7 +186,7 @@ def look_at(args: argparse.Namespace, root: Path) -> int:
         return int(any(one.problems for one in found.values()))
     if args.diff:
         defaults = Schema(find_notebooks(root)).defaults
-        print(run_differences.differences(*(root / folder for folder in args.diff), defaults))
+        print(differences.differences(*(root / folder for folder in args.diff), defaults))
         return 0
     print(runs_page.write_runs_index(root / "reports"))
     return 0
@@ -193,8 +194,8 @@ def look_at(args: argparse.Namespace, root: Path) -> int:
 
 def show_estimate(*planned: Any) -> int:
     """Print what the run or sweep would take; it is kept in the run folders, and nothing is run."""
-    from asrlib.cost_card import as_text
-    from asrlib.estimate import estimate
+    from asrlib.running.cost_card import as_text
+    from asrlib.running.estimate import estimate
 
     begin, screen = time.monotonic(), sys.stderr  # which libraries are kept from
 
@@ -224,7 +225,7 @@ def read_values(
     file: Path, assignments: list[str], schema: Schema, steps: list[str]
 ) -> tuple[dict[str, Any], list[str]]:
     """Checked parameters of the file and --set, and the steps that run (the file's `steps`, or all)."""
-    from asrlib.sweeps import checked
+    from asrlib.running.sweeps import checked
 
     return checked([(file.name, read_params_file(file)), ("--set", read_assignments(assignments))], schema, steps)
 

@@ -15,9 +15,9 @@ _PUBLIC = {
     "collect_statistics": "asrlib.conversion.statistics",
     "convert": "asrlib.conversion.convert",
     "to_standard_attention": "asrlib.conversion.convert",
-    "evaluate": "asrlib.evaluation",
+    "evaluate": "asrlib.measuring.word_errors",
     "kv_cache_bytes": "asrlib.attention.cache",
-    "stream": "asrlib.streaming",
+    "stream": "asrlib.streaming.streams",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -13,11 +13,11 @@ import run_all
 from asrlib.attention.chunks import Chunks
 from asrlib.attention.kinds import KINDS
 from asrlib.conversion.methods import METHODS
-from asrlib.evaluation import METRICS
+from asrlib.measuring.word_errors import METRICS
 from asrlib.models.families import FAMILIES
-from asrlib.parameters import Schema
+from asrlib.running.parameters import Schema
 from asrlib.runs import find_notebooks, project_root
-from asrlib.streaming import Recognition
+from asrlib.streaming.streams import Recognition
 
 ROOT = project_root(Path(__file__).parent)
 TEXT = (ROOT / "EXTENDING.md").read_text(encoding="utf-8")

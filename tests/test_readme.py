@@ -12,7 +12,7 @@ from asrlib.attention.chunks import Chunks
 from asrlib.attention.kinds import KINDS
 from asrlib.models.families import FAMILIES
 from asrlib.runs import project_root
-from asrlib.streaming import Recognition
+from asrlib.streaming.streams import Recognition
 
 README = (project_root(Path(__file__).parent) / "README.md").read_text(encoding="utf-8")
 

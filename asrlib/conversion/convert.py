@@ -17,14 +17,7 @@ from asrlib.conversion.methods import METHODS, check_method, latent_methods, sha
 from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity, smallest_rank
 from asrlib.conversion.sequential import check_one_stack, convert_in_sequence
 from asrlib.conversion.statistics import LayerStatistics, Statistics
-from asrlib.models.families import (
-    attention_modules,
-    check_loaded,
-    chosen_parts,
-    family_of,
-    is_latent,
-    latent_modules,
-)
+from asrlib.models.families import attention_modules, check_loaded, chosen_parts, family_of, is_latent, latent_modules
 from asrlib.models.inference import inference, on_cpu, spoken_logits
 from asrlib.models.whisper import check_shared
 

@@ -31,7 +31,7 @@ from asrlib.models.families import (
     run,
 )
 from asrlib.models.inference import attention_weights, choose_device, inference, padding_silenced
-from asrlib.out_of_memory import out_of_memory_explained
+from asrlib.models.out_of_memory import out_of_memory_explained
 
 FRAMES_PER_DIMENSION = 10  # fewer frames than so many times the width, and the covariance is noise to a good part
 SHRINKAGE = 1e-6  # of the covariance towards its mean variance, with speech in plenty

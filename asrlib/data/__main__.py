@@ -12,9 +12,9 @@ from pathlib import Path
 
 import yaml
 
-from asrlib.command_line import add_debug, sentence, tell
 from asrlib.data.corpus import open_corpus
 from asrlib.data.download import LIBRISPEECH_MD5, LIBRISPEECH_URL, prepare_librispeech
+from asrlib.running.command_line import add_debug, sentence, tell
 
 SPLITS = ["train-clean-100", "dev-clean", "test-clean", "test-other"]  # those of params/quick.yaml and params/full.yaml
 SIZES = (

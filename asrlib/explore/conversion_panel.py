@@ -7,17 +7,17 @@ from transformers import PreTrainedModel
 
 from asrlib.attention.latent import LAYOUTS
 from asrlib.attention.names import encoder_config
-from asrlib.benchmark import cache_bytes_per_second
 from asrlib.conversion.convert import exact_latent_dim
 from asrlib.conversion.methods import latent_methods
 from asrlib.conversion.quality import EXCELLENT, GOOD, summarise_quality
-from asrlib.conversion_figures import error_by_layer
 from asrlib.data.text import folded
 from asrlib.explore.panel import NAMED, WIDE, Panel, html, player, rows
 from asrlib.explore.workbench import Workbench
-from asrlib.figures import as_image
-from asrlib.html import diff_transcripts
+from asrlib.measuring.speed import cache_bytes_per_second
+from asrlib.reporting.figures import as_image
+from asrlib.reporting.method_figures import error_by_layer
 from asrlib.reporting.numbers import change, percent, size
+from asrlib.reporting.tables import diff_transcripts
 
 FIRST_CUT = 16  # of the cache, at the start: MHA's divided by so many
 LIMITS = {f"excellent: below {percent(EXCELLENT, 0)}": EXCELLENT, f"good: below {percent(GOOD, 0)}": GOOD}

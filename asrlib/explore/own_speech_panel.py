@@ -9,12 +9,12 @@ from markupsafe import Markup
 from asrlib.data.audio import SAMPLE_RATE, as_wave, read_audio
 from asrlib.data.corpus import Corpus, Utterance
 from asrlib.data.text import folded
-from asrlib.evaluation import transcribe
 from asrlib.explore.microphone import LONGEST, Microphone
 from asrlib.explore.panel import Panel, html, player, rows
 from asrlib.explore.workbench import Workbench
-from asrlib.html import diff_transcripts
+from asrlib.measuring.transcribing import transcribe
 from asrlib.models.families import frames_of
+from asrlib.reporting.tables import diff_transcripts
 
 
 class OwnSpeechPanel(Panel):

@@ -15,10 +15,10 @@ from asrlib.data.text import folded
 from asrlib.explore.conversion_panel import utterance_dropdown
 from asrlib.explore.panel import NAMED, WIDE, Panel, html, player, rows
 from asrlib.explore.workbench import Workbench
-from asrlib.html import diff_transcripts
 from asrlib.models.families import family_of, load
 from asrlib.reporting.numbers import change, size
-from asrlib.streaming import Recognition, chunks_of
+from asrlib.reporting.tables import diff_transcripts
+from asrlib.streaming.streams import Recognition, chunks_of
 
 CONVERTED_HERE = "converted here"
 PIECE = SAMPLE_RATE // 25  # samples of speech that come at once

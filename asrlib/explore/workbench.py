@@ -13,7 +13,7 @@ from asrlib.conversion.quality import analyze_compression_quality
 from asrlib.conversion.statistics import Statistics, collect_statistics
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus, Utterance
-from asrlib.evaluation import transcribe
+from asrlib.measuring.transcribing import transcribe
 from asrlib.models.families import PRETRAINED, load
 from asrlib.models.inference import choose_device
 from asrlib.runs import project_root

@@ -14,8 +14,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from asrlib.command_line import add_debug, sentence, tell
-from asrlib.provenance import versions
+from asrlib.reporting.provenance import versions
+from asrlib.running.command_line import add_debug, sentence, tell
 from asrlib.runs import STEP_OF_MODEL, Run, atomic_folder, project_root, write_json
 
 ABOUT = "export.json"  # what marks a folder as an export, and says of what

@@ -12,13 +12,13 @@ from transformers import AutoModelForCTC
 
 from asrlib.data.corpus import HUB_ID
 from asrlib.export.kept import kept_sentence
-from asrlib.figures import SYSTEMS
-from asrlib.html import TEMPLATES
 from asrlib.models.families import PRETRAINED, family_of
 from asrlib.models.scratch import architectures
-from asrlib.provenance import provenance_of
-from asrlib.report import comparison_table, readable_comparison
+from asrlib.reporting.comparison import comparison_table, readable_comparison
+from asrlib.reporting.figures import SYSTEMS
+from asrlib.reporting.notebook_pages import TEMPLATES
 from asrlib.reporting.numbers import percent
+from asrlib.reporting.provenance import provenance_of
 from asrlib.runs import Run, read_json, resolve
 
 

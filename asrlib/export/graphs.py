@@ -1,6 +1,6 @@
 """Models as they are traced to graphs: of whole utterances, or a step of streams, whose past comes in and goes out.
 
-Both are what `asrlib.streaming` works with, layers that find the past in a memory: here its tensors are inputs and
+Both are what `asrlib.streaming.streams` works with, layers that find the past in a memory: here its tensors are inputs and
 outputs of the graph, and a whole utterance is a stream that has no past. Models that cannot stream are traced as they
 are, over whole utterances alone.
 
@@ -18,10 +18,10 @@ from transformers import AutoModelForCTC, PreTrainedModel
 from asrlib.attention.chunks import Chunks
 from asrlib.attention.formats import cache_format
 from asrlib.attention.kinds import LatentMemory, absorbing_pays
-from asrlib.attention.memory import LayerMemory, Tensors
 from asrlib.attention.relative import sinusoids
 from asrlib.models.families import attention_modules, family_of, frame_counts
-from asrlib.streaming import prepared, through_layers
+from asrlib.streaming.memory import LayerMemory, Tensors
+from asrlib.streaming.streams import prepared, through_layers
 
 USUAL_FRAMES = 500  # of an utterance, for which the form of attention is chosen: whichever multiplies less
 

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, Wav2Vec2Processor
 from asrlib.attention.chunks import Chunks
 from asrlib.data.batches import SpeechDataset
 from asrlib.data.corpus import Corpus
-from asrlib.data.normalising import HeardSoFar
-from asrlib.evaluation import score, transcribe
+from asrlib.measuring.significance import paired_bootstrap
+from asrlib.measuring.transcribing import transcribe
+from asrlib.measuring.word_errors import score
 from asrlib.models.families import frame_counts
-from asrlib.significance import paired_bootstrap
+from asrlib.streaming.normalising import HeardSoFar
 
 LARGEST_DIFFERENCE = 1e-4  # of logits, that rounding in another order may make
 
@@ -75,7 +76,7 @@ Heard = tuple[list[np.ndarray], list[dict]]  # logits [T, V] of each utterance, 
 
 
 def transcribed(model: nn.Module, processor: Wav2Vec2Processor, corpus: Corpus, chunks: Chunks | None = None) -> Heard:
-    """What `asrlib.evaluation` finds, of whole utterances or in chunks; `model` may be an `OnnxModel`."""
+    """What `asrlib.measuring.word_errors` finds, of whole utterances or in chunks; `model` may be an `OnnxModel`."""
     logits = [None] * len(corpus)
     predictions = transcribe(model, processor, corpus, device="cpu", record=logits.__setitem__, chunks=chunks)
     return [logits_TV.numpy() for logits_TV in logits], predictions

@@ -12,13 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 
 from asrlib.attention.chunks import Chunks
-from asrlib.attention.kinds import (
-    KINDS,
-    GroupedQueryAttention,
-    LatentAttention,
-    SimpleLatentAttention,
-    attention_kind,
-)
+from asrlib.attention.kinds import KINDS, GroupedQueryAttention, LatentAttention, SimpleLatentAttention, attention_kind
 from asrlib.attention.latent import check_latent_widths, split_ranks
 from asrlib.attention.relative import sinusoids
 from asrlib.data.augmentation import spec_augment

@@ -35,7 +35,6 @@ from asrlib.data.audio import SAMPLE_RATE
 from asrlib.models import (
     encoder,
     nemotron,
-    nemotron_eager,  # noqa: F401  (mends a class of transformers)
     parakeet,
     wav2vec2,
     wav2vec2_bert,

@@ -1,0 +1,261 @@
+"""How time and memory of one pass grow with the length of the audio, for several systems side by side.
+
+    python -m asrlib.measuring.lengths --size published --seconds 10 60
+
+times recognisers with random weights: multi-head attention as transformers works it, the same worked in blocks as
+`attention.relative` does, and latents. What the blocks bring is so told from what latents bring.
+
+Shapes: S samples of audio, or what a system reads of them.
+"""
+
+import argparse
+import copy
+import io
+import itertools
+import math
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import soundfile
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
+
+from asrlib.attention.names import attends_across
+from asrlib.data.corpus import SAMPLE_RATE, Corpus, Utterance
+from asrlib.measuring.speed import (
+    best_symbols,
+    inputs_of_each,
+    measured_on,
+    peak_memory_bytes,
+    processor_of_each,
+    take_turns,
+)
+from asrlib.models.families import family_of, load
+from asrlib.models.inference import choose_device, inference
+from asrlib.models.out_of_memory import is_out_of_memory
+from asrlib.models.wav2vec2_conformer import LatentSelfAttention
+from asrlib.reporting.figures import IN_BLOCKS
+from asrlib.running.command_line import add_debug, sentence, tell
+from asrlib.runs import write_json
+
+LONG_PASS = 5.0  # seconds: one such pass is enough, whatever disturbs it weighs little
+PROFILED_AUDIO = 60.0  # seconds: the memory of longer audio is not worth another long pass, under the CPU's profiler
+
+
+def benchmark_lengths(
+    systems: dict[str, nn.Module],
+    processors,
+    corpus: Corpus,
+    seconds: list[float],
+    repeats: int = 3,
+    device: str | None = None,
+    precision: str = "fp32",
+    budget_seconds: float | None = None,
+) -> dict:
+    """Measures every system on audio of every length, shortest first, systems interleaved.
+
+    {seconds: lengths in rising order, systems: {name: {ms: [one a length], peak_memory_bytes: [one a length],
+    stopped}}, budget_seconds, device, threads, dtype}
+
+    Audio of a length is utterances of `corpus` joined end to end, from its first on, over and over where it is too
+    short. `processors` is everyone's, or {name: processor}; what they do is not timed. `ms` is the median of `repeats`
+    passes after one to warm up; where that one takes longer than LONG_PASS, it is the measurement.
+    `peak_memory_bytes` is what a pass takes on top of weights and input; None where the device cannot tell, and for a
+    long pass over more than PROFILED_AUDIO on the CPU.
+
+    A system that runs out of memory, or one pass of which takes longer than `budget_seconds`, is not tried at longer
+    lengths: its lists go on with None, and `stopped` is {"seconds": the length at which it was, "reason": "memory" |
+    "time"}. `stopped` is None for one that was measured at every length. `device`: see
+    `models.inference.choose_device`. Raises ValueError where there is nothing to measure, or no processor for a system.
+    """
+    if not systems or not len(corpus) or not seconds or repeats < 1:
+        raise ValueError("a benchmark needs at least one system, one utterance, one length and one repeat")
+    lengths = sorted(set(seconds))
+    if not lengths[0] * SAMPLE_RATE >= 1:
+        raise ValueError(f"a length must be a positive number of seconds, not {lengths[0]}")
+    for model in systems.values():
+        check_lengths(model.config)
+    device = choose_device(device, next(iter(systems.values())))
+    audio_S, processors = joined(corpus, lengths[-1]), processor_of_each(systems, processors)
+    rows = {name: {"ms": [], "peak_memory_bytes": [], "stopped": None} for name in systems}
+    with inference(*systems.values(), device=device, precision=precision):
+        for turn, length in enumerate(tqdm(lengths, desc="benchmark", unit="length")):
+            running = {name: model for name, model in systems.items() if rows[name]["stopped"] is None}
+            inputs = inputs_of_each(running, processors, audio_S[: round(length * SAMPLE_RATE)], device)
+            measured = _measure(running, processors, inputs, length, turn, repeats, device)
+            for name, row in rows.items():
+                ms, peak = measured.get(name, (None, None))
+                row["ms"].append(ms)
+                row["peak_memory_bytes"].append(peak)
+                if name in running and ms is None:
+                    row["stopped"] = {"seconds": length, "reason": "memory"}
+                elif ms is not None and budget_seconds is not None and ms > 1000 * budget_seconds:
+                    row["stopped"] = {"seconds": length, "reason": "time"}
+    return {"seconds": lengths, "systems": rows, "budget_seconds": budget_seconds, **measured_on(device, precision)}
+
+
+def check_lengths(config) -> None:
+    """Raises ValueError where all audio is heard in windows of one length."""
+    if attends_across(config):
+        raise ValueError(f"benchmark_seconds times lengths of audio, and a {config.model_type} has one: leave it out")
+
+
+def joined(corpus: Corpus, seconds: float) -> np.ndarray:
+    """float32 [S] of that length: utterances end to end, from the first on, and over again where they are too short."""
+    missing = wanted = round(seconds * SAMPLE_RATE)
+    pieces = []
+    for utterance in itertools.cycle(corpus):
+        pieces.append(utterance.audio())
+        missing -= len(pieces[-1])
+        if missing <= 0:
+            return np.concatenate(pieces)[:wanted]
+
+
+def _measure(
+    systems: dict[str, nn.Module],
+    processors: dict,
+    inputs: dict[str, torch.Tensor],
+    length: float,
+    turn: int,
+    repeats: int,
+    device: torch.device,
+) -> dict[str, tuple[float, int | None]]:
+    """{name: (milliseconds, bytes)} at one length; those that ran out of memory are not among them."""
+    exhausted: set[str] = set()
+
+    def attempt(name: str) -> None:
+        try:
+            best_symbols(systems[name], processors[name], inputs[name])
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not is_out_of_memory(error):
+                raise
+            exhausted.add(name)
+
+    def round_of(names: list[str], turn: int) -> dict[str, float]:
+        passes = {name: partial(attempt, name) for name in names if name not in exhausted}
+        times = take_turns(passes, turn, device) if passes else {}
+        return {name: ms for name, ms in times.items() if name not in exhausted}
+
+    times = round_of(list(systems), turn)
+    short = [name for name, ms in times.items() if ms <= 1000 * LONG_PASS]
+    rounds = [round_of(short, turn + 1 + repeat) for repeat in range(repeats)]
+    times |= {name: float(np.median([one[name] for one in rounds])) for name in short if name not in exhausted}
+
+    peaks: dict[str, int | None] = {}
+    for name in times:
+        told = device.type != "cpu" or length <= PROFILED_AUDIO or name in short
+        peaks[name] = peak_memory_bytes(partial(attempt, name), device) if told and name not in exhausted else None
+    return {name: (ms, peaks[name]) for name, ms in times.items() if name not in exhausted}
+
+
+# ---- random weights ----------------------------------------------------------------------------------------
+
+PUBLISHED = dict(
+    vocab_size=32,
+    hidden_size=1024,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    intermediate_size=4096,
+    conv_bias=True,
+    feat_extract_norm="layer",
+    position_embeddings_type="relative",
+)  # facebook/wav2vec2-conformer-rel-pos-large-960h-ft, 618.6 M parameters
+SIZES = {"shipped": "synthetic-conformer", "published": PUBLISHED}
+
+
+def random_recognisers(size: str, shares: Sequence[int] = (2, 4, 8)) -> dict[str, nn.Module]:
+    """{name: wav2vec2-conformer in evaluation mode}, which share all weights but those of keys and values.
+
+    Multi-head attention twice, and latents of a half, a fourth, … of the width, as `shares` says."""
+    torch.manual_seed(0)
+    sizes = SIZES[size]
+    config = Wav2Vec2ConformerConfig(**sizes) if isinstance(sizes, dict) else load(sizes)[0].config
+    standard = Wav2Vec2ConformerForCTC(config).eval()
+    made = {"MHA by transformers": standard, IN_BLOCKS: in_blocks(standard)}
+    for rank in (config.hidden_size // share for share in shares):
+        latent = in_blocks(standard)
+        latent_config = family_of(config).to_latent(config, latent_dim=[rank] * config.num_hidden_layers)
+        for index, layer in enumerate(family_of(config).layers(latent)):
+            attention = LatentSelfAttention(latent_config, index)
+            attention.load_state_dict(layer.self_attn.state_dict(keep_vars=True), strict=False, assign=True)
+            layer.self_attn = attention
+        latent.config = latent_config
+        made[f"MLA {rank}"] = latent.eval()
+    return made
+
+
+def in_blocks(model: nn.Module) -> nn.Module:
+    """`model` worked by `attention.relative`, sharing its parameters: what the blocks bring without any latent."""
+    return family_of(model.config).work_in_blocks(_sharing(model))
+
+
+def _sharing(model: nn.Module) -> nn.Module:
+    """A copy of the modules, with the same parameters."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m asrlib.measuring.lengths", description="Times full passes of recognisers with random weights."
+    )
+    parser.add_argument("--size", choices=SIZES, default="shipped")
+    parser.add_argument("--latents", type=int, nargs="*", default=[2, 4, 8], help="a half, a fourth, … of the width")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[10, 30, 60], help="lengths of audio")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, help="a .json")
+    add_debug(parser)
+    args = parser.parse_args(argv)
+    try:
+        sys.stdout.write(_report(args))
+    except Exception as error:
+        tell(sentence(error), error, args.debug)
+        return 1
+    return 0
+
+
+def _report(args: argparse.Namespace) -> str:
+    systems = random_recognisers(args.size, args.latents)
+    corpus = noise(max(args.seconds))
+    processor = load("synthetic-conformer")[1]
+    measured = benchmark_lengths(systems, processor, corpus, args.seconds, args.repeats, args.device)
+    if args.out:
+        write_json(args.out.absolute(), measured)
+    rows = [
+        {
+            "seconds": seconds,
+            "system": name,
+            "ms": row["ms"][i],
+            "speed": (measured["systems"]["MHA by transformers"]["ms"][i] or math.nan) / (row["ms"][i] or math.nan),
+            "peak MiB": (row["peak_memory_bytes"][i] or math.nan) / 2**20,
+        }
+        for i, seconds in enumerate(measured["seconds"])
+        for name, row in measured["systems"].items()
+    ]
+    table = pd.DataFrame(rows).to_string(index=False, float_format="{:.2f}".format)
+    return f"{args.size}, {measured['device']}, {measured['threads']} threads\n{table}\n"
+
+
+def noise(seconds: float, count: int = 1, split: str = "all") -> Corpus:
+    """So many utterances, so long, in place of speech: what is in the audio makes a model no slower."""
+    samples_S = np.random.default_rng(0).normal(scale=0.1, size=round(seconds * SAMPLE_RATE)).astype(np.float32)
+    source = partial(_as_file, samples_S)
+    rows = [Utterance(f"noise-{i}", "A", "", len(samples_S) / SAMPLE_RATE, "memory", source) for i in range(count)]
+    return Corpus("noise", split, tuple(rows))
+
+
+def _as_file(samples_S: np.ndarray) -> io.BytesIO:
+    file = io.BytesIO()
+    soundfile.write(file, samples_S, SAMPLE_RATE, format="WAV", subtype="FLOAT")
+    file.seek(0)
+    return file
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

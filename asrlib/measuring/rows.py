@@ -1,0 +1,203 @@
+"""The rows that `asrlib.measuring.methods` measures: kept in a folder, as tables, and where word errors begin."""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from asrlib.measuring.word_errors import load_predictions, score, write_predictions
+from asrlib.runs import atomic_write, read_json, write_json
+
+BASELINE, ZEROED = "baseline", "attention zeroed"  # rows that are no recipe's
+SIGNIFICANT = 0.05  # p below it: the word error rate has risen
+
+
+@dataclass(frozen=True)
+class Row:
+    """One system on one split; intervals are 95 % over utterances, shares and error rates fractions."""
+
+    recipe: str
+    cut: float  # of the cache, as asked
+    cut_reached: float  # as it came out
+    latent_dim: tuple[int, ...]  # numbers cached per frame, one a layer
+    split: str
+    output_error: (
+        float  # ‖ours − baseline's‖ / ‖baseline's‖ of attention outputs on calibration speech, RMS over layers
+    )
+    logit_error: float  # ‖ours − baseline's‖ / ‖baseline's‖ of the logits, over all unpadded frames
+    kl: float  # KL(baseline ‖ ours) of the CTC output, nats per frame
+    kl_interval: tuple[float, float]
+    wer: float
+    wer_interval: tuple[float, float]
+    wer_difference: float  # to the baseline's
+    difference_interval: tuple[float, float]
+    p: float  # two-sided, of no difference: see significance.paired_bootstrap
+    seconds: float  # of the conversion, decomposition included, statistics not
+    utterances: int
+    words: int  # in the references
+    predictions: list[dict] = field(repr=False)  # transcripts, as `evaluation.transcribe` gives them
+
+
+# ---- in a folder ------------------------------------------------------------------------------------------
+
+
+def check_settings(out: Path, settings: dict) -> None:
+    """Raises ValueError where `out` was begun with others; what it does not know yet, such as a split, is added."""
+    path = out / "settings.json"
+    known = read_json(path) if path.is_file() else {}
+    if differing := [name for name in settings if name in known and known[name] != settings[name]]:
+        shown = [
+            f"{name} ({known[name]} there, {settings[name]} now)" if len(str(settings[name])) < 20 else name
+            for name in differing
+        ]
+        raise ValueError(
+            f"{out} holds rows of another benchmark, which differs in {', '.join(shown)}: give another folder, or "
+            "delete this one to begin anew"
+        )
+    if settings.keys() - known.keys():
+        write_json(path, known | settings)
+
+
+def read_rows(out: Path) -> dict[tuple[str, float, str], Row]:
+    """(recipe, cut, split) → row, for all that are there with their transcripts."""
+    rows = {}
+    for values in _whole_lines(out / "rows.jsonl"):
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        key = values["recipe"], values["cut"], values["split"]
+        transcripts = _predictions_path(out, *key)
+        if transcripts.is_file():
+            rows[key] = Row(**values, predictions=load_predictions(transcripts))
+    return rows
+
+
+def _whole_lines(path: Path) -> list[dict]:
+    """The JSON lines of a file, but for those that a kill or a full disk cut short: these rows are missing."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
+
+
+def write_row(out: Path, row: Row) -> None:
+    write_predictions(_predictions_path(out, row.recipe, row.cut, row.split), row.predictions)
+    values = {name: value for name, value in vars(row).items() if name != "predictions"}
+    lines = [*_whole_lines(out / "rows.jsonl"), values]
+    with atomic_write(out / "rows.jsonl") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _predictions_path(out: Path, recipe: str, cut: float, split: str) -> Path:
+    name = re.sub(r"[^\w.+-]+", "-", f"{recipe}_{100 * cut:.6g}_{split}")
+    return out / "predictions" / f"{name}.jsonl"
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """By split, then cut, then recipe: splits and recipes in the order in which they first appear."""
+    rows = list(rows)
+    splits, recipes = (list(dict.fromkeys(getattr(row, of) for row in rows)) for of in ("split", "recipe"))
+    return sorted(rows, key=lambda row: (splits.index(row.split), row.cut, recipes.index(row.recipe)))
+
+
+def as_frame(rows: Iterable[Row]) -> pd.DataFrame:
+    """The numbers of all rows, fractions: a column for each field, _low and _high for its interval's ends."""
+    table = []
+    for row in in_order(rows):
+        values = {name: value for name, value in vars(row).items() if name != "predictions"}
+        values["latent_dim"] = " ".join(map(str, row.latent_dim))
+        for name in ("kl", "wer", "difference"):
+            values[f"{name}_low"], values[f"{name}_high"] = values.pop(f"{name}_interval")
+        table.append(values)
+    return pd.DataFrame(table)
+
+
+def as_table(rows: Iterable[Row]) -> pd.DataFrame:
+    """The rows to read, in the order of `in_order`; `cached` counts the numbers per frame and layer."""
+    table = []
+    for row in in_order(rows):
+        low, high = min(row.latent_dim), max(row.latent_dim)
+        compared, made = row.recipe != BASELINE, row.recipe not in (BASELINE, ZEROED)
+        values = {
+            "split": row.split,
+            "cut %": f"{100 * row.cut:.4g}",
+            "method": row.recipe,
+            "cached": f"{low}" if low == high else f"{low}–{high}",
+            "attention error": f"{row.output_error:.2g}" if made else "",
+            "logit error": f"{row.logit_error:.2g}" if compared else "",
+            "KL": f"{row.kl:.2g}" if compared else "",
+            "WER %": f"{100 * row.wer:.2f}",
+            "95 % interval": _ends(row.wer_interval, ".2f"),
+            "difference": f"{_per_cent(row.wer_difference, '+.2f')} ({_ends(row.difference_interval, '+.2f')})"
+            if compared
+            else "",
+            "p": ("< 0.001" if row.p < 0.001 else f"{row.p:.3f}") if compared else "",
+            "seconds": f"{row.seconds:.1f}" if made else "",
+        }
+        table.append(values)
+    return pd.DataFrame(table)
+
+
+def break_point(rows: Iterable[Row]) -> pd.DataFrame:
+    """Per split and recipe, how far the cache can be cut before word errors rise.
+
+    Going deeper step by step, `cut` is the last one before the first whose WER is significantly above the baseline's
+    (a difference above 0 with p < 0.05); a deeper one that happens to be no worse does not count. 0 where already the
+    first cut is. `cache` is the share of the baseline's that is left there, `broken_at` the cut that broke it. Where
+    none did, that is NaN and `deepest_tried` says so: the break lies deeper than was looked.
+    """
+    ways: dict[tuple[str, str], list[Row]] = {}
+    for row in in_order(rows):
+        if row.recipe not in (BASELINE, ZEROED):
+            ways.setdefault((row.split, row.recipe), []).append(row)
+    table = []
+    for (split, recipe), steps in ways.items():
+        risen = [row.wer_difference > 0 and row.p < SIGNIFICANT for row in steps]
+        first = risen.index(True) if any(risen) else len(steps)
+        cut, reached = (steps[first - 1].cut, steps[first - 1].cut_reached) if first else (0.0, 0.0)
+        broken_at = steps[first].cut if first < len(steps) else float("nan")
+        values = {"split": split, "recipe": recipe, "cut": cut, "cut_reached": reached, "cache": 1 - reached}
+        table.append(values | {"broken_at": broken_at, "deepest_tried": first == len(steps)})
+    return pd.DataFrame(table)
+
+
+def readable_break_points(breaks: pd.DataFrame) -> pd.DataFrame:
+    """`break_point` to read."""
+    table = []
+    for row in breaks.itertuples():
+        cut = f"{100 * row.cut:.4g} %" if row.cut else "none"
+        values = {"split": row.split, "method": row.recipe, "holds to": cut, "cache left": f"{100 * row.cache:.4g} %"}
+        table.append(values | {"breaks at": "not seen" if row.deepest_tried else f"{100 * row.broken_at:.4g} %"})
+    return pd.DataFrame(table)
+
+
+def first_broken(rows: Iterable[Row], recipe: str) -> list[tuple[str, dict]]:
+    """What one way to convert breaks first: (system, transcript) from the baseline on, one cut deeper at a time.
+
+    Of the utterance that the baseline hears without an error and the shallowest cut that harms any such utterance
+    harms most. Empty where no cut does harm.
+    """
+    baseline, *steps = [row for row in in_order(rows) if row.recipe in (BASELINE, recipe)]
+    steps = [row for row in steps if row.split == baseline.split]
+    said = [score([prediction]).wer for prediction in baseline.predictions]
+    for row in steps:
+        harm = [score([p]).wer if before == 0 else 0.0 for p, before in zip(row.predictions, said, strict=True)]
+        if max(harm) > 0:
+            worst = harm.index(max(harm))
+            labels = ["baseline", *(f"{100 * step.cut:.4g} %" for step in steps)]
+            return list(zip(labels, [row.predictions[worst] for row in (baseline, *steps)], strict=True))
+    return []
+
+
+def _ends(ends: tuple[float, float], form: str) -> str:
+    return " to ".join(_per_cent(end, form) for end in ends)
+
+
+def _per_cent(fraction: float, form: str) -> str:
+    return format(100 * fraction, form).replace("-", "−")  # the minus sign, as wide as the plus

@@ -1,0 +1,358 @@
+"""What a stream takes: bytes it keeps, time for a chunk, and how many streams a machine can follow.
+
+    python -m asrlib.measuring.stream_steps --size published --chunk 160 640 --left 10 60 --out steps.csv
+
+Encoders of one size that differ in their attention alone, on frames that are there already: what makes frames of audio
+is the same for all. Weights are random and shared, for time does not depend on them. What a chunk costs does not depend
+on the past being speech either: it is filled with noise.
+
+Shapes: B streams, n frames of a chunk, t frames kept, D width, N numbers of a frame.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from asrlib.attention.chunks import Chunks
+from asrlib.attention.formats import cache_format
+from asrlib.attention.kinds import KINDS, LinearAttention, absorbing_pays
+from asrlib.attention.relative import sinusoids
+from asrlib.measuring.speed import measured_on, multiplications, peak_memory_bytes, take_turns
+from asrlib.measuring.windows import benchmark_windows, window_models
+from asrlib.models.encoder import SpeechEncoderConfig, SpeechEncoderForCTC
+from asrlib.models.families import attention_modules, family_of, frames_per_second
+from asrlib.models.inference import choose_device, inference
+from asrlib.running.command_line import add_debug, sentence, tell
+from asrlib.streaming.memory import StreamMemory
+from asrlib.streaming.streams import Streams, chunks_of
+
+HOP = 80  # samples: 50 encoder frames a second, as wav2vec2 has
+SIZES = {
+    "shipped": dict(hidden_size=144, num_hidden_layers=4, num_attention_heads=4, conv_depthwise_kernel_size=15),
+    "published": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, conv_depthwise_kernel_size=31),
+}
+RECOMPUTED = "MHA, recomputed"  # by whom has no cache: the past is worked again with every chunk
+
+
+def size_of(config) -> dict[str, int]:
+    """Of a model's encoder, by the names of SpeechEncoderConfig, with as many frames a second.
+
+    Raises ValueError where it has none of these.
+    """
+    if not all(hasattr(config, name) for name in (*SIZES["shipped"], "inputs_to_logits_ratio")):
+        raise ValueError(
+            f"benchmark_left_seconds times an encoder of this model's size, and a {config.model_type} is built "
+            "otherwise: say benchmark_stream_size (shipped or published), or leave it out"
+        )
+    return {name: getattr(config, name) for name in SIZES["shipped"]} | {
+        "hop_length": config.inputs_to_logits_ratio // 4  # the subsampling of SpeechEncoder's
+    }
+
+
+def kinds_of(width: int, heads: int) -> dict[str, dict]:
+    """{name: settings of SpeechEncoderConfig}: standard attention first, then by falling cache."""
+    ranks = [width // 2, width // 4, width // 8]
+    return {
+        "MHA": {"attention": "mha"},
+        "GQA": {"attention": "gqa", "num_key_value_heads": max(1, heads // 4)},
+        **{f"MLA {rank}": {"attention": "mla_simple", "latent_dim": rank} for rank in ranks},
+        "linear": {"attention": "linear"},
+    }
+
+
+def random_encoders(
+    hidden_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    conv_depthwise_kernel_size: int,
+    hop_length: int = HOP,
+    **others,
+) -> dict[str, SpeechEncoderForCTC]:
+    """{name: Conformer in evaluation mode}, which share all weights but those of attention."""
+    torch.manual_seed(0)
+    made, shared = {}, {}
+    for name, kind in kinds_of(hidden_size, num_attention_heads).items():
+        latent = {"latent_dim": [kind["latent_dim"]] * num_hidden_layers} if "latent_dim" in kind else {}
+        config = SpeechEncoderConfig(
+            hidden_size=hidden_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+            intermediate_size=4 * hidden_size,
+            conv_depthwise_kernel_size=conv_depthwise_kernel_size,
+            causal=True,
+            subsampling_channels=8,  # not measured
+            hop_length=hop_length,
+            **kind | latent | others,
+        )
+        with torch.device("meta"):
+            model = SpeechEncoderForCTC(config)
+        for key, tensor in model.state_dict().items():
+            if key not in shared or shared[key].shape != tensor.shape:
+                shared[key] = torch.randn(tensor.shape) / max(1, tensor.shape[-1] if tensor.dim() > 1 else 1) ** 0.5
+            if key.endswith(("running_var", "feature_std")):
+                shared[key].fill_(1.0)
+        model.load_state_dict({key: shared[key] for key in model.state_dict()}, assign=True)
+        made[name] = model.eval()
+    return made
+
+
+# ---- one chunk ---------------------------------------------------------------------------------------------
+
+
+def filled(model: nn.Module, chunks: Chunks, cache: str = "float32", streams: int = 1) -> Streams:
+    """Streams that have heard `chunks.left` frames of noise, all the same."""
+    running = Streams(model, chunks, cache)
+    like = next(model.parameters())
+    for attention, memory in zip(attention_modules(model), running.memories, strict=True):
+        with torch.no_grad():
+            remembered = attention.remembered(like.new_zeros(1, 1, model.config.hidden_size))
+        if isinstance(attention, LinearAttention):
+            continue  # its sums do not grow
+        memory.central, memory.kept_Bn = chunks.left, None
+        noise = [torch.randn(1, chunks.left, one.shape[2], device=like.device, dtype=like.dtype) for one in remembered]
+        memory.frames(tuple(x_1tN.expand(streams, -1, -1) for x_1tN in noise))
+    running.frames = chunks.left
+    return running
+
+
+def recomputed(model: nn.Module, x_BTD: torch.Tensor) -> torch.Tensor:
+    """Logits of `x_BTD` worked as a whole: what is done for each chunk where there is no cache."""
+    kept_BT = x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.bool)
+    positions = sinusoids(x_BTD.shape[1], x_BTD.shape[2], x_BTD.device, x_BTD.dtype)
+    family = family_of(model.config)
+    for layer in family.layers(model):
+        x_BTD = layer(x_BTD, attention_mask=kept_BT, relative_position_embeddings=positions)
+    return family.logits(model, x_BTD)
+
+
+def benchmark_steps(
+    systems: dict[str, nn.Module],
+    chunk_ms: Sequence[float],
+    left_seconds: Sequence[float],
+    repeats: int = 5,
+    device: str | None = None,
+    cache: str = "float32",
+    streams: int = 1,
+    recompute_seconds: float = 60.0,
+    lookahead_ms: float = 0.0,
+    precision: str = "fp32",
+) -> pd.DataFrame:
+    """One row per length of chunk, of left context, and system, the systems taking turns.
+
+    chunk_ms and left_seconds (as they are in whole frames), system, streams, cache, ms (median time of one step of all
+    streams), ms_low and ms_high (the quartiles), rtfx (seconds of audio per second of computation, all streams),
+    multiplications (of a step, as torch counts them), cache_bytes and convolution_bytes (counted, of one stream),
+    formula_bytes, reserved_bytes (with room for new frames), cache_bytes_per_second (of audio kept), position_bytes (of
+    a model, for all its streams), peak_memory_bytes (of one step, on top of weights and what is kept; a step that moves
+    what is kept, one in `left` / 8 frames, takes up to a layer's cache more, and that time is not in the median).
+
+    The first system is timed a second time as RECOMPUTED, up to `recompute_seconds` of left context. Chunks that are as
+    many frames are one setting; each is heard with `lookahead_ms` behind it, which is worked anew with the next.
+    `precision` is fp32, bf16 or fp16, by autocast.
+    """
+    if not systems or repeats < 1:
+        raise ValueError("a benchmark needs at least one system and one repeat")
+    first = next(iter(systems.values()))
+    device = choose_device(device, first)
+    rows = []
+    pairs = [(chunk, left) for left in left_seconds for chunk in chunk_ms]
+    if math.inf in left_seconds:
+        raise ValueError("a benchmark needs left contexts that have an end")
+    settings = list(dict.fromkeys(chunks_of(first.config, *pair, lookahead_ms) for pair in pairs))
+    with inference(*systems.values(), device=device, precision=precision):
+        for turn, chunks in enumerate(tqdm(settings, desc="chunks", unit="setting")):
+            running = {name: filled(model, chunks, cache, streams) for name, model in systems.items()}
+            x_BnD = torch.randn(streams, chunks.block, first.config.hidden_size, device=device)
+            steps = {name: partial(one.step, x_BnD) for name, one in running.items()}
+            if chunks.left <= recompute_seconds * frames_per_second(first.config):
+                window_BTD = torch.randn(streams, chunks.left + chunks.block, x_BnD.shape[2], device=device)
+                steps[RECOMPUTED] = partial(recomputed, first, window_BTD)
+            take_turns(steps, turn, device)  # to warm up
+            rounds = pd.DataFrame([take_turns(steps, turn + repeat, device) for repeat in range(repeats)])
+            for name, step in steps.items():
+                row = _row(running.get(name), chunks, first, streams, rounds[name])
+                peak = peak_memory_bytes(step, device)
+                rows.append(
+                    {**row, "system": name, "streams": streams, "cache": cache, "peak_memory_bytes": peak}
+                    | {"multiplications": multiplications(step)}
+                )
+            del running, steps
+    table = pd.DataFrame(rows)
+    table.attrs.update(measured_on(device, precision))
+    return table
+
+
+def _row(running: Streams | None, chunks: Chunks, model: nn.Module, streams: int, ms: pd.Series) -> dict:
+    rate = frames_per_second(model.config)
+    kept = sum(running.attention_bytes) // streams if running else 0
+    return {
+        "chunk_ms": 1000 * chunks.size / rate,
+        "left_seconds": chunks.left / rate,
+        "lookahead_ms": 1000 * chunks.lookahead / rate,
+        "ms": float(ms.median()),
+        "ms_low": float(ms.quantile(0.25)),
+        "ms_high": float(ms.quantile(0.75)),
+        "rtfx": streams * 1000 * chunks.size / rate / float(ms.median()),
+        "cache_bytes": kept,
+        "formula_bytes": running.formula_bytes if running else 0,
+        "reserved_bytes": sum(running.reserved_bytes) // streams if running else 0,
+        "convolution_bytes": sum(running.convolution_bytes) // streams if running else 0,
+        "cache_bytes_per_second": kept / (chunks.left / rate) if chunks.left else float("nan"),
+        "position_bytes": running.position_bytes if running else 0,
+    }
+
+
+# ---- many streams ------------------------------------------------------------------------------------------
+
+
+def streams_in_real_time(
+    systems: dict[str, nn.Module],
+    chunk_ms: float,
+    left_seconds: float,
+    memory_bytes: int,
+    most: int = 1024,
+    device: str | None = None,
+    cache: str = "float32",
+    precision: str = "fp32",
+) -> pd.DataFrame:
+    """How many streams a machine follows at once: one row per system.
+
+    in_memory: streams whose caches, with the room they reserve, `memory_bytes` hold; in_real_time: the largest number,
+    to a tenth, whose step takes no longer than the chunk, with its ms, of `most` and what memory holds at most.
+    """
+    how = {"cache": cache, "recompute_seconds": -1.0, "precision": precision}
+    rows = []
+    for name, model in systems.items():
+        follows, lags, in_memory, ms = 0, most + 1, most, float("nan")
+        while lags - follows > max(1, follows // 10):
+            count = min(2 * follows or 1, (follows + lags) // 2)
+            row = benchmark_steps({name: model}, [chunk_ms], [left_seconds], 3, device, streams=count, **how).iloc[0]
+            in_memory = memory_bytes // max(1, int(row["reserved_bytes"] + row["convolution_bytes"]))
+            if row["ms"] <= row["chunk_ms"] and count <= in_memory:
+                follows, ms = count, row["ms"]
+                lags = min(lags, in_memory + 1)
+            else:
+                lags = count
+        rows.append({"system": name, "in_memory": in_memory, "in_real_time": follows, "ms": ms})
+    return pd.DataFrame(rows)
+
+
+# ---- absorbed or expanded ----------------------------------------------------------------------------------
+
+
+def benchmark_forms(
+    hidden_size: int,
+    num_attention_heads: int,
+    queries: Sequence[int] = (1, 4, 8, 16, 32, 64, 128),
+    frames: Sequence[int] = (50, 500, 3000),
+    repeats: int = 15,
+    device: str | None = None,
+    **others,
+) -> pd.DataFrame:
+    """Both forms of one latent layer, taking turns: a row per rank, number of frames that are kept, and of queries.
+
+    rank, frames, queries, expanded_ms, absorbed_ms (medians), multiplications (of the absorbed form, over those of the
+    expanded), chosen (by `absorbing_pays`), loss (how much longer the chosen one takes than the faster, a fraction).
+    """
+    rows = []
+    for rank in (hidden_size // 2, hidden_size // 4, hidden_size // 8):
+        config = SpeechEncoderConfig(
+            attention="mla_simple", hidden_size=hidden_size, num_attention_heads=num_attention_heads,
+            num_hidden_layers=1, latent_dim=[rank],
+        )  # fmt: skip
+        attention = KINDS["mla_simple"](config, 0).eval()
+        where = choose_device(device, attention)
+        attention.to(where)
+        for kept in frames:
+            for count in queries:
+                memory = StreamMemory(Chunks(count, kept), cache_format("float32"))
+                memory.central = kept
+                memory.frames((torch.randn(1, kept, rank, device=where),))
+                memory.central = count
+                rows.append(_forms_row(attention, memory, rank, repeats, where))
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def _forms_row(attention: nn.Module, memory: StreamMemory, rank: int, repeats: int, device: torch.device) -> dict:
+    kept, count = memory.chunks.left, memory.chunks.size
+    x_1nD = torch.randn(1, count, attention.config.hidden_size, device=device)
+
+    def run(form: str) -> None:
+        attention.form = form
+        attention(x_1nD, past=memory)
+
+    steps = {form: partial(run, form) for form in ("expanded", "absorbed")}
+    take_turns(steps, 0, device)
+    ms = pd.DataFrame([take_turns(steps, turn, device) for turn in range(repeats)]).median()
+    heads, width, total = attention.num_heads, attention.config.hidden_size, kept + count
+    absorbed, expanded = 2 * rank * count * (width + total * heads), total * width * 2 * (rank + count)
+    chosen = absorbing_pays(count, total, heads, attention.head_size, (rank, rank))
+    return {
+        "rank": rank,
+        "frames": kept,
+        "queries": count,
+        "expanded_ms": ms["expanded"],
+        "absorbed_ms": ms["absorbed"],
+        "multiplications": absorbed / expanded,
+        "chosen": "absorbed" if chosen else "expanded",
+        "loss": ms["absorbed" if chosen else "expanded"] / ms.min() - 1,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m asrlib.measuring.stream_steps", description="Times a chunk of a stream, for kinds of attention."
+    )
+    parser.add_argument("--size", choices=SIZES, default="shipped")
+    parser.add_argument("--chunk", type=float, nargs="+", default=[160, 640], metavar="MS")
+    parser.add_argument("--left", type=float, nargs="+", default=[10, 60], metavar="SECONDS")
+    parser.add_argument("--lookahead", type=float, default=0.0, metavar="MS")
+    parser.add_argument("--cache", default="float32", help="float32, bfloat16, float16, int8 or int4")
+    parser.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16, by autocast")
+    parser.add_argument(
+        "--recompute", type=float, default=60.0, metavar="SECONDS", help="left context, without a cache"
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--forms", action="store_true", help="time absorbed and expanded latents instead")
+    parser.add_argument("--windows", action="store_true", help="time a layer of Nemotron, with its window, instead")
+    parser.add_argument("--out", type=Path, help="a .csv")
+    add_debug(parser)
+    args = parser.parse_args(argv)
+    try:
+        sys.stdout.write(_report(args))
+    except Exception as error:
+        tell(sentence(error), error, args.debug)
+        return 1
+    return 0
+
+
+def _report(args: argparse.Namespace) -> str:
+    if args.forms or args.windows:
+        how = {"repeats": args.repeats, "device": args.device}
+        table = benchmark_forms(**SIZES[args.size], **how) if args.forms else benchmark_windows(window_models(), **how)
+        if args.out:
+            table.to_csv(args.out, index=False)
+        return f"{table.to_string(index=False, float_format='{:.3f}'.format)}\n"
+    systems = random_encoders(**SIZES[args.size])
+    how = {"recompute_seconds": args.recompute, "lookahead_ms": args.lookahead, "precision": args.precision}
+    table = benchmark_steps(systems, args.chunk, args.left, args.repeats, args.device, args.cache, **how)
+    if args.out:
+        table.to_csv(args.out, index=False)
+    table["millions"] = table["multiplications"] / 1e6
+    columns = ["chunk_ms", "left_seconds", "system", "ms", "ms_low", "ms_high", "rtfx", "millions", "cache_bytes"]
+    shown = table[[*columns, "position_bytes", "peak_memory_bytes"]]
+    return f"{args.size}, {table.attrs}\n{shown.to_string(index=False, float_format='{:.1f}'.format)}\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

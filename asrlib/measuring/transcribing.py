@@ -1,0 +1,151 @@
+"""Speech to text by any recogniser, and its word errors."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from asrlib.attention.chunks import Chunks
+from asrlib.data.batches import SpeechCollator, SpeechDataset
+from asrlib.data.corpus import Corpus, check_corpus
+from asrlib.measuring.significance import compare_errors
+from asrlib.measuring.word_errors import EvaluationResult, load_predictions, score, write_predictions
+from asrlib.models.families import check_loaded, family_of, frame_counts
+from asrlib.models.inference import choose_device, inference, recognise, spoken_logits, without_padding
+from asrlib.models.out_of_memory import out_of_memory_explained
+from asrlib.reporting.word_error_tables import in_per_cent, in_points
+from asrlib.running.command_line import add_debug, sentence, tell
+from asrlib.streaming.normalising import HeardSoFar
+from asrlib.streaming.streams import chunked_pass
+
+# ---- transcripts -------------------------------------------------------------------------------------------
+
+
+def transcribe(
+    model: nn.Module,
+    processor,
+    corpus: Corpus,
+    batch_seconds: float = 60.0,
+    device: str | None = None,
+    precision: str = "fp32",
+    record: Callable[[int, torch.Tensor], None] | None = None,
+    chunks: Chunks | None = None,
+    cache: str = "float32",
+) -> list[dict]:
+    """Greedy transcripts in the order of the corpus: {id, speaker, seconds, reference, hypothesis} each.
+
+    The reference is the text of the corpus as it stands. `batch_seconds` bounds the padded audio in a batch and changes
+    the speed, not the transcripts: each is that of the utterance alone. `record` is called once for every utterance, in
+    no particular order, with its place in the corpus and its logits [T, V], unpadded frames alone, on the device (where
+    no CTC writes the text, those of the reference's tokens: see models.heads). With `chunks` they are what a stream
+    would give, whose cache is held in that format. Raises UnusableAudio where an utterance cannot be decoded,
+    torch.OutOfMemoryError where a batch is too large, with what to lower.
+    """
+    check_loaded(model, processor)
+    check_corpus(corpus)
+    device = choose_device(device, model)
+    limits = {"batch_seconds": batch_seconds, "precision": precision}
+    writes = family_of(model.config).head.reads_labels  # token by token, instead of frame by frame
+    dataset = SpeechDataset(corpus, processor)
+    if getattr(model.config, "feat_extract_norm", "layer") == "group":
+        batches = [[i] for i in range(len(corpus))]  # this norm averages over the padding too
+    else:
+        batches = list(dataset.batches(batch_seconds, shuffle=False))
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=SpeechCollator(processor) if chunks is None else HeardSoFar(processor),
+        # Decode the next batch while the accelerator computes.
+        num_workers=0 if device.type == "cpu" else dataset.workers(4),
+    )
+    hypotheses = [""] * len(corpus)
+    with (
+        inference(model, device=device, precision=precision),
+        # leave=None: below another bar it goes when it is done
+        tqdm(total=len(corpus), desc=f"transcribing {corpus.split}", unit="utt", leave=None) as progress,
+    ):
+        for indices, batch in zip(batches, loader, strict=True):
+            named = [(corpus[i].id, corpus[i].seconds) for i in indices]
+            with out_of_memory_explained(f"transcribing {corpus.split}", named, limits):
+                batch = _on_device(model, batch, device)
+                texts = recognise(model, processor, batch) if writes else None
+                logits = [] if writes and record is None else _logits(model, batch, chunks, cache)
+            if texts is None:
+                texts = processor.batch_decode([logits_TV.argmax(-1).tolist() for logits_TV in logits])
+            for i, text in zip(indices, texts, strict=True):
+                hypotheses[i] = text
+            if record is not None:
+                for i, logits_TV in zip(indices, logits, strict=True):
+                    record(i, logits_TV)
+            progress.update(len(indices))
+    return [
+        {"id": u.id, "speaker": u.speaker, "seconds": u.seconds, "reference": u.text, "hypothesis": text}
+        for u, text in zip(corpus, hypotheses, strict=True)
+    ]
+
+
+def _on_device(model: nn.Module, batch: dict, device: torch.device) -> dict:
+    moved = {name: values.to(device) for name, values in batch.items()}
+    name = model.main_input_name
+    return moved | {name: moved[name].to(model.dtype)}
+
+
+def _logits(model: nn.Module, batch: dict, chunks: Chunks | None, cache: str) -> list[torch.Tensor]:
+    """Logits [T, V] of the unpadded frames of each utterance: B tensors of different lengths."""
+    if chunks is None:
+        return spoken_logits(model, batch)
+    inputs_BS, mask_BS = batch[model.main_input_name], batch["attention_mask"]  # [B, S, F] of features
+    return without_padding(chunked_pass(model, inputs_BS, chunks, mask_BS, cache), frame_counts(model, mask_BS.sum(-1)))
+
+
+def evaluate(
+    model: nn.Module,
+    processor,
+    corpus: Corpus,
+    batch_seconds: float = 60.0,
+    device: str | None = None,
+    precision: str = "fp32",
+    predictions: str | Path | None = None,
+) -> EvaluationResult:
+    """Transcribes the corpus and scores it; `predictions` is the .jsonl the transcripts are written to.
+
+    `device`: see `choose_device`. `precision`: fp32, bf16 or fp16.
+    """
+    transcripts = transcribe(model, processor, corpus, batch_seconds, device, precision)
+    if predictions is not None:
+        write_predictions(predictions, transcripts)
+    return score(transcripts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m asrlib.measuring.word_errors", description="Compares transcripts, by words."
+    )
+    parser.add_argument("a", metavar="A.jsonl", help="transcripts as `evaluate` and the notebooks keep them")
+    parser.add_argument("b", metavar="B.jsonl", help="another model's, of the same utterances")
+    add_debug(parser)
+    args = parser.parse_args(argv)
+    try:
+        a, b = (score(load_predictions(Path(name).absolute())) for name in (args.a, args.b))
+        test = compare_errors(a, b)
+    except Exception as error:
+        tell(sentence(error), error, args.debug)
+        return 1
+    lines = [f"{name}: {100 * one.wer:.2f} % ({in_per_cent(one.wer_interval)})" for name, one in (("A", a), ("B", b))]
+    for over, of in (("utterances", test), ("speakers", test["by_speaker"])):
+        if of is not None:
+            change = f"{in_points(of['difference'])} points ({in_per_cent(of['interval'], '+.2f')})"
+            lines.append(f"B − A: {change}, p = {of['p']:.4f}, over {over}")
+    pairs = test["matched_pairs"]
+    lines.append("matched pairs: z = {z:.3f}, p = {p:.4f}, {segments:,} segments".format(**pairs))
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,135 @@
+"""What a recogniser writes down, and how many of its words are wrong.
+
+Transcripts are greedy. Error rates are fractions over a whole corpus (errors of all utterances divided by
+words of all utterances); intervals and tests are those of significance.py.
+
+    python -m asrlib.evaluation A.jsonl B.jsonl    # transcripts of one corpus by two models: is B better?
+
+Shapes: N utterances, B batch, S what a model reads (samples of audio, or frames of features), T frames,
+V tokens of the vocabulary.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jiwer
+import numpy as np
+
+from asrlib.data.text import folded, whisper_normalised
+from asrlib.measuring.resampling import rate_interval, sums_by_speaker
+from asrlib.runs import atomic_write, resolve
+
+FIELDS = {"id", "speaker", "seconds", "reference", "hypothesis"}  # of a transcript
+
+
+def write_predictions(path: str | Path, predictions: list[dict]) -> None:
+    """One JSON object a line, in one atomic write."""
+    with atomic_write(path) as file:
+        for prediction in predictions:
+            file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
+
+
+def load_predictions(path: str | Path) -> list[dict]:
+    """Reads back what `evaluate` or `write_predictions` wrote; ValueError names a line that is none of it."""
+    predictions = []
+    with open(resolve(path), encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                prediction = json.loads(line)
+            except json.JSONDecodeError:
+                prediction = None
+            if not isinstance(prediction, dict) or FIELDS - prediction.keys():
+                raise ValueError(f"line {number} of {path} is no transcript: evaluate again to write it anew")
+            predictions.append(prediction)
+    return predictions
+
+
+# ---- metrics of one's own ---------------------------------------------------------------------------------
+
+
+def normalised_wer(predictions: list[dict]) -> float | None:
+    """WER in per cent after Whisper's English normaliser, which changes the number of words; None if it leaves none."""
+    references, hypotheses = (
+        [whisper_normalised(prediction[side]) for prediction in predictions] for side in ("reference", "hypothesis")
+    )
+    return 100 * jiwer.wer(references, hypotheses) if any(references) else None
+
+
+# Beside word and character errors: name → what it makes of transcripts as `transcribe` gives them, a number. Each is in
+# the tables, in metrics/*.json and in what --verify counts again. EXTENDING.md has another one worked out.
+METRICS: dict[str, Callable[[list[dict]], float | None]] = {"normalised WER %": normalised_wer}
+
+
+# ---- word errors -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationResult:
+    """Errors of one model on one corpus; `as_metrics` is what metrics/*.json holds."""
+
+    wer: float  # fraction of the reference words; above 1 where much is inserted
+    wer_interval: tuple[float, float]  # 95 %, over utterances
+    wer_interval_by_speaker: tuple[float, float] | None  # 95 %, over speakers; None where there is only one
+    cer: float  # fraction of the reference characters, spaces between words included
+    substitutions: int  # words
+    deletions: int
+    insertions: int
+    words: int  # in the references
+    utterances: int
+    speakers: int
+    seconds_audio: float
+    others: dict[str, float | None]  # by METRICS
+    predictions: list[dict] = field(repr=False)
+    errors_N: np.ndarray = field(repr=False)  # word errors of each utterance, in the order of predictions
+    words_N: np.ndarray = field(repr=False)  # reference words of each utterance
+    alignments: list[list[jiwer.AlignmentChunk]] = field(repr=False)  # words of each utterance
+
+    def as_metrics(self) -> dict:
+        apart = ("predictions", "errors_N", "words_N", "alignments", "others")
+        values = {name: value for name, value in self.__dict__.items() if name not in apart} | self.others
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def score(predictions: list[dict]) -> EvaluationResult:
+    """Corpus WER and CER of transcripts as `transcribe` gives them; case and repeated spaces do not count.
+
+    An utterance with an empty reference counts its insertions, one with an empty hypothesis its deletions.
+    Raises ValueError where there is no reference word at all: error rates are undefined then.
+    """
+    references = [folded(p["reference"]) for p in predictions]
+    hypotheses = [folded(p["hypothesis"]) for p in predictions]
+    if not any(references):
+        raise ValueError(f"no word in the references of {len(predictions)} utterances: the WER is undefined")
+    words = jiwer.process_words(references, hypotheses)
+    errors_N = np.array([_word_errors(alignment) for alignment in words.alignments])
+    words_N = np.array([len(reference) for reference in words.references])
+    errors_words_N2 = np.stack([errors_N, words_N], axis=1)
+    of_speakers_G2 = sums_by_speaker(errors_words_N2, predictions)
+    return EvaluationResult(
+        wer=words.wer,
+        wer_interval=rate_interval(errors_words_N2),
+        wer_interval_by_speaker=rate_interval(of_speakers_G2) if len(of_speakers_G2) > 1 else None,
+        cer=jiwer.process_characters(references, hypotheses).cer,
+        substitutions=words.substitutions,
+        deletions=words.deletions,
+        insertions=words.insertions,
+        words=int(words_N.sum()),
+        utterances=len(predictions),
+        speakers=len(of_speakers_G2),
+        seconds_audio=sum(p["seconds"] for p in predictions),
+        others={name: metric(predictions) for name, metric in METRICS.items()},
+        predictions=predictions,
+        errors_N=errors_N,
+        words_N=words_N,
+        alignments=words.alignments,
+    )
+
+
+def _word_errors(alignment: list[jiwer.AlignmentChunk]) -> int:
+    return sum(
+        max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
+        for chunk in alignment
+        if chunk.type != "equal"
+    )

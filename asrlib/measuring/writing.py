@@ -1,0 +1,251 @@
+"""What writing takes: bytes that an encoder-decoder keeps, and time for a token.
+
+    python -m asrlib.measuring.writing --size small --batch 1 8 --cut 0.5 0.75 0.9375 --out tokens.csv
+
+Decoders of Whisper's published sizes that differ in their attention alone, on frames that are there already: the
+encoder's time is the same for all. Weights are random and shared, for time does not depend on them. All of a decoder's
+latents are timed both ways, absorbed and expanded (see `attention.kinds.LatentMemory`).
+
+Shapes: B utterances, T frames, D width, n tokens.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+from transformers import WhisperConfig, WhisperForConditionalGeneration
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import logging
+
+from asrlib.attention.cache import held_bytes, kv_cache_bytes
+from asrlib.conversion.convert import latent_dim_for
+from asrlib.data.batches import SpeechCollator, SpeechDataset
+from asrlib.data.corpus import Corpus
+from asrlib.measuring.speed import measured_on, take_turns
+from asrlib.models.families import FAMILIES, family_of, latent_modules
+from asrlib.models.inference import choose_device, inference
+from asrlib.models.whisper import CACHED, generate_and_keep
+from asrlib.running.command_line import add_debug, sentence, tell
+
+SIZES = {  # d_model, decoder_layers, decoder_attention_heads
+    "tiny": (384, 4, 6),
+    "small": (768, 12, 12),
+    "large": (1280, 32, 20),
+    "turbo": (1280, 4, 20),
+}
+STANDARD, SHARED = "MHA", "MLA shared, absorbed"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A decoder, and the form of its latents: absorbed or expanded; "auto" also of one that has none."""
+
+    model: WhisperForConditionalGeneration
+    form: str = "auto"
+
+    def set_form(self) -> None:
+        for attention in latent_modules(self.model) if self.form != "auto" else []:
+            attention.form = self.form
+
+
+def random_writers(
+    config: WhisperConfig, cuts: Sequence[float], parts: Sequence[str] = CACHED, precision: str = "fp32"
+) -> dict[str, Writer]:
+    """{name: writer}: standard attention first, then latents in `parts` that cut what they keep by `cuts`, each in both
+    forms, and at last as wide ones as the model, which are exact, of which all layers share that of cross-attention.
+    They share all weights but those of latents; these, and so what is kept, are fp32, bf16 or fp16."""
+    family, weights = FAMILIES[config.model_type], {}
+
+    def made(kind: type, of: WhisperConfig) -> WhisperForConditionalGeneration:
+        return _random(kind, of, weights, PRECISIONS[precision])
+
+    def latent(width: int, shared: bool = False) -> WhisperForConditionalGeneration:
+        of = {"latent_dim": [width] * len(parts) * config.decoder_layers, "latent_shared": shared}
+        return made(family.latent_model, family.to_latent(config, latent_parts=list(parts), **of))
+
+    writers = {STANDARD: Writer(made(family.standard_model, config))}
+    for cut in cuts:
+        model = latent(latent_dim_for(cut, config.d_model))
+        for form in ("absorbed", "expanded"):
+            writers[f"MLA −{100 * cut:g} %, {form}"] = Writer(model, form)
+    if "cross" in parts:
+        writers[SHARED] = Writer(latent(config.d_model, shared=True), "absorbed")
+    return writers
+
+
+def _random(
+    kind: type, config: WhisperConfig, shared: dict[str, torch.Tensor], dtype: torch.dtype
+) -> WhisperForConditionalGeneration:
+    """`shared` has the weights that others have already, and takes those that they have not."""
+    with torch.device("meta"):
+        model = kind(config)
+    weights = {}
+    for key, like in model.state_dict().items():
+        if "latent_kv" in key or key not in shared:
+            shared[key] = (torch.randn(like.shape) / (like.shape[-1] if like.dim() > 1 else 1) ** 0.5).to(dtype)
+        weights[key] = shared[key]
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def benchmark_writing(
+    writers: dict[str, Writer],
+    batch: int = 1,
+    tokens: int = 64,
+    repeats: int = 15,
+    device: str | None = None,
+) -> pd.DataFrame:
+    """One row per writer, taking turns, which has written `tokens` of each of `batch` utterances and writes one more.
+
+    batch, tokens, writer, cache_bytes (counted after `generate` wrote so many, of one utterance), formula_bytes,
+    bytes_ratio (the first writer's over this one's), ms (median time of a step of the decoder, one token for each
+    utterance), ms_low and ms_high (the quartiles), time_ratio (of this one's median over the first one's). Raises
+    ValueError where there is nothing to measure.
+    """
+    if not writers or repeats < 1 or batch < 1 or tokens < 1:
+        raise ValueError("a benchmark needs a writer, an utterance, a token and a repeat at least")
+    first = next(iter(writers.values())).model
+    device, dtype = choose_device(device, first), first.dtype
+    with inference(*{writer.model: None for writer in writers.values()}, device=device):
+        shape = batch, first.config.max_source_positions, first.config.d_model
+        frames = torch.randn(shape, device=device, dtype=dtype)
+        heard = BaseModelOutput(last_hidden_state=frames)
+        kept = {name: _kept(writer, heard, tokens) for name, writer in writers.items()}
+        steps = {name: _step(writer, heard, tokens) for name, writer in writers.items()}
+        take_turns(steps, 0, device)  # to warm up
+        turns = tqdm(range(repeats), desc=f"{batch} utterances", unit="token", leave=False)
+        rounds = pd.DataFrame([take_turns(steps, turn, device) for turn in turns])
+    standard = next(iter(writers))
+    rows = []
+    for name, writer in writers.items():
+        ms, formula = rounds[name], kv_cache_bytes(writer.model.config, frames.shape[1], str(dtype)[6:], tokens=tokens)
+        rows.append(
+            {
+                "batch": batch,
+                "tokens": tokens,
+                "writer": name,
+                "cache_bytes": kept[name] // batch,
+                "formula_bytes": formula,
+                "bytes_ratio": kept[standard] / kept[name],
+                "ms": float(ms.median()),
+                "ms_low": float(ms.quantile(0.25)),
+                "ms_high": float(ms.quantile(0.75)),
+                "time_ratio": float(ms.median() / rounds[standard].median()),
+            }
+        )
+    table = pd.DataFrame(rows)
+    table.attrs.update(measured_on(device, "fp32") | {"dtype": str(dtype)[6:]})
+    return table
+
+
+def kept_while_writing(
+    systems: dict[str, WhisperForConditionalGeneration], processors: dict[str, object], corpus: Corpus
+) -> pd.DataFrame:
+    """One row per system: what `generate` keeps of an utterance, mean over `corpus`, counted in its own cache.
+
+    system, tokens (read again), cross_bytes, decoder_bytes, formula_bytes of both together, and ratio, how many times
+    as much the first system keeps.
+    """
+    rows = []
+    for name, model in systems.items():
+        counted = []
+        for index in tqdm(range(len(corpus)), desc=f"{name} writes", unit="utt", leave=False):
+            dataset, device = SpeechDataset(corpus[index : index + 1], processors[name]), choose_device(None, model)
+            features_1FS = SpeechCollator(processors[name])([dataset[0]])[model.main_input_name]
+            with inference(model, device=device):
+                told = family_of(model.config).head.prompt(model, processors[name])
+                _, cache = generate_and_keep(model, features_1FS.to(device, model.dtype), **told)
+            tokens = cache.self_attention_cache.get_seq_length()
+            formula = kv_cache_bytes(model.config, model.config.max_source_positions, str(model.dtype)[6:], tokens)
+            cross, own = (held_bytes(one) for one in (cache.cross_attention_cache, cache.self_attention_cache))
+            counted.append({"tokens": tokens, "cross_bytes": cross, "decoder_bytes": own, "formula_bytes": formula})
+        rows.append({"system": name} | pd.DataFrame(counted).mean().to_dict())
+    table = pd.DataFrame(rows)
+    both = table["cross_bytes"] + table["decoder_bytes"]
+    return table.assign(ratio=both.iloc[0] / both)
+
+
+def _kept(writer: Writer, heard: BaseModelOutput, tokens: int) -> int:
+    """Bytes held after `generate` wrote so many tokens behind the one that it starts with; the last is not read."""
+    _, cache = generate_and_keep(
+        writer.model, None, encoder_outputs=heard, max_new_tokens=tokens, min_new_tokens=tokens
+    )
+    return held_bytes(cache)
+
+
+def _step(writer: Writer, heard: BaseModelOutput, tokens: int) -> Callable[[], None]:
+    """One more token after so many, over and over."""
+    model, cache = writer.model, EncoderDecoderCache(DynamicCache(), DynamicCache())
+    ids_Bn = torch.randint(model.config.vocab_size, (len(heard[0]), tokens + 1), device=heard[0].device)
+    write = partial(model, encoder_outputs=heard, past_key_values=cache, use_cache=True)
+    write(decoder_input_ids=ids_Bn[:, :-1])
+
+    def step() -> None:
+        writer.set_form()
+        write(decoder_input_ids=ids_Bn[:, -1:])
+        cache.crop(-1)  # what it kept of this token
+
+    return step
+
+
+def size_of(name: str) -> WhisperConfig:
+    """Of Whisper's decoder; its encoder is not measured, and has one layer."""
+    width, layers, heads = SIZES[name]
+    return WhisperConfig(
+        d_model=width,
+        encoder_layers=1,
+        decoder_layers=layers,
+        encoder_attention_heads=heads,
+        decoder_attention_heads=heads,
+        encoder_ffn_dim=4 * width,
+        decoder_ffn_dim=4 * width,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m asrlib.measuring.writing", description="Times a token of a decoder, and counts what it keeps."
+    )
+    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--cut", type=float, nargs="+", default=[0.5, 0.75, 0.9375], metavar="SHARE")
+    parser.add_argument("--parts", nargs="+", choices=CACHED, default=CACHED, help="what is latent")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="UTTERANCES")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, help="a .csv")
+    add_debug(parser)
+    args = parser.parse_args(argv)
+    try:
+        sys.stdout.write(_report(args))
+    except Exception as error:
+        tell(sentence(error), error, args.debug)
+        return 1
+    return 0
+
+
+def _report(args: argparse.Namespace) -> str:
+    logging.set_verbosity_error()  # how many tokens are written is said twice, as random weights never stop
+    torch.manual_seed(0)
+    writers = random_writers(size_of(args.size), args.cut, args.parts, args.precision)
+    how = {"tokens": args.tokens, "repeats": args.repeats, "device": args.device}
+    tables = [benchmark_writing(writers, batch, **how) for batch in args.batch]
+    table = pd.concat(tables, ignore_index=True)
+    if args.out:
+        table.to_csv(args.out, index=False)
+    formats = {name: "{:.2f}".format for name in ("bytes_ratio", "ms", "ms_low", "ms_high", "time_ratio")}
+    return f"{args.size}, {tables[0].attrs}\n{table.to_string(index=False, formatters=formats)}\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

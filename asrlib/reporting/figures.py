@@ -1,0 +1,182 @@
+"""Figures: drawings of the tables that `report` and the notebooks make.
+
+Every figure is a matplotlib Figure that pyplot does not know; its label is a description in words, computed
+from the same data, which `save_figure` and `show_figure` hand on as alternative text.
+"""
+
+import base64
+import io
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+from markupsafe import Markup
+
+from asrlib.reporting.numbers import percent
+from asrlib.runs import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SYSTEMS = {"baseline": "baseline (MHA)", "converted": "converted (MLA)", "finetuned": "fine-tuned (MLA)"}
+IN_BLOCKS = "MHA in blocks"  # the baseline, worked by attention.relative
+DPI = 160
+LIVE_SECONDS = 5.0  # between two drawings of a figure that grows
+INK, GREY = "#1c2126", "#5b656e"
+
+
+def system_name(table: pd.DataFrame, system: str) -> str:
+    """baseline (MHA), or whatever attention the table says it has."""
+    return f"{SYSTEMS[system].partition(' (')[0]} ({table.at[system, 'attention']})"
+
+
+def splits_of(table: pd.DataFrame) -> list[str]:
+    return [c.removeprefix("cer_") for c in table.columns if c.startswith("cer_")]
+
+
+# ---- showing and saving ------------------------------------------------------------------------------------
+
+
+def _style():
+    import matplotlib as mpl
+    import seaborn as sns
+
+    style = sns.axes_style("whitegrid", {"grid.color": "#e4e6e3", "axes.edgecolor": GREY})
+    sizes = sns.plotting_context("notebook", font_scale=0.85)
+    return mpl.rc_context(style | sizes | {"axes.titleweight": "bold"})
+
+
+def _png(fig: "Figure", alt: str | None) -> bytes:
+    """In 256 colours, chosen for the figure: a quarter of the bytes, and no difference to be seen."""
+    from PIL import Image, PngImagePlugin
+
+    drawn, small, about = io.BytesIO(), io.BytesIO(), PngImagePlugin.PngInfo()
+    about.add_itxt("Description", alt or fig.get_label())
+    with _style():  # ticks are made while drawing
+        fig.savefig(drawn, format="png", dpi=DPI)
+    with Image.open(drawn) as image:
+        few = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(small, "PNG", optimize=True, dpi=(DPI, DPI), pnginfo=about)
+    return small.getvalue()
+
+
+def save_figure(fig: "Figure", path: Path, alt: str | None = None) -> None:
+    """Write `fig` as PNG; its description (default: the one the figure was made with) is kept in the file."""
+    with atomic_write(path, "wb") as file:
+        file.write(_png(fig, alt))
+
+
+def show_figure(fig: "Figure", alt: str | None = None, **place) -> None:
+    """Show `fig` in a notebook, with a description for those who cannot see it. `place`: display_id, update."""
+    from IPython.display import display
+
+    alt = alt or fig.get_label()
+    image = {"image/png": base64.b64encode(_png(fig, alt)).decode(), "text/plain": alt}
+    width = round(fig.get_figwidth() * 100)  # CSS pixels: drawn at 160 dpi, shown at 100
+    display(image, metadata={"image/png": {"alt": alt, "width": width}}, raw=True, **place)
+
+
+def as_image(fig: "Figure") -> Markup:
+    """`fig` as an element of a page, with its description as the alternative text."""
+    data, width = base64.b64encode(_png(fig, None)).decode(), round(fig.get_figwidth() * 100)
+    return Markup('<img src="data:image/png;base64,{}" alt="{}" width="{}">').format(data, fig.get_label(), width)
+
+
+def keep_figure(fig: "Figure", path: Path) -> None:
+    """Save and show it."""
+    save_figure(fig, path)
+    show_figure(fig)
+
+
+class LiveFigure:
+    """A figure that is drawn anew in its place for whoever watches, and is gone at the end.
+
+    Nobody watches outside of notebooks, nor where their client, as papermill, could not answer a question either.
+    """
+
+    def __init__(self):
+        from IPython import get_ipython
+
+        self.watched = getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", False)
+        self.place: dict = {"display_id": f"live-{id(self)}"}
+        self.drawn = -math.inf
+
+    def show(self, draw: Callable[[], "Figure"]) -> None:
+        """Calls `draw` and shows what it gives, unless it has just been done."""
+        if self.watched and time.monotonic() > self.drawn + LIVE_SECONDS:
+            show_figure(draw(), **self.place)
+            self.place["update"] = True
+            self.drawn = time.monotonic()
+
+    def __enter__(self) -> "LiveFigure":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if "update" in self.place:
+            from IPython.display import display
+
+            display({"text/plain": ""}, raw=True, **self.place)
+
+
+# ---- drawings ----------------------------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **kwargs):
+    """A figure of `width` × `height` inches that pyplot does not know, and its axes [rows, columns]."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(width, height), layout="constrained")
+    return fig, fig.subplots(rows, columns, squeeze=False, **kwargs)
+
+
+def _colours() -> dict[str, tuple]:
+    import seaborn as sns
+
+    palette = sns.color_palette("colorblind")
+    return {"baseline": palette[7], "converted": palette[1], "finetuned": palette[0]}
+
+
+def training_curves(history: Sequence[Mapping], best_step: int | None = None) -> "Figure":
+    """Loss, validation WER and learning rate against the training step; `best_step` is marked."""
+    names = ["step", "loss", "eval_loss", "eval_wer", "learning_rate"]
+    df = pd.DataFrame(history).reindex(columns=names).astype(float).sort_values("step")
+    blue = _colours()["finetuned"]
+    with _style():
+        fig, axes = _figure(8, 5.6, 3, 1, sharex=True, height_ratios=[2, 2, 1])
+        loss, wer, rate = axes[:, 0]
+        for ax, column, label, colour, marker, scale in (
+            (loss, "loss", "training", GREY, ".", 1),
+            (loss, "eval_loss", "validation", blue, "o", 1),
+            (wer, "eval_wer", "validation", blue, "o", 100),
+            (rate, "learning_rate", None, GREY, "", 1),
+        ):
+            seen = df[["step", column]].dropna()
+            ax.plot(seen["step"], scale * seen[column], color=colour, marker=marker, ms=4, label=label)
+        loss.set_ylabel("loss")
+        loss.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
+        wer.set_ylabel("validation WER (%)")
+        rate.set(ylabel="learning rate", xlabel="training step")
+        rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        for ax in axes[:, 0]:
+            ax.spines[["top", "right"]].set_visible(False)
+            if best_step is not None:
+                ax.axvline(best_step, color=GREY, lw=1, ls="--", zorder=1.5)
+        if best_step is not None:
+            side = "right" if best_step > df["step"].median() else "left"
+            wer.text(
+                best_step,
+                0.96,
+                " best, kept ",
+                transform=wer.get_xaxis_transform(),
+                size=8,
+                color=GREY,
+                va="top",
+                ha=side,
+            )
+    wers = df["eval_wer"].dropna()
+    found = f" Validation WER from {percent(wers.iloc[0])} to {percent(wers.iloc[-1])}." if len(wers) else ""
+    fig.set_label(f"Training curves over {df['step'].max():.0f} steps.{found}")
+    return fig

@@ -1,0 +1,249 @@
+"""Streams for people: tables and figures of what `streaming_evaluation` and `streaming_benchmark` measured."""
+
+import math
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from asrlib.attention.cache import cached_numbers, kv_cache_bytes
+from asrlib.attention.formats import FORMATS
+from asrlib.models.families import frames_per_second
+from asrlib.reporting.figures import SYSTEMS, _colours, _figure, _style
+from asrlib.reporting.numbers import size
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ERRORS_INTRODUCTION = """\
+## In a stream
+
+The same utterances recognised chunk by chunk, all models under the same mask: a frame hears its chunk, some seconds
+before it and, where a lookahead is given, as much behind it. The cache is that of a full left context, which an
+utterance shorter than that never fills. Differences are to the first model in the same chunks, with its cache in
+float32."""
+
+STEPS_INTRODUCTION = """\
+## One chunk of a stream
+
+What a stream keeps, counted on its tensors, and how long one chunk takes, against what it looks back to. Encoders of
+this size with random weights that differ in their attention alone, the systems taking turns; frames are given, as what
+makes them of audio is the same for all. Speeds are against multi-head attention that has a cache and all that this
+library does for speed, which is what the kind of attention brings. Beside it stands multi-head attention without a
+cache, which works the seconds that it looks back to again with every chunk (they are all that it hears, while a cache
+reaches back so far in every layer): what a cache brings to all alike. Linear attention sums over all that it ever
+heard, whatever the left context. Multiplications are those of matrices."""
+
+
+def as_rows(table: pd.DataFrame) -> list[dict]:
+    """For metrics/*.json: what is not known is null."""
+    return table.astype(object).where(table.notna(), None).to_dict("records")
+
+
+# ---- word errors -------------------------------------------------------------------------------------------
+
+
+def errors_table(errors: pd.DataFrame) -> pd.DataFrame:
+    """Of `streaming_errors`: a row per chunk, left context and format, the systems side by side.
+
+    Each is compared with the first in the same chunks, whose cache is in float32.
+    """
+    first, *others = dict.fromkeys(errors["system"])
+    rows, setting = [], ["chunk_ms", "left_seconds", "cache"]
+    for (chunk, left, held_as), group in errors.groupby(setting, sort=False, dropna=False):
+        full, by_system = pd.isna(chunk), group.set_index("system").to_dict("index")
+        row = {
+            "chunk": "full context" if full else f"{chunk:.0f} ms",
+            "left context": "–" if full else f"{left:.2g} s",
+            "cache in": "–" if full else held_as,
+        }
+        for name, one in by_system.items():
+            known = SYSTEMS.get(name, name)
+            wer = "{:.2f} ({:.2f}–{:.2f})".format(*(100 * one[n] for n in ("wer", "wer_low", "wer_high")))
+            row |= {f"{known}: WER %": wer, f"{known}: cache": "–" if full else size(one["cache_bytes"])}
+        for name in [name for name in others if name in by_system]:
+            one = by_system[name]
+            change = [100 * one[n] for n in ("difference", "difference_low", "difference_high")]
+            text = "{:+.2f} ({:+.2f} to {:+.2f}), p = {:.3f}".format(*change, one["p"]).replace("-", "−")
+            row[f"{SYSTEMS.get(name, name)} − {SYSTEMS.get(first, first)}, points"] = text
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("–")
+
+
+def errors_figure(errors: pd.DataFrame) -> "Figure":
+    """WER against the chunk, a line a system, a panel a left context; full context is the last place of each."""
+    kept = errors[errors["cache"] == errors["cache"].iloc[0]]
+    lefts = sorted(kept["left_seconds"].dropna().unique()) or [math.inf]  # full context alone
+    with _style():
+        fig, axes = _figure(8, 3.4, 1, len(lefts), sharey=True)
+        for ax, left in zip(axes[0], lefts, strict=True):
+            for place, (name, rows) in enumerate(kept.groupby("system", sort=False)):
+                chunked = rows[rows["left_seconds"] == left].sort_values("chunk_ms")
+                rows = pd.concat([chunked, rows[rows["chunk_ms"].isna()]])
+                wer = 100 * rows["wer"]
+                ax.errorbar(
+                    [i + 0.08 * place for i in range(len(rows))],
+                    wer,
+                    yerr=[wer - 100 * rows["wer_low"], 100 * rows["wer_high"] - wer],
+                    marker="os^D"[place % 4],
+                    color=_colours().get(name),
+                    capsize=2,
+                    label=SYSTEMS.get(name, name),
+                )
+                ticks = ["full" if pd.isna(chunk) else f"{chunk:.0f}" for chunk in rows["chunk_ms"]]
+                ax.set_xticks(range(len(rows)), ticks)
+            ax.set(xlabel="chunk, ms", title=f"left context {left:.2g} s", ylim=(0, None))
+        axes[0][0].set_ylabel("word error rate, %")
+        axes[0][-1].legend(fontsize="small")
+    fig.set_label("Word error rate against the length of a chunk. " + "; ".join(map(_error_in_words, as_rows(kept))))
+    return fig
+
+
+def _error_in_words(row: dict) -> str:
+    where = "full context"
+    if row["chunk_ms"] is not None:
+        where = f"{row['chunk_ms']:.0f} ms with {row['left_seconds']:.2g} s before"
+    return f"{row['system']}, {where}: {100 * row['wer']:.2f} %"
+
+
+def text_as_heard(model, processor, utterance, **chunks) -> pd.DataFrame:
+    """What a stream had written after every chunk, and what its attention kept; `chunks` are those of `chunks_of`."""
+    from asrlib.streaming.streams import Recognition, chunks_of
+
+    recognition = Recognition(model, processor, chunks_of(model.config, **chunks))
+    streams, rate, rows = recognition.streams, frames_per_second(model.config), []
+    for steps in (recognition.hear(utterance.audio()), recognition.finish()):
+        for text in steps:
+            heard = min(utterance.seconds, (streams.frames + streams.chunks.lookahead) / rate)
+            kept = size(sum(streams.attention_bytes))
+            rows.append({"heard": f"{heard:.2f} s", "text so far": text, "cache": kept})
+    return pd.DataFrame(rows)
+
+
+# ---- time and bytes ----------------------------------------------------------------------------------------
+
+
+def steps_table(steps: pd.DataFrame) -> pd.DataFrame:
+    """Of `benchmark_steps`: milliseconds, a row per left context and chunk, a column per system.
+
+    In brackets the quartiles; with the speed against the first system, which has the same cache and tricks.
+    """
+    first = steps["system"].iloc[0]
+    rows = []
+    for (left, chunk), group in _settings(steps):
+        ms = group["ms"]
+        row = {"left context": f"{left:g} s", "chunk": f"{chunk:.0f} ms"}
+        for name, one in group.iterrows():
+            text = f"{one['ms']:.1f} ({one['ms_low']:.1f}–{one['ms_high']:.1f})"
+            row[name] = text if name == first else f"{text} ×{ms[first] / one['ms']:.2f}"
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("–")
+
+
+def multiplications_table(steps: pd.DataFrame) -> pd.DataFrame:
+    """Of `benchmark_steps`: millions, a row per left context and chunk, a column per system."""
+    rows = []
+    for (left, chunk), group in _settings(steps):
+        counts = {name: f"{count / 1e6:,.1f}" for name, count in group["multiplications"].items()}
+        rows.append({"left context": f"{left:g} s", "chunk": f"{chunk:.0f} ms", **counts})
+    return pd.DataFrame(rows).fillna("–")
+
+
+def _settings(steps: pd.DataFrame):
+    """((left context, chunk), the rows of all systems by name) of every setting, the shortest first."""
+    for setting, group in steps.groupby(["left_seconds", "chunk_ms"]):
+        yield setting, group.set_index("system")
+
+
+def bytes_table(steps: pd.DataFrame) -> pd.DataFrame:
+    """Of `benchmark_steps`: what one stream keeps, a row per left context and system, at the shortest chunk."""
+    shortest = steps[(steps["chunk_ms"] == steps["chunk_ms"].min()) & (steps["cache_bytes"] > 0)]
+    first = shortest["system"].iloc[0]
+    reference = shortest[shortest["system"] == first].set_index("left_seconds")["cache_bytes"]
+    return pd.DataFrame(
+        {
+            "left context": f"{row['left_seconds']:g} s",
+            "system": row["system"],
+            "cache, counted": size(row["cache_bytes"]),
+            "by the formula": "the same" if row["cache_bytes"] == row["formula_bytes"] else size(row["formula_bytes"]),
+            f"times less than {first}": f"{reference[row['left_seconds']] / row['cache_bytes']:.1f}",
+            "with room for new frames": size(row["reserved_bytes"]),
+            "convolutions": size(row["convolution_bytes"]),
+        }
+        for row in shortest.sort_values("left_seconds", kind="stable").to_dict("records")
+    )
+
+
+def positions_sentence(steps: pd.DataFrame) -> str:
+    """What the projected positions take beside the cache."""
+    longest = steps[steps["left_seconds"] == steps["left_seconds"].max()]
+    return (
+        f"Projected positions take {size(longest['position_bytes'].max())} more at {longest['left_seconds'].iloc[0]:g} "
+        "s of left context: once for all streams of a model, whatever its attention, and not at all where it is linear."
+    )
+
+
+def steps_figure(steps: pd.DataFrame) -> "Figure":
+    """Bytes kept and time of a chunk (the shortest) against the left context, a line a system."""
+    import seaborn as sns
+
+    shortest = steps[steps["chunk_ms"] == steps["chunk_ms"].min()]
+    names = list(dict.fromkeys(shortest["system"]))
+    looks = dict(zip(names, zip(sns.color_palette("colorblind", len(names)), "os^Dv<>P", strict=False), strict=False))
+    with _style():
+        fig, axes = _figure(8, 3.6, 1, 2)
+        for ax, column, scale in ((axes[0][0], "cache_bytes", 2**20), (axes[0][1], "ms", 1)):
+            for name, rows in shortest.groupby("system", sort=False):
+                rows = rows[rows[column] > 0].sort_values("left_seconds")
+                colour, marker = looks[name]
+                ax.plot(rows["left_seconds"], rows[column] / scale, color=colour, marker=marker, label=name)
+            ax.set(xscale="log", yscale="log", xlabel="left context, s")
+        axes[0][0].set_ylabel("cache of one stream, MiB")
+        axes[0][1].set_ylabel(f"one chunk of {shortest['chunk_ms'].iloc[0]:.0f} ms takes, ms")
+        axes[0][1].axhline(shortest["chunk_ms"].iloc[0], color="0.6", linestyle=":", linewidth=1)
+        fig.legend(*axes[0][1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    points = [
+        f"{row['system']} at {row['left_seconds']:g} s {size(row['cache_bytes'])}, {row['ms']:.1f} ms"
+        for row in as_rows(shortest)
+    ]
+    fig.set_label("Cache of a stream and time of a chunk against the left context. " + "; ".join(points))
+    return fig
+
+
+def formats_table(systems: dict) -> pd.DataFrame:
+    """Of {name: model}, the first of which all others are compared with in float32: a row per system and format."""
+    rows, reference = [], None
+    for name, model in systems.items():
+        for held_as in FORMATS:
+            rate = frames_per_second(model.config)
+            kept = [kv_cache_bytes(model.config, frames, held_as) for frames in (0, 1000)]
+            numbers = sum(cached_numbers(model.config, 1000)) - sum(cached_numbers(model.config, 0))
+            growth = (kept[1] - kept[0]) * rate / 1000
+            reference = reference or growth
+            rows.append(
+                {
+                    "system": name,
+                    "numbers per frame": f"{numbers / 1000:.0f}",
+                    "held in": held_as,
+                    "bits per number": f"{8 * (kept[1] - kept[0]) / numbers:.2f}" if numbers else "–",
+                    "bytes per second": size(growth) if growth else f"{size(kept[0])} in all",
+                    "times less": f"{reference / growth:.1f}" if growth else "–",
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def streams_table(streams: pd.DataFrame, memory_bytes: int) -> pd.DataFrame:
+    """Of `streams_in_real_time`."""
+    first = streams.iloc[0]
+    return pd.DataFrame(
+        {
+            "system": streams["system"],
+            f"fit into {size(memory_bytes)}": streams["in_memory"],
+            "in real time": streams["in_real_time"],
+            "a chunk of all takes, ms": streams["ms"].map("{:.0f}".format),
+            f"in real time, against {first['system']}": [
+                f"×{count / first['in_real_time']:.1f}" if first["in_real_time"] else "–"
+                for count in streams["in_real_time"]
+            ],
+        }
+    )

@@ -1,0 +1,172 @@
+"""Tables, transcripts and players as HTML, in notebooks and on pages."""
+
+import base64
+import io
+import unicodedata
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup, escape
+
+from asrlib.data.audio import SAMPLE_RATE
+from asrlib.data.text import folded
+from asrlib.runs import atomic_write
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+import pandas as pd
+
+from asrlib.reporting.numbers import unbroken
+
+Format = str | Callable[[Any], str]
+
+# Unicode's classes of right-to-left letters, and of marks that turn the direction of what follows them.
+TURNS = {"R", "AL", "RLE", "RLO", "RLI", "LRE", "LRO", "LRI", "FSI"}
+
+
+# ---- pieces that notebooks display -------------------------------------------------------------------------
+
+
+def turns(text: str) -> bool:
+    """Is some of `text` written from right to left?"""
+    return not text.isascii() and any(unicodedata.bidirectional(character) in TURNS for character in text)
+
+
+def isolated(value: Any) -> Markup:
+    """`value` escaped, in an element of its own direction where its neighbours would be reordered otherwise."""
+    return Markup("<bdi>{}</bdi>").format(value) if turns(str(value)) else escape(value)
+
+
+def table_html(
+    df: "pd.DataFrame", caption: str = "", formats: Mapping[str, Format] | None = None, index: bool = True
+) -> Markup:
+    """Table with every name and cell escaped; numbers right-aligned, missing ones shown as a dash.
+
+    formats: column -> format specification (".1%", ",") or function of the value. Only what such a function
+    returns as Markup goes in as it is: `{"aligned": Markup}` for a column made by `diff_transcripts`.
+    """
+    import pandas as pd
+
+    formats = formats or {}
+
+    def text(column: str, value: Any) -> str:
+        if pd.api.types.is_scalar(value) and pd.isna(value):
+            return "–"
+        how = formats.get(column, ".4g" if isinstance(value, float) else "")
+        return how(value) if callable(how) else format(value, how)
+
+    def attributes(column: str) -> Markup:
+        if pd.api.types.is_numeric_dtype(df[column]):
+            return Markup(' class="n"')
+        short = not callable(formats.get(column)) and df[column].astype(str).str.len().max() <= 26
+        return Markup(' class="short"' if short else "")
+
+    kinds = {column: attributes(column) for column in df.columns}
+
+    def head_of(name: Any, kind: str = "") -> Markup:
+        """A head without a name is none, to a screen reader."""
+        if name in (None, ""):
+            return Markup("<td></td>")
+        return Markup('<th scope="col"{}>{}</th>').format(kind, isolated(name))
+
+    corner = head_of(df.index.name) if index else ""
+    head = Markup("").join(head_of(c, kinds[c]) for c in df.columns)
+    rows = []
+    for label, *values in df.itertuples():
+        first = Markup('<th scope="row">{}</th>').format(isolated(label)) if index else ""
+        shown = ((column, text(column, value)) for column, value in zip(df.columns, values, strict=True))
+        cells = (Markup("<td{}>{}</td>").format(kinds[column], isolated(cell)) for column, cell in shown)
+        rows.append(Markup("<tr>{}{}</tr>").format(first, Markup("").join(cells)))
+    return Markup(
+        '<div class="table" tabindex="0" role="region" aria-label="{}"><table>{}<thead><tr>{}{}</tr></thead>'
+        "<tbody>{}</tbody></table></div>"
+    ).format(
+        caption or "table",
+        Markup("<caption>{}</caption>").format(caption) if caption else "",
+        corner,
+        head,
+        Markup("\n").join(rows),
+    )
+
+
+def display_table(
+    df: "pd.DataFrame", caption: str = "", formats: Mapping[str, Format] | None = None, index: bool = True
+) -> None:
+    """Show `table_html` in a notebook."""
+    from IPython.display import display
+
+    rich = str(table_html(df, caption, formats, index))
+    display({"text/html": rich, "text/plain": df.to_string()}, raw=True)
+
+
+def diff_transcripts(reference: str, hypothesis: str) -> Markup:
+    """The reference as it was heard: deleted words struck through, inserted ones underlined, and
+    a substituted word struck through before what was heard instead. Readable without colour and escaped.
+
+    Words are told apart as error rates do: case and the composition of accents do not count.
+    """
+    import jiwer
+
+    aligned = jiwer.process_words(folded(reference), folded(hypothesis))
+    said, heard = reference.split(), hypothesis.split()
+    words = []
+    for chunk in aligned.alignments[0]:
+        left = said[chunk.ref_start_idx : chunk.ref_end_idx]
+        right = heard[chunk.hyp_start_idx : chunk.hyp_end_idx]
+        if chunk.type == "equal":
+            words += [escape(word) for word in left]
+        elif chunk.type == "delete":
+            words += [Markup('<del title="deleted">{}</del>').format(word) for word in left]
+        elif chunk.type == "insert":
+            words += [Markup('<ins title="inserted">{}</ins>').format(word) for word in right]
+        else:
+            pair = '<span class="sub" title="substituted"><del>{}</del> <ins>{}</ins></span>'
+            words += [Markup(pair).format(*both) for both in zip(left, right, strict=True)]
+    direction = Markup(' dir="auto"') if turns(reference + hypothesis) else ""
+    return Markup('<span class="diff"{}>{}</span>').format(direction, Markup(" ").join(words))
+
+
+def audio_html(samples_S: "np.ndarray", name: str) -> Markup:
+    """A player with 16 kHz mono audio inside it, as MP3 of 3 KB a second, which every browser plays."""
+    import soundfile
+
+    file = io.BytesIO()
+    soundfile.write(file, samples_S, SAMPLE_RATE, format="MP3", bitrate_mode="CONSTANT", compression_level=0.9)
+    data = base64.b64encode(file.getvalue()).decode()
+    player = '<audio controls preload="metadata" aria-label="audio of {}" src="data:audio/mpeg;base64,{}"></audio>'
+    return Markup(player).format(name, data)
+
+
+def figure_html(png: Path) -> Markup:
+    """`png` as an embedded image, with the description that `save_figure` left in the file."""
+    from PIL import Image
+
+    with Image.open(png) as image:
+        alt = image.info.get("Description", png.stem.replace("_", " "))
+        width = round(image.width / image.info.get("dpi", (100, 100))[0] * 100)  # CSS pixels: 100 to the inch
+    data = base64.b64encode(png.read_bytes()).decode()
+    wide = Markup(' class="wide"') if width > 700 else ""
+    return Markup('<img src="data:image/png;base64,{}" alt="{}" width="{}"{}>').format(data, alt, width, wide)
+
+
+# ---- files -------------------------------------------------------------------------------------------------
+
+
+def save_table(df: pd.DataFrame, path: Path) -> None:
+    with atomic_write(path) as file:
+        df.to_csv(file, lineterminator="\n")
+
+
+def display_text(text: str) -> None:
+    """Show Markdown in a notebook, numbers on one line with their units."""
+    from IPython.display import Markdown, display
+
+    display(Markdown(unbroken(text)))
+
+
+def small_print(text: str) -> Markup:
+    """A cell with what stands in brackets below the rest, in small print."""
+    value, _, note = unbroken(text).partition(" (")
+    return Markup("{} <small>{}</small>").format(value, note.removesuffix(")"))

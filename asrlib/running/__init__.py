@@ -1,0 +1,1 @@
+"""What runs: parameters, plans, steps, sweeps, and what a run would take."""

@@ -1,0 +1,234 @@
+"""What may be set in a run: the notebooks' own `parameters` cells, read as one schema.
+
+Types come from the cells (`epochs: int = 4  # passes over the training data`), limits on values from LIMITS.
+A name means the same in every notebook that declares it.
+"""
+
+import ast
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from asrlib.running.parameter_limits import LIMITS, nearest
+from asrlib.runs import BadParameter
+
+TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
+TYPES |= {"List": list, "Dict": dict, "Optional": Optional}
+
+
+SET_BY_RUN_ALL = {"run_dir": "name the run with --name", "members": "name them in `sweep`"}
+BESIDE_PARAMETERS = ("sweep", "steps")  # what a params file may say at its top, though no notebook declares it
+
+
+# ---- YAML --------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as a string and takes the last of two equal keys: here a float, and an error. And what JSON
+    writes as two escapes, as programs write emoji, is one character."""
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        value = super().construct_scalar(node)
+        try:
+            return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            message = f"{value!r} holds half a character"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from None
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise BadParameter(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_params_file(path: Path) -> dict[str, Any]:
+    """The flat mapping in a params file; an empty file sets nothing."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadParameter(f"{path} is not text in UTF-8 (see its byte {error.start}): save it as such") from None
+    values = read_yaml(text, str(path))
+    values = {} if values is None else values
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise BadParameter(f"{path} should be one flat mapping of `name: value`")
+    return values
+
+
+def read_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """`["epochs=2", "learning_rate=1e-4"]` → `{"epochs": 2, "learning_rate": 0.0001}`; values are YAML."""
+    values = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not (name and equals):
+            raise BadParameter(f"{assignment!r} (in --set) should be name=value")
+        if name in values:
+            raise BadParameter(f"{name!r} (in --set) is given twice: give one value")
+        values[name] = read_yaml(text, f"the value of {name!r} (in --set)")
+    return values
+
+
+# ---- the notebooks' parameters cells -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parameter:
+    annotation: str  # as written in the notebook
+    default: Any
+    help: str
+
+
+def read_parameters(notebook: Path) -> dict[str, Parameter]:
+    """Parameters of one notebook, as papermill will see them.
+
+    Raises BadParameter where papermill would overlook one (it skips `int | None` and lines with a second
+    `=`), or where a default is no literal.
+    """
+    import papermill
+
+    seen = papermill.inspect_notebook(notebook)
+    for name in _assigned_names(notebook):
+        if name not in seen:
+            raise BadParameter(
+                f"{notebook.name}: papermill does not see parameter {name!r}: write it on one line as "
+                "`name: type = literal  # help`, with Optional[int] for `int | None` and no second `=`"
+            )
+    found = {}
+    for name, facts in seen.items():
+        try:
+            default = ast.literal_eval(facts["default"])
+        except (ValueError, SyntaxError):
+            raise BadParameter(f"{notebook.name}: default of {name!r} is no literal: {facts['default']}") from None
+        _type_of(facts["inferred_type_name"], f"{notebook.name}: parameter {name!r}")
+        found[name] = Parameter(facts["inferred_type_name"], default, facts["help"])
+    return found
+
+
+def _assigned_names(notebook: Path) -> list[str]:
+    import nbformat
+
+    cells = nbformat.read(notebook, as_version=4).cells
+    sources = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    names = []
+    for node in ast.parse("\n".join(sources[:1])).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names += [target.id for target in targets if isinstance(target, ast.Name)]
+    return names
+
+
+def _type_of(annotation: str, where: str) -> Any:
+    def build(node: ast.expr) -> Any:
+        match node:
+            case ast.Name(id=name) if name in TYPES:
+                return TYPES[name]
+            case ast.Subscript(value=outer, slice=ast.Tuple(elts=inner)):
+                return build(outer)[*map(build, inner)]
+            case ast.Subscript(value=outer, slice=inner):
+                return build(outer)[build(inner)]
+        raise BadParameter(f"{where} has type {annotation}: annotate it with {', '.join(TYPES)}")
+
+    return build(ast.parse(annotation, mode="eval").body)
+
+
+# ---- one schema for all notebooks --------------------------------------------------------------------------
+
+
+class Schema:
+    """Every parameter of every notebook, and how to check values against them.
+
+    `run_dir` and `members` are left out: it is the pipeline that says where a run goes and what a sweep compares.
+    """
+
+    def __init__(self, notebooks: Mapping[str, Path]):
+        """`notebooks`: step name → notebook. Raises BadParameter where the notebooks disagree."""
+        self.parameters = {step: read_parameters(path) for step, path in notebooks.items()}
+        first: dict[str, tuple[str, Parameter]] = {}
+        for step, declared in self.parameters.items():
+            for name, parameter in declared.items():
+                other, known = first.setdefault(name, (step, parameter))
+                if known.annotation != parameter.annotation:
+                    raise BadParameter(
+                        f"parameter {name!r} is {known.annotation} in {other} but {parameter.annotation} in {step}"
+                    )
+        first = {name: known for name, known in first.items() if name not in SET_BY_RUN_ALL}
+        self.defaults = {name: parameter.default for name, (_, parameter) in first.items()}
+        fields = {}
+        for name, (step, parameter) in first.items():
+            kind = _type_of(parameter.annotation, step)
+            fields[name] = (Annotated[kind, LIMITS[name]] if name in LIMITS else kind, parameter.default)
+        config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+        self.model: type[BaseModel] = create_model("Parameters", __config__=config, **fields)
+        for step in self.parameters:
+            own = self.defaults_of(step)
+            self.check(own, dict.fromkeys(own, f"the parameters cell of {step}"))
+
+    def defaults_of(self, step: str) -> dict[str, Any]:
+        declared = self.parameters[step]
+        return {name: parameter.default for name, parameter in declared.items() if name not in SET_BY_RUN_ALL}
+
+    def check(self, values: Mapping[str, Any], origin: Mapping[str, str]) -> dict[str, Any]:
+        """The given values with their declared types; `origin[name]` says where a value was given.
+
+        Raises BadParameter with one line for each thing that is wrong.
+        """
+        try:
+            checked = self.model(**values).model_dump(exclude_unset=True)
+        except ValidationError as errors:
+            lines = [self._explain(error, values, origin) for error in errors.errors(include_url=False)]
+            raise BadParameter("\n".join(dict.fromkeys(lines))) from None
+        if checked.get("latent_dim") is not None and checked.get("cache_cut") is not None:
+            raise BadParameter(
+                f"'latent_dim' (in {origin['latent_dim']}) and 'cache_cut' (in {origin['cache_cut']}) say "
+                "the same thing twice: give one and set the other to null"
+            )
+        return checked
+
+    def _explain(self, error: Any, values: Mapping[str, Any], origin: Mapping[str, str]) -> str:
+        name, inside = error["loc"][0], error["loc"][1:]
+        where = f"{name!r} (in {origin[name]})"
+        if name in SET_BY_RUN_ALL:
+            return f"{where} is set by run_all itself: {SET_BY_RUN_ALL[name]}"
+        if name in BESIDE_PARAMETERS:
+            return f"{where} is no parameter: it belongs at the top of a params file"
+        if error["type"] == "extra_forbidden":
+            valid = [*self.model.model_fields, *BESIDE_PARAMETERS]
+            return f"unknown parameter {where}{nearest(name, valid) or ': valid are ' + ', '.join(valid)}"
+        message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        item = f" (its item {inside[-1]!r} is {error['input']!r})" if inside else ""
+        return f"parameter {where} is {values[name]!r}{item}, {message}"
+
+    def for_step(self, step: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of `values` that the notebook of `step` declares.
+
+        latent_dim and cache_cut are two ways to say one thing: giving one switches the other's default off.
+        """
+        values = dict(values)
+        for given, other in (("latent_dim", "cache_cut"), ("cache_cut", "latent_dim")):
+            if values.get(given) is not None:
+                values[other] = None
+        return {name: value for name, value in values.items() if name in self.parameters[step]}
+
+
+def known_step(name: Any, steps: list[str], where: str) -> int:
+    if name not in steps:
+        proposal = nearest(str(name), steps) or f": steps are {', '.join(steps)}"
+        raise BadParameter(f"unknown step {name!r} (in {where}){proposal}")
+    return steps.index(name)

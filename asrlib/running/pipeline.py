@@ -1,0 +1,311 @@
+"""Execute the notebooks of a run in order, each in a fresh kernel, skipping what is unchanged.
+
+A kernel never outlives what it works for: it ends when this process ends, however it ends, and it holds the
+run folder's lock until then, so that no two kernels ever write to one run.
+"""
+
+import hashlib
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from asrlib.reporting.numbers import duration
+from asrlib.reporting.provenance import commit, machine, versions
+from asrlib.running.dependencies import library_files
+from asrlib.running.parameters import Schema
+from asrlib.running.workplace import StepFailed, Workplace, log
+from asrlib.runs import Run, atomic_write, files_fingerprint, find_notebooks, fingerprint
+
+ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+KERNEL_SHUTDOWN_SECONDS = 2.0  # then it is killed
+READ_BYTES = 1 << 20  # a file's content tells whether it changed, where it is no larger: copies and mounts change times
+ENGINE = "asrlib"  # name of our papermill engine
+
+
+ADVICE = {  # by how the operating system, or Rust's library, puts it
+    ("No space left on device", "os error 28", "Disk quota exceeded", "File too large", "os error 27"): (
+        "The disk is full, or a limit on files reached: make room first."
+    ),
+    ("Permission denied", "Read-only file system", "Operation not permitted"): (
+        "Nothing can be written there: make the folder writable, or work in a copy of the project."
+    ),
+    ("Not a directory", "File exists"): "Where a folder should be, a file is in the way: move it.",
+}
+
+
+# ---- what runs ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One notebook with its parameters. Equal fingerprints: running it again would make the same."""
+
+    name: str
+    notebook: Path
+    parameters: dict[str, Any]
+    fingerprint: str
+
+
+def plan(
+    root: Path,
+    run: Run,
+    schema: Schema,
+    values: Mapping[str, Any],
+    names: list[str],
+    members: Mapping[str, str] | None = None,
+) -> list[Step]:
+    """The steps called `names`. A step's fingerprint covers its code cells, its parameters, those files of asrlib
+    that it imports, the files its parameters point to, and all steps before it; of a sweep as a whole, also its
+    `members`: name of each run that the steps compare → fingerprint of that run's last step."""
+    notebooks = find_notebooks(root)
+    run_dir = str(run.path.relative_to(root) if run.path.is_relative_to(root) else run.path)
+    steps: list[Step] = []
+    for name in names:
+        parameters = schema.for_step(name, values)
+        cells = nbformat.read(notebooks[name], as_version=4).cells
+        code = [cell.source for cell in cells if cell.cell_type == "code"]
+        effective = schema.defaults_of(name) | parameters  # saying a default aloud changes nothing
+        files = {key: _file_state(root, value) for key, value in effective.items()}
+        library = files_fingerprint(library_files("\n".join(code), root / "asrlib"), root)
+        digest = fingerprint(code, effective, files, library, members, [step.fingerprint for step in steps])
+        if "run_dir" in schema.parameters[name]:
+            parameters["run_dir"] = run_dir
+        if members is not None and "members" in schema.parameters[name]:
+            parameters["members"] = list(members)
+        steps.append(Step(name, notebooks[name], parameters, digest))
+    return steps
+
+
+def _file_state(root: Path, value: Any) -> list | None:
+    """Names and contents of the file or the folder's files that a parameter points to; of large ones size and time."""
+    if not isinstance(value, str) or not value or len(value) > 255:
+        return None
+    shipped = root / "asrlib" / "pretrained" / value
+    if value == shipped.name and (shipped / "config.json").is_file():
+        return [files_fingerprint(shipped.iterdir(), root)]
+    path = root / Path(value).expanduser()
+    if not path.exists():
+        return None
+    files = sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path]
+    return [(file.name, *_state_of(file)) for file in files]
+
+
+def _state_of(file: Path) -> tuple:
+    size, time_ns = (stat := file.stat()).st_size, stat.st_mtime_ns
+    return (hashlib.sha256(file.read_bytes()).hexdigest(),) if size <= READ_BYTES else (size, time_ns)
+
+
+def first_to_run(run: Run, steps: list[Step]) -> int:
+    """Index of the first step that is not done as it stands now; len(steps) where all are."""
+    for index, step in enumerate(steps):
+        if (run.completed(step.name) or {}).get("fingerprint") != step.fingerprint:
+            return index
+    return len(steps)
+
+
+# ---- one step ----------------------------------------------------------------------------------------------
+
+
+def execute(step: Step, place: Workplace, title: str, pages: list[str]) -> float:
+    """Run one notebook and render its page; seconds it took. Only then is the step marked as completed.
+
+    `title` labels the progress bar (on a terminal only), the page links to `pages`. Raises StepFailed; a later call
+    then resumes here.
+    """
+    from asrlib.reporting.notebook_pages import render_notebook
+
+    run = place.run
+    folder = run.path / "notebooks"
+    folder.mkdir(exist_ok=True)
+    running, failed = folder / f"{step.name}.running.ipynb", folder / f"{step.name}.failed.ipynb"
+    executed = folder / f"{step.name}.ipynb"
+    run.mark_started(step.name, step.fingerprint)
+    failed.unlink(missing_ok=True)
+    begin = time.monotonic()
+    try:
+        _run_papermill(step, running, place, title)
+    except Exception as error:
+        if running.exists():
+            running.rename(failed)
+        log.info("%s failed", step.name, exc_info=error)
+        raise StepFailed(f"{step.name} failed: {_explain(error)}\nexecuted notebook: {failed}") from error
+    seconds = time.monotonic() - begin
+    notebook = nbformat.read(running, as_version=4)
+    notebook.metadata.papermill.update(
+        input_path=str(step.notebook.relative_to(place.root)), output_path=str(executed.relative_to(run.path))
+    )
+    with atomic_write(executed) as file:
+        nbformat.write(notebook, file)
+    running.unlink()
+    render_notebook(executed, run.path / f"{step.name}.html", pages=pages)
+    run.mark_completed(
+        step.name,
+        step.fingerprint,
+        seconds=round(seconds, 2),
+        time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        parameters=step.parameters,
+        versions=versions(),
+        machine=machine(),
+        commit=commit(place.root),
+    )
+    return seconds
+
+
+def _run_papermill(step: Step, output: Path, place: Workplace, title: str) -> None:
+    import papermill
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    _register_engine()
+    with tempfile.TemporaryDirectory(prefix="asr-") as private:  # a socket's path may have 107 bytes
+        kernel = AsyncKernelManager(
+            kernel_name="python3",
+            kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),  # this interpreter, whatever is installed
+            transport="ipc",  # TCP ports are open to all users, and parallel runs race for them
+            connection_file=f"{private}/kernel.json",
+            shutdown_wait_time=KERNEL_SHUTDOWN_SECONDS,
+        )
+        papermill.execute_notebook(
+            step.notebook,
+            output,
+            parameters=step.parameters,
+            engine_name=ENGINE,
+            kernel_name="python3",
+            language="python",
+            progress_bar={
+                "desc": title,
+                "bar_format": "{desc}  cell {n_fmt} of {total_fmt}  {elapsed}{postfix}",
+                "disable": not sys.stderr.isatty(),
+                "dynamic_ncols": True,
+                "leave": False,
+            },
+            log_output=True,
+            kernel=kernel,
+            start={
+                "cwd": str(place.root),
+                "env": os.environ | ENVIRONMENT | {"IPYTHONDIR": private},
+                "pass_fds": list(place.locks),
+                "stdout": place.log_file,  # what is printed past Python: C libraries, crashes
+                "stderr": place.log_file,
+            },
+        )
+
+
+def _register_engine() -> None:
+    """papermill's own engine, with a kernel that we configured."""
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import NBClientEngine, papermill_engines
+    from papermill.log import logger
+
+    class Client(PapermillNotebookClient):
+        def log_output_message(self, output: Any) -> None:
+            super().log_output_message(output)
+            if output.output_type == "stream" and self.nb_man.pbar is not None:
+                lines = re.split(r"[\r\n]+", "".join(output.text).strip())
+                self.nb_man.pbar.set_postfix_str(lines[-1].strip()[:60])
+
+    class Engine(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, *, kernel: Any, start: dict, **_):
+            client = Client(nb_man, km=kernel, log=logger, log_output=True, coalesce_streams=True)
+            client.execute(cleanup_kc=True, **start)
+
+    papermill_engines.register(ENGINE, Engine)
+
+
+def _explain(error: Exception) -> str:
+    """The error of a cell, with those lines of its traceback that say where it went wrong."""
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    if isinstance(error, DeadKernelError):
+        return "its kernel died (killed, or out of memory?); pipeline.log has its last words"
+    if not isinstance(error, PapermillExecutionError):
+        return f"{type(error).__name__}: {error}"
+    text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
+    where = [line for line in text.splitlines() if re.match(r"(File |Cell In|-+> ?\d)", line)]
+    return "\n".join([with_advice(f"{error.ename}: {error.evalue}"), f"in cell {error.exec_count}:", *where[-8:]])
+
+
+def with_advice(said: str) -> str:
+    """What an operating system said, with what to do about it, if that is known."""
+    for signs, advice in ADVICE.items():
+        if any(sign in said for sign in signs):
+            return f"{said}\n{advice}"
+    return said
+
+
+# ---- all steps ---------------------------------------------------------------------------------------------
+
+
+def run_steps(
+    steps: list[Step],
+    place: Workplace,
+    say: Callable[[str], None],
+    command: str,
+    after_step: Callable[[], None] = lambda: None,
+) -> None:
+    """Show which of `steps` are unchanged and execute the others, keeping the index page up to date; it shows
+    `command` to those who want to repeat the run. Raises StepFailed where a step fails."""
+    from asrlib.reporting.pages import write_index
+    from asrlib.running.verification import write_checksums
+
+    run, start, called = place.run, first_to_run(place.run, steps), time.time()
+    expected = [expected_seconds(place.root, run, steps[: index + 1]) for index in range(len(steps))]
+    for index, (step, seconds) in enumerate(zip(steps, expected, strict=True)):
+        begun = run.resumable(step.name) and run.started(step.name)["fingerprint"] == step.fingerprint
+        state = "unchanged" if index < start else "resumes" if begun else "runs"
+        took = f"{duration(seconds):>12}" if seconds is not None else ""
+        say(f"  {step.name:<24}{state:<12}{took}".rstrip())
+    for step in steps[start:]:  # before the first one runs: whatever happens now, they are out of date
+        run.outdate(step.name)
+    write_index(run.path, command)
+    begin = time.monotonic()
+    for index, step in enumerate(steps[start:], start):
+        title = f"[{index + 1}/{len(steps)}] {step.name}"
+        if not sys.stderr.isatty():
+            say(f"{title} ...")
+        seconds = execute(step, place, title, [step.name for step in steps])
+        elapsed = duration(time.monotonic() - begin)
+        write_index(run.path, command)
+        say(f"{title} took {duration(seconds)} (elapsed {elapsed}{time_left(expected[index + 1 :])})")
+        write_checksums(run, called)
+        after_step()
+    if start == len(steps):
+        write_checksums(run, called)
+
+
+def expected_seconds(root: Path, run: Run, steps: list[Step]) -> float | None:
+    """How long the last of `steps` took here the last time, or else what `seconds_before` knows."""
+    seconds = run.seconds(steps[-1].name)
+    return seconds_before(root, steps) if seconds is None else seconds
+
+
+def seconds_before(root: Path, steps: list[Step]) -> float | None:
+    """How long the last of `steps` took in the latest run, of a sweep perhaps, that had the parameters of them all."""
+    asked = {step.name: step.parameters | {"run_dir": ""} for step in steps}
+    latest: dict[str, Any] = {"time": "", "seconds": None}
+    for runs in ("*", "*/*"):
+        for path in (root / "reports").glob(f"{runs}/.completed/{steps[-1].name}.json"):
+            markers = {name: Run(path.parent.parent).completed(name) or {} for name in asked}
+            last = {"time": ""} | markers[steps[-1].name]
+            same = all(markers[name].get("parameters", {}) | {"run_dir": ""} == asked[name] for name in asked)
+            if same and last["time"] >= latest["time"]:
+                latest = last
+    return latest["seconds"]
+
+
+def time_left(expected: list[float | None]) -> str:
+    """`, about 3 min 10 s left`; `more than` where some steps were never timed; nothing where none was."""
+    known = [seconds for seconds in expected if seconds is not None]
+    if not known:
+        return ""
+    return f", {'about' if len(known) == len(expected) else 'more than'} {duration(sum(known))} left"

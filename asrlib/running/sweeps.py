@@ -1,0 +1,328 @@
+"""Sweeps: several runs that one params file asks for, and the steps that compare them.
+
+    sweep: [conformer_mha, conformer_mla]            params files, each a member named by its file
+    sweep: {latent_dim: [16, 32], layout: [joint]}   a member for each combination: latent_dim-16_layout-joint
+
+The file's other values hold for every member and go before those of a member's own file. A member is a run like any
+other, in reports/<sweep>/<member>. The steps that declare `members` then run once more, in reports/<sweep> itself.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from asrlib.reporting.numbers import duration
+from asrlib.reporting.pages import write_index
+from asrlib.running.parameters import Schema, known_step, nearest, read_assignments, read_params_file
+from asrlib.running.pipeline import Step, expected_seconds, first_to_run, plan, run_steps, time_left
+from asrlib.running.preflight import check_surroundings, check_width
+from asrlib.running.workplace import StepFailed, Workplace, work_in
+from asrlib.runs import BadParameter, Run, member_names, own_values, write_json
+
+RUN_FOLDERS = {"metrics", "predictions", "tables", "figures", "rejected", "models", "checkpoints", "notebooks"}
+DIFFERS_BY_CHANCE = r"0x[0-9a-f]+|Request ID: [^)]*"  # in the messages of one and the same failure of the network
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a sweep, as it is to be."""
+
+    run: Run
+    values: dict[str, Any]
+    steps: list[Step]
+
+    @property
+    def name(self) -> str:
+        return self.run.path.name
+
+    @property
+    def finished(self) -> bool:
+        return first_to_run(self.run, self.steps) == len(self.steps)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All that a params file with `sweep` asks for, checked."""
+
+    file: Path
+    root: Path
+    run: Run  # of the sweep as a whole
+    schema: Schema
+    sweep: list | dict[str, list]  # as the params file says it
+    values: dict[str, Any]  # that hold for all members
+    members: list[Member]
+
+    @property
+    def comparing(self) -> list[str]:
+        """The steps of the sweep as a whole."""
+        return [step for step, declared in self.schema.parameters.items() if "members" in declared]
+
+    @property
+    def step_names(self) -> list[str]:
+        """Every step that a member or the sweep as a whole has, in order."""
+        names = {step.name for member in self.members for step in member.steps} | set(self.comparing)
+        return [step for step in self.schema.parameters if step in names]
+
+
+Failures = list[tuple[str, StepFailed]]  # names of the members that failed, and how
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where the members of a sweep run, and how many at once."""
+
+    run_members: Callable[[Sweep, Workplace, Callable[[str], None], str], Failures]  # those that are not finished
+    at_once: int = 1
+    before: Callable[[Sweep], None] = lambda sweep: None  # brings here what was done elsewhere
+    after: Callable[[Sweep], None] = lambda sweep: None
+
+
+# ---- what a params file asks for ---------------------------------------------------------------------------
+
+
+def find_params(root: Path, name: str) -> Path:
+    """params/NAME.yaml or the YAML file of that path. Raises BadParameter where there is neither."""
+    for path in (root / "params" / f"{name}.yaml", Path(name)):
+        if path.suffix in (".yaml", ".yml") and path.is_file():
+            return path
+    if Path(name).is_file():
+        raise BadParameter(f"{name} is no params file: those end in .yaml")
+    known = sorted(path.stem for path in (root / "params").glob("*.yaml"))
+    proposal = nearest(name, known) or f": there are {', '.join(known)}"
+    raise BadParameter(f"there is no params file {name!r}{proposal}")
+
+
+def merged(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of all `layers` (where given, values), later ones going before, and by name where each was given.
+
+    latent_dim and cache_cut are two ways to say one thing: giving one takes back the other of earlier layers.
+    """
+    values, origin = {}, {}
+    for where, given in layers:
+        for one, other in (("latent_dim", "cache_cut"), ("cache_cut", "latent_dim")):
+            if given.get(one) is not None:
+                values.pop(other, None)
+        values |= given
+        origin |= dict.fromkeys(given, where)
+    return values, origin
+
+
+def checked(
+    layers: Iterable[tuple[str, Mapping[str, Any]]], schema: Schema, steps: list[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Checked parameters of the merged `layers`, and the steps that run (their `steps`, or all).
+
+    Raises BadParameter where one cannot be used, or not with this model or on this machine.
+    """
+    values, origin = merged(layers)
+    only = values.pop("steps", steps)
+    if not isinstance(only, list) or not only:
+        raise BadParameter(f"'steps' (in {origin['steps']}) should be a list of steps: {', '.join(steps)}")
+    chosen = {steps[known_step(step, steps, origin.get("steps", ""))] for step in only}
+    values = schema.check(values, origin)
+    check_width(schema.defaults | values)
+    names = [step for step in steps if step in chosen]
+    every = schema.defaults | values
+    if names == ["00_baseline"] and not every.get("baseline_epochs"):  # it trains nothing
+        every |= {"train_split": None, "validation_split": None}
+    check_surroundings(every)
+    return values, names
+
+
+def read_sweep(root: Path, run: Run, file: Path, assignments: list[str], schema: Schema) -> Sweep:
+    """The sweep in `file`, all its members checked and planned. Raises BadParameter, which says of which member."""
+    given = read_params_file(file)
+    sweep = given.pop("sweep")
+    _check_sweep(sweep, given, file.name)
+    shared, assigned = (file.name, given), ("--set", read_assignments(assignments))
+    members = []
+    for name, own in zip(member_names(sweep), own_values(sweep), strict=True):
+        try:
+            values, steps = checked([*_layers(root, own, shared), assigned], schema, list(schema.parameters))
+            for varied, value in own.items() if isinstance(own, dict) else ():
+                if values.get(varied) != value:
+                    raise BadParameter(f"{varied!r} is what the sweep varies: --set should leave it alone")
+        except BadParameter as error:
+            raise BadParameter("\n".join(f"member {name}: {line}" for line in str(error).splitlines())) from None
+        member = Run(run.path / name)
+        members.append(Member(member, values, plan(root, member, schema, values, steps)))
+    values, origin = merged([shared, assigned])
+    values.pop("steps", None)
+    return Sweep(file, root, run, schema, sweep, schema.check(values, origin), members)
+
+
+def _layers(root: Path, own: str | dict[str, Any], shared: tuple[str, dict]) -> list[tuple[str, dict]]:
+    if isinstance(own, dict):
+        return [shared, (f"the sweep of {shared[0]}", own)]
+    file = find_params(root, own)
+    values = read_params_file(file)
+    if "sweep" in values:
+        raise BadParameter(f"{file.name} is a sweep itself: name its members instead")
+    return [(file.name, values), shared]
+
+
+def _check_sweep(sweep: Any, shared: Mapping[str, Any], where: str) -> None:
+    """Raises BadParameter where `sweep` has neither of the two forms, or its members cannot be told apart."""
+    files = isinstance(sweep, list) and sweep and all(isinstance(name, str) and name for name in sweep)
+    lists = isinstance(sweep, dict) and sweep and all(isinstance(name, str) for name in sweep)
+    if not files and not (lists and all(isinstance(values, list) and values for values in sweep.values())):
+        raise BadParameter(
+            f"'sweep' (in {where}) should be a list of params files, or a mapping from parameters to lists of values"
+        )
+    for name in sweep if lists else ():
+        if name in shared:
+            raise BadParameter(f"{name!r} (in {where}) is given twice: in the sweep and beside it")
+    names = member_names(sweep)
+    for name in names:
+        if [other.casefold() for other in names].count(name.casefold()) > 1:
+            raise BadParameter(f"two members of the sweep (in {where}) would be named {name!r}")
+        if name in RUN_FOLDERS or name.startswith(".") or len(name.encode()) > 200:
+            raise BadParameter(f"a member of the sweep (in {where}) cannot be named {name!r}: no good name of a folder")
+
+
+# ---- running -----------------------------------------------------------------------------------------------
+
+
+def run_sweep(
+    sweep: Sweep, redo: list[str], say: Callable[[str], None], command: str, engine: Engine | None = None
+) -> None:
+    """Run all members that are not finished, then, here, the steps that compare those that are.
+
+    redo: steps that run again even if unchanged, in every member and in the comparison. engine: default IN_TURN. A
+    member that fails does not stop the others: StepFailed is raised at the end and names all that failed. Raises
+    RunLocked.
+    """
+    engine = engine or IN_TURN
+    with work_in(sweep.root, sweep.run) as place:
+        engine.before(sweep)
+        _begin(sweep, redo)
+        write_index(sweep.run.path, command)
+        ahead = time_left(seconds_ahead(sweep, sweep.members, [], engine.at_once))
+        say(f"params {sweep.file.name} → {sweep.run.path}: {len(sweep.members)} members{ahead}")
+        failures = engine.run_members(sweep, place, say, command)
+        finished = [member.name for member in sweep.members if member.finished]
+        if finished and sweep.comparing:
+            say(f"{sweep.run.path.name}, {len(finished)} of {len(sweep.members)} members compared")
+            try:
+                run_steps(plan_comparison(sweep), place, say, command)
+            except StepFailed as failure:
+                failures.append((sweep.run.path.name, failure))
+        engine.after(sweep)
+        if failures:
+            raise StepFailed(_explain(failures))
+        say(str(sweep.run.path / "index.html"))
+
+
+def _begin(sweep: Sweep, redo: list[str]) -> None:
+    """Before the first member runs: whatever happens now, this is out of date."""
+    for name in redo:
+        for member in sweep.members:
+            if name in [step.name for step in member.steps]:
+                member.run.discard(name)
+        if name in sweep.comparing:
+            sweep.run.discard(name)
+    write_json(sweep.run.path / "params.json", {"sweep": sweep.sweep, **sweep.values})
+    comparison = plan_comparison(sweep)
+    for step in comparison[first_to_run(sweep.run, comparison) :]:
+        sweep.run.outdate(step.name)
+
+
+def _run_in_turn(sweep: Sweep, place: Workplace, say: Callable[[str], None], command: str) -> Failures:
+    failures: Failures = []
+    took: list[float] = []  # seconds, of members that ran to their end
+    begin = time.monotonic()
+    for number, member in enumerate(sweep.members, 1):
+        title = f"[{number}/{len(sweep.members)}] {member.name}"
+        if member.finished:
+            say(f"{title} unchanged")
+            continue
+        say(title)
+        member_begin = time.monotonic()
+        try:
+            with work_in(sweep.root, member.run, held=place.locks) as member_place:
+                run_member(member, member_place, say, command)
+        except StepFailed as failure:
+            failures.append((member.name, failure))
+            say(reasons(failures)[-1][0])
+        finally:  # after Ctrl-C too: the page says who was interrupted
+            write_index(sweep.run.path, command)
+        now = time.monotonic()
+        if member.finished:
+            took.append(now - member_begin)
+        verb = "took" if member.finished else "failed after"
+        ahead = time_left(seconds_ahead(sweep, sweep.members[number:], took))
+        say(f"{title} {verb} {duration(now - member_begin)} (elapsed {duration(now - begin)}{ahead})")
+    return failures
+
+
+IN_TURN = Engine(_run_in_turn)
+
+
+def run_member(
+    member: Member,
+    place: Workplace,
+    say: Callable[[str], None],
+    command: str,
+    after_step: Callable[[], None] = lambda: None,
+) -> None:
+    """Run those of the member's steps that are not done, in its own `place`. Raises StepFailed."""
+    write_json(member.run.path / "params.json", member.values)
+    run_steps(member.steps, place, say, command, after_step)
+
+
+def plan_comparison(sweep: Sweep) -> list[Step]:
+    """The steps of the sweep as a whole, over the members that are finished now."""
+    finished = {member.name: member.steps[-1].fingerprint for member in sweep.members if member.finished}
+    return plan(sweep.root, sweep.run, sweep.schema, sweep.values, sweep.comparing, finished)
+
+
+def seconds_ahead(sweep: Sweep, members: list[Member], took: list[float], at_once: int = 1) -> list[float | None]:
+    """By how much each of `members` that is not finished, and each comparing step, delays the end, if so many members
+    run at once; None where nothing tells.
+
+    A member that was never timed is taken to be like those that ran before it: `took`, in seconds.
+    """
+    ahead: list[float | None] = []
+    for member in members:
+        ends = range(first_to_run(member.run, member.steps) + 1, len(member.steps) + 1)
+        known = [expected_seconds(sweep.root, member.run, member.steps[:end]) for end in ends]
+        typical = mean(took) if took else None
+        if known:
+            ahead.append(typical if None in known else sum(known))
+    comparison = plan_comparison(sweep)
+    left = comparison if ahead else comparison[first_to_run(sweep.run, comparison) :]
+    return _delays(ahead, at_once) + [sweep.run.seconds(step.name) for step in left]
+
+
+def _delays(durations: list[float | None], at_once: int) -> list[float | None]:
+    """By how much each delays the end, if one after the other is begun as soon as a place of `at_once` is free."""
+    places, delays = [0.0] * at_once, []
+    for seconds in durations:
+        end, first_free = max(places), places.index(min(places))
+        places[first_free] += seconds or 0.0
+        delays.append(None if seconds is None else max(places) - end)
+    return delays
+
+
+def _explain(failures: Failures) -> str:
+    """Who failed, and why."""
+    lines = [f"failed: {', '.join(name for name, _ in failures)}"]
+    for (name, _), (reason, *notebook) in zip(failures, reasons(failures), strict=True):
+        lines += [f"  {name}: {reason}", *(f"    {where}" for where in notebook)]
+    return "\n".join(lines)
+
+
+def reasons(failures: Failures) -> list[list[str]]:
+    """Of each failure the reason's first line and where its notebook is; of one like another before, only whose."""
+    first: dict[str, str] = {}
+    told = []
+    for name, failure in failures:
+        reason, *_, notebook = str(failure).splitlines()
+        kind = re.sub(DIFFERS_BY_CHANCE, "", reason)
+        told.append([f"the same as {first[kind]}"] if kind in first else [reason, notebook])
+        first.setdefault(kind, name)
+    return told

@@ -1,0 +1,179 @@
+"""Starting a training in processes of its own, from a notebook, and following it while it runs.
+
+A job is a folder that all its processes see, on one machine or many. In it lie, before, job.json, model/ and perhaps
+teacher/; meanwhile history.jsonl, training.log and what `asrlib.training.train` keeps; afterwards trained/ and
+result.json, or failures/. What the processes do is in `asrlib.training_job`, which on further machines is started by
+hand. Importing this is quick: who waits for a training needs no torch.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from asrlib.runs import atomic_folder, read_json, resolve, write_json
+
+POLL_SECONDS = 0.5  # between two looks at the history
+SHUTDOWN_SECONDS = 30.0  # for processes that are told to end; then they are killed
+
+
+class TrainingFailed(RuntimeError):
+    """A training ended without a result; the message is that of its first error."""
+
+
+def train_in_processes(
+    model,
+    processor,
+    training,
+    validation,
+    folder: str | Path,
+    settings,
+    teacher=None,
+    *,
+    corpus: str,
+    processes: int = 1,
+    accelerate_config: str | None = None,
+):
+    """`asrlib.training.training.train` in so many processes of this machine; one is this process itself.
+
+    An `accelerate_config`, a file that `accelerate config` wrote, says instead how many processes and machines there
+    are. Each process opens the two corpora anew, from `corpus`. Loss and WER are drawn while they come, if somebody
+    watches. When this process ends, however it ends, so do those that it has started.
+    Raises what `train` raises, for other processes as TrainingFailed.
+    """
+    if processes == 1 and accelerate_config is None:
+        from asrlib.training.training import train
+
+        return train(model, processor, training, validation, folder, settings, teacher)
+    from asrlib.training.job import load_trained
+
+    job = write_job(model, processor, training, validation, folder, settings, teacher, corpus=corpus)
+    with _shown() as show:
+        launch(job, launch_command(processes, accelerate_config), show)
+    result = load_trained(job, model)
+    for copy in ("model", "teacher", "trained"):
+        shutil.rmtree(job.parent / copy, ignore_errors=True)
+    return result
+
+
+def write_job(
+    model, processor, training, validation, folder: str | Path, settings, teacher=None, *, corpus: str
+) -> Path:
+    """Writes to `folder` all that the processes need to know; gives the path of its job.json."""
+    folder, local = resolve(folder), resolve(corpus)
+    for name, kept in (("model", model), ("teacher", teacher)):
+        if kept is not None:
+            with atomic_folder(folder / name) as written:
+                kept.save_pretrained(written)
+                processor.save_pretrained(written)
+    speech = {
+        name: {
+            "corpus": str(local) if local.exists() else corpus,
+            "split": opened.split,
+            "ids": [utterance.id for utterance in opened],
+            "fingerprint": opened.fingerprint(),
+        }
+        for name, opened in (("training", training), ("validation", validation))
+    }
+    job = folder / "job.json"
+    write_json(job, {"settings": asdict(settings), "teacher": teacher is not None, **speech})
+    return job
+
+
+def launch_command(processes: int, accelerate_config: str | None = None) -> list[str]:
+    """What starts a job, given its path, in so many processes of this machine or as the file says."""
+    if accelerate_config is not None:
+        start = ["accelerate.commands.launch", "--config_file", str(resolve(accelerate_config))]
+    else:
+        start = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, "-m", *start, "-m", "asrlib.training.job"]
+
+
+def launch(job: Path, command: list[str], follow: Callable[[list[dict]], None] = lambda history: None) -> None:
+    """Runs a job to its end; `command` takes its path.
+
+    `follow` is called with the history whenever that has grown: one dict per logged step, evaluation, or step alone,
+    each with `step` and `max_steps`. Raises TrainingFailed, with the first error of any process.
+    """
+    folder = job.parent
+    history, log, result = (folder / name for name in ("history.jsonl", "training.log", "result.json"))
+    for stale in (history, log, result):
+        stale.unlink(missing_ok=True)
+    shutil.rmtree(folder / "failures", ignore_errors=True)
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            [*command, str(job), "--attached"],
+            stdin=subprocess.PIPE,  # its end tells all processes that this one is gone: see end_with_stdin
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"TQDM_DISABLE": "1"},
+            start_new_session=True,  # Ctrl-C comes here alone
+            close_fds=False,  # the lock of the run folder, if we were given it, is held until that process is gone too
+        )
+    size = 0
+    try:
+        while process.poll() is None:
+            time.sleep(POLL_SECONDS)
+            if history.is_file() and history.stat().st_size > size:
+                size = history.stat().st_size
+                follow(read_history(history))
+    finally:
+        _end(process)
+    if process.returncode != 0 or not result.is_file():
+        raise TrainingFailed(_first_failure(folder, log) or _last_words(log, process.returncode))
+
+
+def _end(process: subprocess.Popen) -> None:
+    process.stdin.close()
+    try:
+        process.wait(SHUTDOWN_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def read_history(path: Path) -> list[dict]:
+    """Oldest first; a line that is still being written is left for the next time."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _first_failure(folder: Path, log: Path) -> str | None:
+    failures = [read_json(path) for path in folder.glob("failures/*.json")]
+    if not failures:
+        return None
+    first = min(failures, key=lambda failure: failure["time"])  # the others fail for want of it
+    return f"{first['message']} ({first['error']} in process {first['process']}; {log} has the rest)"
+
+
+def _last_words(log: Path, status: int) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
+    return f"training ended with status {status} (killed, or out of memory?); {log} ends with: {last}"
+
+
+@contextmanager
+def _shown() -> Iterator[Callable[[list[dict]], None]]:
+    """A function that shows a history: how far it is and, where somebody watches, its curves."""
+    from asrlib.reporting.figures import LiveFigure, training_curves
+
+    with tqdm(desc="training", unit=" steps", leave=False) as bar, LiveFigure() as figure:
+
+        def show(history: list[dict]) -> None:
+            bar.total = history[-1]["max_steps"]
+            bar.update(history[-1]["step"] - bar.n)
+            errors = [row["eval_wer"] for row in history if "eval_wer" in row]
+            if errors:
+                bar.set_postfix_str(f"validation WER {100 * errors[-1]:.2f} %")
+            figure.show(lambda: training_curves(history))
+
+        yield show

@@ -1,0 +1,408 @@
+"""Training and fine-tuning on transformers' Trainer."""
+
+import shutil
+import time
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import torch
+from accelerate.data_loader import prepare_data_loader
+from safetensors.torch import load_model
+from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, ProgressCallback
+
+from asrlib.attention.latent import LatentKV
+from asrlib.data.batches import SpeechCollator, SpeechDataset
+from asrlib.data.corpus import Corpus
+from asrlib.data.text import folded
+from asrlib.models.families import attention_modules, family_of, frame_counts, layer_frame_counts
+from asrlib.models.inference import inference, padding_silenced
+from asrlib.models.out_of_memory import in_words, out_of_memory_explained
+from asrlib.runs import read_json, resolve, write_json
+from asrlib.training.distributed import average_batch_norm, process_count, rows_of_all, strategy_arguments, wait_for_all
+from asrlib.training.modes import every_layer, frozen_batch_norm, own_precision, updated_once
+
+# Of the scheduler reduce_lr_on_plateau: the learning rate is halved by the second evaluation running whose WER is no
+# lower than the lowest before. EarlyStoppingCallback counts on, so that `patience` should be larger.
+PLATEAU = {"factor": 0.5, "patience": 1}
+CHECKPOINT_MARKER = ".completed.json"  # Trainer writes a checkpoint file by file: only the marker says it is whole
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How to train. Names are those of the params files."""
+
+    trainable: str = "attention"  # attention | latent | all
+    epochs: float = 5
+    learning_rate: float = 1e-5  # peak
+    warmup_ratio: float = 0.1  # share of all steps
+    scheduler: str = "linear"  # any of transformers' SchedulerType; reduce_lr_on_plateau knows no warmup: see PLATEAU
+    weight_decay: float = 0.01
+    batch_seconds: float = 60.0  # padded audio in a batch, on one device
+    speeds: tuple[float, ...] = (1.0,)  # of the training speech: 1.1 is 10 % faster
+    gradient_accumulation: int = 1  # batches per step
+    gradient_checkpointing: bool = False
+    evaluations_per_epoch: int = 1  # each is followed by a checkpoint
+    patience: int = 3  # evaluations without a lower WER before stopping
+    ctc_weight: float = 1.0  # of the loss on the transcripts (CTC; or what the head has); 0: a teacher alone
+    kl_weight: float = 0.0  # of the KL divergence from a teacher's posteriors, nats per frame (or token)
+    hidden_weight: float = 0.0  # of the squared error of each layer's output, relative to the teacher's
+    precision: str = "fp32"  # fp32 | bf16 | fp16
+    device: str = "auto"  # auto | cpu | cuda
+    training_strategy: str = "ddp"  # of several processes: ddp | fsdp
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training run did; `as_metrics` is what metrics/*.json holds."""
+
+    history: list[dict]  # one dict per logged step or evaluation: step, epoch, loss | eval_loss, eval_wer
+    seconds: float  # spent training, over all resumptions
+    steps: int
+    best_step: int
+    best_wer: float  # fraction, on the validation corpus
+    stopped_early: bool
+    trainable_parameters: int
+    settings: TrainingSettings = field(repr=False)
+
+    def as_metrics(self) -> dict:
+        return {**self.__dict__, "settings": self.settings.__dict__}
+
+
+def select_trainable(model, which: str) -> int:
+    """Freezes all but the chosen parameters; returns how many numbers are left to train.
+
+    `attention` is every parameter of the attention modules, `latent` only the factors behind keys and
+    values, `all` everything.
+    """
+    chosen = {
+        "all": lambda: [model],
+        "attention": lambda: attention_modules(model),
+        "latent": lambda: [m for m in model.modules() if isinstance(m, LatentKV)],
+    }
+    if which not in chosen:
+        raise ValueError(f"trainable is {which!r}: choose one of {', '.join(chosen)}")
+    modules = chosen[which]()
+    if not modules:
+        raise ValueError(f"trainable={which!r}, but {type(model).__name__} has no such parameters: convert it first")
+    model.requires_grad_(False)
+    if hasattr(model, "freeze_feature_encoder"):
+        model.freeze_feature_encoder()  # else transformers asks for the gradient of the audio, through all convolutions
+    for module in modules:
+        module.requires_grad_(True)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+class SpeechTrainer(Trainer):
+    """Trainer with batches bounded by seconds of audio, greedy transcripts as predictions, and a teacher."""
+
+    def __init__(self, *args, settings: TrainingSettings, processor, teacher=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        # Trainer takes a forward with **kwargs for one whose loss is divided by the labels of all accumulated
+        # batches. Ours are not: accumulated gradients would be added up instead of averaged.
+        self.model_accepts_loss_kwargs = False
+        self.settings = settings
+        self.processor = processor
+        self.head = family_of(self.model.config).head
+        self.teacher = teacher and teacher.to(self.args.device).eval().requires_grad_(False)
+
+    def _loader(self, dataset: SpeechDataset, shuffle: bool) -> DataLoader:
+        share = self.args.process_index, self.args.world_size
+        loader = DataLoader(
+            dataset,
+            batch_sampler=dataset.batches(self.settings.batch_seconds, self.settings.seed, shuffle, *share),
+            collate_fn=self.data_collator,
+            num_workers=dataset.workers(self.args.dataloader_num_workers),
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        # As if for one process: the sampler deals out batches. Accelerate's wrapper of it would repeat some of them,
+        # and forget the epoch where training resumes in the middle of one.
+        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self._loader(self.train_dataset, shuffle=True)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        return self._loader(eval_dataset or self.eval_dataset, shuffle=False)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.teacher is None:
+            ours = self.head.forward(model, inputs)
+            return (ours.loss, ours) if return_outputs else ours.loss
+        heard = inputs if self.head.reads_labels else {k: v for k, v in inputs.items() if k != "labels"}
+        with inference(self.teacher, device=self.args.device, precision=self.settings.precision):
+            theirs = self.head.forward(self.teacher, heard, output_hidden_states=True)
+        ours = self.head.forward(model, inputs, output_hidden_states=True)
+        frames_B = frame_counts(self.teacher, inputs["attention_mask"].sum(-1))
+        layer_frames_B = layer_frame_counts(self.teacher, inputs["attention_mask"].sum(-1))
+        said, taught = (torch.cat(self.head.spoken(inputs, output, frames_B)) for output in (ours, theirs))
+        states = (self.head.layers(inputs, output, layer_frames_B) for output in (ours, theirs))
+        layers = [relative_squared_error(*pair) for pair in zip(*states, strict=True)]
+        settings = self.settings
+        loss = settings.ctc_weight * ours.loss
+        loss = loss + settings.kl_weight * posterior_divergence(said, taught)
+        loss = loss + settings.hidden_weight * sum(layers) / len(layers)
+        return (loss, ours) if return_outputs else loss
+
+    def autocast_smart_context_manager(self, cache_enabled=True):
+        if self.is_fsdp_enabled and self.settings.precision == "bf16":
+            return torch.autocast(self.args.device.type, torch.bfloat16)
+        return super().autocast_smart_context_manager(cache_enabled)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        utterances = inputs.pop("utterances", [])
+        with out_of_memory_explained("training", utterances, vars(self.settings)):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.state.global_step}: lower learning_rate, or use precision: "
+                f"fp32. The checkpoints before it, the best among them, are kept. It came of {in_words(utterances)}."
+            )
+        return loss
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        if self.args.world_size > 1:
+            average_batch_norm(self.model)
+
+            def gather(rows: torch.Tensor) -> torch.Tensor:
+                at_the_end = self.accelerator.gradient_state.end_of_dataloader
+                return rows_of_all(rows, dataloader.batch_sampler.repeated if at_the_end else 0)
+
+            self.gather_function = gather  # for this loop, which puts Trainer's own back
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        utterances = inputs.pop("utterances", [])
+        limits = {name: getattr(self.settings, name) for name in ("batch_seconds", "precision")}
+        inputs = self._prepare_inputs(inputs)
+        lengths_B = inputs["attention_mask"].sum(-1)
+        frames_B, layer_frames_B = frame_counts(self.model, lengths_B), layer_frame_counts(self.model, lengths_B)
+        explained = out_of_memory_explained("validation", utterances, limits)
+        with explained, torch.no_grad(), self.compute_loss_context_manager(), padding_silenced(model, layer_frames_B):
+            output = self.head.forward(model, inputs)
+            ids_BK = self.head.recognised(self.model, self.processor, inputs, output, frames_B)
+        return output.loss.detach(), ids_BK, inputs["labels"]
+
+
+def posterior_divergence(logits_NV: torch.Tensor, teacher_NV: torch.Tensor) -> torch.Tensor:
+    """KL(teacher ‖ student) of the posteriors over N frames, nats per frame (Hinton et al. 2015, temperature 1)."""
+    ours, theirs = (values.float().log_softmax(-1) for values in (logits_NV, teacher_NV))
+    return torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+
+
+def relative_squared_error(ours_ND: torch.Tensor, theirs_ND: torch.Tensor) -> torch.Tensor:
+    """‖ours − theirs‖² / ‖theirs‖²: 1 where nothing of the teacher's is left, at any layer's scale."""
+    return (ours_ND.float() - theirs_ND.float()).square().sum() / theirs_ND.float().square().sum()
+
+
+class Progress(ProgressCallback):
+    """A progress bar, and nothing else: the losses are in the history, and in TensorBoard."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        pass
+
+
+class CheckpointMarker(TrainerCallback):
+    """Marks a checkpoint whole once every file of it is written, with the seconds spent so far.
+
+    Only then are those before it removed, but for the best one: a kill finds a whole one at any moment.
+    """
+
+    def __init__(self, seconds_before: float):
+        self.start = time.perf_counter() - seconds_before
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:  # the loss since the last log is in no checkpoint
+            control.should_log = True
+        return control
+
+    def on_save(self, args, state, control, **kwargs):
+        wait_for_all()  # each process writes the state of its own random numbers
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir)
+            facts = {"step": state.global_step, "seconds": self.seconds, "finished": control.should_training_stop}
+            facts["processes"] = args.world_size
+            write_json(checkpoint_folder(folder, state.global_step) / CHECKPOINT_MARKER, facts)
+            kept = {checkpoint_folder(folder, step) for step in (state.global_step, state.best_global_step)}
+            remove_checkpoints(folder, kept)
+
+
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    return folder / f"checkpoint-{step}"
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint below `folder`, or None."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{CHECKPOINT_MARKER}")]
+    return max(whole, key=_step_of, default=None)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def remove_checkpoints(folder: Path, kept: Collection[Path] = ()) -> None:
+    """Removes the checkpoints below `folder` (weights and optimizer states); the TensorBoard logs stay."""
+    removed = set(folder.glob("checkpoint-*")) - set(kept)
+    for checkpoint in sorted(removed, key=_step_of, reverse=True):  # the last needs the best, not the other way round
+        (checkpoint / CHECKPOINT_MARKER).unlink(missing_ok=True)  # first: what is half removed is not whole
+        shutil.rmtree(checkpoint)
+
+
+def train(
+    model,
+    processor,
+    training: Corpus,
+    validation: Corpus,
+    folder: str | Path,
+    settings: TrainingSettings = TrainingSettings(),
+    teacher=None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainingResult:
+    """Trains `model` in place on the loss of its head and leaves it with the weights of the lowest validation WER.
+
+    Checkpoints and TensorBoard logs go to `folder`; called again with the same folder, training resumes
+    after the last whole checkpoint and, on the CPU, ends with the same weights as an undisturbed run. A relative
+    `folder` starts at the project root. A `teacher` is a model with the same layers and vocabulary, usually the one
+    that `model` was converted from; `settings` weigh what is learnt from it. `callbacks` are told of each step.
+
+    Where a launcher has started several processes (`asrlib.training.job`), each calls this with the same arguments. A
+    step then has `batch_seconds` of audio from each, as if their number were a factor of `gradient_accumulation`. fsdp
+    leaves `model` in parts: the weights are those of the checkpoint of `best_step`.
+    Raises ValueError where settings contradict each other, the device or the checkpoints, FloatingPointError when the
+    loss is not finite.
+    """
+    folder = resolve(folder)
+    if not (settings.ctc_weight or settings.kl_weight or settings.hidden_weight):
+        raise ValueError("ctc_weight, kl_weight and hidden_weight are all 0: there is nothing to learn from")
+    if not (settings.kl_weight or settings.hidden_weight):
+        teacher = None
+    elif teacher is None:
+        raise ValueError("kl_weight and hidden_weight weigh what is learnt from a teacher, and none was given")
+    head = family_of(model.config).head
+    model.config.ctc_zero_infinity = True
+    model.config.ctc_loss_reduction = "mean"  # a sum would tie the learning rate to the batch size
+    if tied := getattr(model, "_tied_weights_keys", None):
+        model._keys_to_ignore_on_save = set(tied)  # else Trainer warns that a checkpoint lacks what is in it once
+    use_cache = getattr(model.config, "use_cache", None)  # Trainer switches it off, in a config that is saved
+    trainable_parameters = select_trainable(model, settings.trainable)
+    checkpoint = last_checkpoint(folder)
+    facts = read_json(checkpoint / CHECKPOINT_MARKER) if checkpoint else {"seconds": 0.0, "finished": False}
+    if checkpoint and facts.get("processes", 1) != process_count():
+        raise ValueError(
+            f"{checkpoint} was left by a training in {facts.get('processes', 1)} processes, and these are "
+            f"{process_count()}: start as many, or remove it to begin afresh"
+        )
+    marker = CheckpointMarker(facts["seconds"])
+    train_dataset = SpeechDataset(training, processor, settings.speeds)
+    batches = train_dataset.batches(settings.batch_seconds, settings.seed, processes=process_count())
+    steps_per_epoch = -(-len(batches) // settings.gradient_accumulation)
+    trainer = SpeechTrainer(
+        model=model,
+        args=_arguments(folder, model, settings, steps_per_epoch, afresh=checkpoint is None),
+        data_collator=SpeechCollator(processor, named=True),
+        train_dataset=train_dataset,
+        eval_dataset=SpeechDataset(validation, processor),
+        compute_metrics=lambda prediction: {"wer": _word_error_rate(prediction, processor, head)},
+        callbacks=[marker, EarlyStoppingCallback(early_stopping_patience=settings.patience), *callbacks],
+        settings=settings,
+        processor=processor,
+        teacher=teacher,
+    )
+    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
+    trainer.add_callback(Progress)
+    if settings.training_strategy == "fsdp":
+        model.get_input_embeddings = lambda: None  # accelerate wants to shard them by themselves; speech has none
+    if trainer.args.process_index:  # else all would draw the same masks
+        set_seed(settings.seed + trainer.args.process_index)
+    if facts["finished"]:  # killed after its last step: Trainer would go on for another one
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        load_model(model, checkpoint_folder(folder, state.best_global_step) / "model.safetensors")
+    else:
+        with ExitStack() as around:
+            around.enter_context(frozen_batch_norm(model))
+            around.enter_context(own_precision(model, trainer))
+            if settings.hidden_weight or trainer.args.world_size > 1:
+                around.enter_context(every_layer(model))
+            if settings.gradient_checkpointing:
+                around.enter_context(updated_once(model))
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        state = trainer.state
+    if use_cache is not None:
+        model.config.use_cache = use_cache
+    model.eval()
+    return TrainingResult(
+        history=[row for row in state.log_history if "loss" in row or "eval_loss" in row],
+        seconds=marker.seconds,
+        steps=state.global_step,
+        best_step=state.best_global_step or state.global_step,
+        best_wer=state.best_metric,
+        stopped_early=state.global_step < state.max_steps,
+        trainable_parameters=trainable_parameters,
+        settings=settings,
+    )
+
+
+def _arguments(
+    folder: Path, model, settings: TrainingSettings, steps_per_epoch: int, afresh: bool
+) -> TrainingArguments:
+    on_cpu = settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available())
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch finds no CUDA device here: use auto or cpu")
+    if settings.precision == "fp16" and on_cpu:
+        raise ValueError("precision is fp16, but training runs on the CPU: use bf16 or fp32")
+    strategy = strategy_arguments(model, settings, on_cpu)
+    total_steps = max(1, round(steps_per_epoch * settings.epochs))
+    every = min(total_steps, -(-steps_per_epoch // settings.evaluations_per_epoch))
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=total_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.scheduler,
+        lr_scheduler_kwargs=PLATEAU if settings.scheduler == "reduce_lr_on_plateau" else None,
+        warmup_steps=round(settings.warmup_ratio * total_steps),
+        weight_decay=settings.weight_decay,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        **strategy,
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        dataloader_num_workers=0 if on_cpu else 4,  # decode the next batches while the accelerator computes
+        eval_on_start=afresh,  # where the training begins from, at step 0
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=None,  # CheckpointMarker removes them
+        restore_callback_states_from_checkpoint=True,  # how much patience is left
+        load_best_model_at_end=True,
+        metric_for_best_model="wer",
+        greater_is_better=False,
+        logging_steps=max(1, every // 10),
+        logging_nan_inf_filter=False,
+        report_to=["tensorboard"],
+        remove_unused_columns=False,
+        label_names=["labels"],
+        seed=settings.seed,
+    )
+    # On several GPUs Trainer would cut each batch in pieces (DataParallel), but `batch_seconds` and the hooks that
+    # silence padding are about whole ones. `n_gpu` finds the devices, which must come first.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+def _word_error_rate(prediction, processor, head) -> float:
+    nothing = processor.tokenizer.pad_token_id
+    ids = np.where(prediction.predictions == -100, nothing, prediction.predictions)
+    labels = np.where(prediction.label_ids == -100, nothing, prediction.label_ids)
+    texts = head.references(processor, labels), head.texts(processor, ids)
+    return jiwer.wer(*([folded(text) for text in side] for side in texts))

@@ -1,0 +1,110 @@
+"""A teacher's word counts as its settings say, on unpadded frames alone."""
+
+import pytest
+import tiny
+import torch
+
+from asrlib import convert
+from asrlib.models.scratch import new_processor
+from asrlib.training.training import (
+    SpeechTrainer,
+    TrainingSettings,
+    posterior_divergence,
+    relative_squared_error,
+    train,
+)
+
+QUIET = dict(hidden_dropout=0.0, activation_dropout=0.0, attention_dropout=0.0, conformer_conv_dropout=0.0,
+             feat_proj_dropout=0.0, final_dropout=0.0, mask_time_prob=0.0)  # fmt: skip
+
+
+def settings(**changes) -> TrainingSettings:
+    usual = dict(epochs=6, learning_rate=5e-3, batch_seconds=3.0, patience=100, device="cpu")
+    return TrainingSettings(**usual | changes)
+
+
+def test_the_divergence_is_that_of_the_posteriors():
+    ours, theirs = torch.randn(2, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    p, q = theirs.softmax(-1), ours.softmax(-1)
+    expected = sum((p[n] * (p[n] / q[n]).log()).sum() for n in range(7)) / 7
+    assert posterior_divergence(ours, theirs).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert posterior_divergence(theirs, theirs).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_squared_error_is_relative():
+    theirs = torch.tensor([[3.0, 4.0]])
+    assert relative_squared_error(torch.zeros(1, 2), theirs) == 1
+    assert relative_squared_error(10 * theirs + 1, 10 * theirs) == pytest.approx(2 / 2500)
+
+
+@pytest.fixture
+def losses(tmp_path, monkeypatch):
+    """The loss of a first step, for given weights."""
+
+    def first(latent_dim: int, **weights) -> float:
+        teacher, seen = tiny.conformer(**QUIET), []
+        model = convert(teacher, latent_dim)
+        original = SpeechTrainer.compute_loss
+
+        def compute_loss(self, model, *args, **kwargs):
+            loss = original(self, model, *args, **kwargs)
+            seen.append((loss[0] if isinstance(loss, tuple) else loss).item())
+            return loss
+
+        monkeypatch.setattr(SpeechTrainer, "compute_loss", compute_loss)
+        chosen = settings(trainable="attention", epochs=0.01, batch_seconds=60.0, **weights)
+        train(
+            model,
+            new_processor(),
+            tiny.corpus(),
+            tiny.corpus(2, "validation"),
+            tmp_path / str(weights),
+            chosen,
+            teacher,
+        )
+        monkeypatch.undo()
+        return seen[0]
+
+    return first
+
+
+def test_the_losses_add_up_as_weighed(losses):
+    ctc = losses(3, kl_weight=1e-9)
+    kl = losses(3, ctc_weight=0.0, kl_weight=1.0)
+    hidden = losses(3, ctc_weight=0.0, hidden_weight=1.0)
+    assert min(ctc, kl, hidden) > 1e-3
+    total = losses(3, ctc_weight=0.5, kl_weight=2.0, hidden_weight=3.0)
+    assert total == pytest.approx(0.5 * ctc + 2 * kl + 3 * hidden, rel=1e-4)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(losses):
+    assert losses(tiny.WIDTH, ctc_weight=0.0, kl_weight=1.0, hidden_weight=1.0) < 1e-6
+
+
+def test_a_student_comes_nearer_to_its_teacher_and_leaves_it_as_it_is(tmp_path):
+    teacher, twin = tiny.conformer(**QUIET), tiny.conformer(**QUIET)
+    student, batch = convert(teacher, 3), tiny.padded_batch()
+
+    def distance() -> float:
+        with torch.no_grad():
+            return (student(**batch).logits - teacher(**batch).logits).norm().item()
+
+    before = distance()
+    weights = dict(ctc_weight=0.0, kl_weight=1.0, hidden_weight=1.0)
+    train(student, new_processor(), tiny.corpus(), tiny.corpus(2, "validation"), tmp_path, settings(**weights), teacher)
+    assert distance() < 0.9 * before
+    for (name, ours), theirs in zip(teacher.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ({"kl_weight": 1.0}, "none was given"),
+        ({"hidden_weight": 1.0}, "none was given"),
+        ({"ctc_weight": 0.0}, "nothing to learn from"),
+    ],
+)
+def test_weights_that_cannot_be_are_refused(tmp_path, weights, said):
+    with pytest.raises(ValueError, match=said):
+        train(tiny.conformer(), new_processor(), tiny.corpus(), tiny.corpus(), tmp_path, settings(**weights))
