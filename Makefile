@@ -51,7 +51,7 @@ format: .venv/.installed
 
 parameters: ## write PARAMETERS.md anew, from the notebooks
 parameters: .venv/.installed
-	.venv/bin/python -m asrlib.running.parameter_table --write
+	.venv/bin/python -m asrlib parameters --write
 
 example: ## keep a run: make example RUN=demo copies its pages, tables and figures to reports/examples
 example:

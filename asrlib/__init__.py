@@ -10,12 +10,12 @@ from asrlib.models.registration import register_with_transformers
 
 _PUBLIC = {
     "load": "asrlib.models.families",
-    "open_corpus": "asrlib.data.corpus",
+    "open_corpus": "asrlib.data.opening",
     "analyze_compression_quality": "asrlib.conversion.quality",
     "collect_statistics": "asrlib.conversion.statistics",
     "convert": "asrlib.conversion.convert",
     "to_standard_attention": "asrlib.conversion.convert",
-    "evaluate": "asrlib.measuring.word_errors",
+    "evaluate": "asrlib.measuring.transcribing",
     "kv_cache_bytes": "asrlib.attention.cache",
     "stream": "asrlib.streaming.streams",
 }

@@ -9,6 +9,7 @@ Only a `.completed/<step>.json` marker means that a step is done.
 """
 
 import ast
+import difflib
 import hashlib
 import itertools
 import json
@@ -37,6 +38,12 @@ STEP_OF_MODEL = {"baseline": "00_baseline", "converted": "01_convert", "finetune
 
 class BadParameter(ValueError):
     """A parameter that cannot be used; the message says which, where it was given, what would be valid."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`: did you mean 'latent_dim'?`, or nothing where no name is near."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f": did you mean {near[0]!r}?" if near else ""
 
 
 class MissingStep(FileNotFoundError):

@@ -253,7 +253,7 @@ def absorbing_pays(queries: int, frames: int, heads: int, head_size: int, ranks:
     """Whether bringing queries to the latents takes less time than making keys and values of all frames.
 
     By multiplications: expanded D·(R_k + R_v) a frame and 2·D a score, absorbed D·(R_k + R_v) a query and
-    H·(R_k + R_v) a score. `python -m asrlib.measuring.stream_steps --forms` measures whether that tells.
+    H·(R_k + R_v) a score. `python -m asrlib steps --forms` measures whether that tells.
     """
     width, both = heads * head_size, sum(ranks)
     absorbed = queries * both * (width + frames * heads)

@@ -11,12 +11,10 @@ import itertools
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +22,7 @@ from tqdm import tqdm
 
 from asrlib.data.audio import SAMPLE_RATE, Source, UnusableAudio, duration, read_audio
 from asrlib.data.text import ctc_problem, label_ids, normalise_text, unknown_characters
-from asrlib.runs import atomic_write, resolve
+from asrlib.runs import atomic_write
 
 UNKNOWN_SPEAKER = "unknown"
 HUB_ID = r"[\w.-]+/[\w.-]+(:[\w.-]+)?"  # owner/name, owner/name:configuration
@@ -140,7 +138,7 @@ class Corpus(Sequence[Utterance]):
         judged = list(zip(self, _in_threads(check, self, f"checking {self.split}"), strict=True))
         kept = [utterance for utterance, reason in judged if reason is None]
         dropped = [Rejected(utterance.id, reason, utterance.where) for utterance, reason in judged if reason]
-        return _corpus(self.name, self.split, kept, [*self.rejected, *dropped])
+        return in_corpus(self.name, self.split, kept, [*self.rejected, *dropped])
 
     def write_rejected(self, path: str | os.PathLike) -> None:
         """One JSON object a line: id, reason, where. An empty file says that nothing was rejected."""
@@ -151,111 +149,6 @@ class Corpus(Sequence[Utterance]):
     def fingerprint(self) -> str:
         """sha256 over ids, texts and durations, in order."""
         return _digest("\n".join(json.dumps([u.id, u.text, round(u.seconds, 3)]) for u in self))
-
-
-def open_corpus(source: str | os.PathLike, split: str | None = None, revision: str | None = None) -> Corpus:
-    """Open one split of a corpus.
-
-    source: "synthetic" · a LibriSpeech folder · a manifest (.jsonl or .csv) or a folder of SPLIT.jsonl or
-        SPLIT.csv · a folder of parquet files or one written by `Dataset.save_to_disk` · the URL of such a folder of
-        parquet files, whose audio is fetched when it is wanted and never stored (`asrlib.data.remote`) · otherwise a
-        data set on the hub, `owner/name` or `owner/name:configuration`. Relative paths start at the project root.
-    split: by default the only one there is, otherwise "train". "a+b" joins splits a and b.
-    revision: of a data set on the hub. A URL carries its own: hf://datasets/owner/name@refs%2Fpr%2F3.
-    Raises FileNotFoundError or ValueError, saying what was found instead, and for a URL UnreadableShard.
-    """
-    if split and "+" in split:
-        parts = [open_corpus(source, part, revision) for part in parts_of(split)]
-        rejected = [row for part in parts for row in part.rejected]
-        return _corpus(parts[0].name, split, _apart(u for part in parts for u in part), rejected)
-    if source == "synthetic":
-        from asrlib.data.synthetic import open_synthetic
-
-        return open_synthetic(split or "train")
-    if re.match(URL, str(source)):
-        from asrlib.data.remote import open_remote
-
-        return open_remote(str(source), split)
-
-    path = resolve(source)
-    if manifest := manifest_of(path, split or "train"):
-        from asrlib.data.manifest import open_manifest
-
-        return open_manifest(manifest, split)
-    if path.is_dir():
-        from asrlib.data.librispeech import find_splits, open_librispeech
-
-        if not find_splits(path):
-            from asrlib.data.hub import holds_tables, open_folder
-
-            if holds_tables(path):
-                return open_folder(path, split)
-        return open_librispeech(path, split)  # which also says what was looked for
-    if re.fullmatch(HUB_ID, str(source)):
-        from asrlib.data.hub import open_hub
-
-        return open_hub(str(source), split or "train", revision)
-    raise FileNotFoundError(
-        f"no corpus at {source}: give 'synthetic', an existing folder, a .jsonl or .csv manifest, "
-        "a hub data set as owner/name, or a URL"
-    )
-
-
-def manifest_of(path: Path, split: str) -> Path | None:
-    """The manifest at `path`, or for `split` in that folder, if there is one."""
-    return next(filter(Path.is_file, [path, path / f"{split}.jsonl", path / f"{split}.csv"]), None)
-
-
-def parts_of(split: str) -> list[str]:
-    """The splits that "a+b" joins; ValueError where one is missing or given twice."""
-    parts = split.split("+")
-    if not all(parts) or len(set(parts)) < len(parts):
-        raise ValueError(f"split is {split!r}: join different splits like train-clean-100+train-clean-360")
-    for part in parts:
-        if "/" in part or part.startswith(".") or min(part) < " " or len(part.encode()) > LONGEST_NAME:
-            raise ValueError(f"split {part!r} cannot name files, as it must: give it a short name without slashes")
-    return parts
-
-
-def open_usable(
-    source: str | os.PathLike,
-    split: str,
-    processor,
-    frames: Callable[[int], int],
-    samples: int | None = None,
-    seed: int = 0,
-    rejected: Path | None = None,
-    seconds: float | None = None,
-) -> Corpus:
-    """What every notebook begins with: open a split, take a sample of it, drop what this model cannot use.
-
-    `frames`: samples → encoder frames. `samples` and `seconds` bound the sample. `rejected`: a folder for SPLIT.jsonl,
-    the rows dropped and why.
-    """
-    corpus = open_corpus(source, split).sample(samples, seed)
-    if seconds is not None:
-        corpus = corpus.excerpt(seconds, seed)
-    corpus = corpus.usable(processor, frames)
-    if rejected is not None:
-        corpus.write_rejected(rejected / f"{split}.jsonl")
-    return corpus
-
-
-def speech_table(corpora: dict[str, Corpus]):
-    """DataFrame: one row a corpus, with what a reader asks first."""
-    import pandas as pd
-
-    rows = {
-        name: {
-            "utterances": len(corpus),
-            "minutes": round(corpus.seconds / 60, 1),
-            "speakers": len({utterance.speaker for utterance in corpus}),
-            "rejected": len(corpus.rejected),
-            "words": sum(len(utterance.text.split()) for utterance in corpus),
-        }
-        for name, corpus in corpora.items()
-    }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("split")
 
 
 # ---- from rows to a corpus ---------------------------------------------------------------------------------
@@ -283,11 +176,11 @@ def collect(name: str, split: str, admitted: Sequence[Utterance | Rejected]) -> 
     Ids that occur again get a number, so that transcripts can be told apart.
     Raises ValueError if there is no utterance.
     """
-    utterances = _apart(row for row in admitted if isinstance(row, Utterance))
-    return _corpus(name, split, utterances, [row for row in admitted if isinstance(row, Rejected)])
+    utterances = told_apart(row for row in admitted if isinstance(row, Utterance))
+    return in_corpus(name, split, utterances, [row for row in admitted if isinstance(row, Rejected)])
 
 
-def _apart(utterances: Iterable[Utterance]) -> list[Utterance]:
+def told_apart(utterances: Iterable[Utterance]) -> list[Utterance]:
     """The utterances with a number behind each id that occurs again."""
     taken: set[str] = set()
     told_apart = []
@@ -301,7 +194,7 @@ def _apart(utterances: Iterable[Utterance]) -> list[Utterance]:
     return told_apart
 
 
-def _corpus(name: str, split: str, utterances: list[Utterance], rejected: list[Rejected]) -> Corpus:
+def in_corpus(name: str, split: str, utterances: list[Utterance], rejected: list[Rejected]) -> Corpus:
     if not utterances:
         reasons = "; ".join(f"{row.id}: {row.reason}" for row in rejected[:3])
         raise ValueError(

@@ -1,8 +1,8 @@
 """Models as they are traced to graphs: of whole utterances, or a step of streams, whose past comes in and goes out.
 
-Both are what `asrlib.streaming.streams` works with, layers that find the past in a memory: here its tensors are inputs and
-outputs of the graph, and a whole utterance is a stream that has no past. Models that cannot stream are traced as they
-are, over whole utterances alone.
+Both are what `asrlib.streaming.streams` works with, layers that find the past in a memory: here its tensors are inputs
+and outputs of the graph, and a whole utterance is a stream that has no past. Models that cannot stream are traced as
+they are, over whole utterances alone.
 
 Shapes: B streams, S samples or frames of features, n frames worked on at once, t frames kept, T = t + n, D width,
 V tokens, C channels.

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, Wav2Vec2Processor
 
-from asrlib.data.corpus import Corpus, open_corpus
+from asrlib.data.corpus import Corpus
+from asrlib.data.opening import open_corpus
 from asrlib.export.onnx_check import Heard, OnnxModel, check_agrees, compared, streamed, transcribed
 from asrlib.export.onnx_graphs import write_int8, write_offline, write_streaming
-from asrlib.reporting.word_error_tables import in_per_cent, in_points
+from asrlib.reporting.numbers import in_per_cent, in_points
 from asrlib.runs import Run
 from asrlib.streaming.streams import CHUNK_MS, LEFT_SECONDS, chunks_of
 

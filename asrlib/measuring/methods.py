@@ -1,6 +1,6 @@
 """What each way to convert a recogniser costs at each cut of its cache, and down to where it costs nothing.
 
-    python -m asrlib.measuring.methods synthetic-conformer synthetic --calibration train --splits validation
+    python -m asrlib methods synthetic-conformer synthetic --calibration train --splits validation
 
 prints one table, every recipe at every cut on every split: how far the logits are from the baseline's (relative error,
 KL divergence), word errors with intervals and significance, seconds of the conversion; and below it the break points.
@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import functools
 import hashlib
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,11 +33,11 @@ import asrlib
 from asrlib.attention.cache import cached_numbers
 from asrlib.conversion.methods import METHODS
 from asrlib.conversion.statistics import Statistics, collect_statistics
-from asrlib.data.corpus import Corpus, open_usable
-from asrlib.data.splits import check_splits
+from asrlib.data.corpus import Corpus
+from asrlib.data.opening import check_splits, open_usable
 from asrlib.measuring.recipes import RECIPES, Recipe, names_in, percents, reachable
 from asrlib.measuring.resampling import interval, resample_sums
-from asrlib.measuring.rows import (  # fmt: skip
+from asrlib.measuring.rows import (
     BASELINE,
     ZEROED,
     Row,
@@ -55,8 +54,7 @@ from asrlib.measuring.transcribing import transcribe
 from asrlib.measuring.word_errors import EvaluationResult, score
 from asrlib.models.families import chosen_parts, frames_of, latent_modules
 from asrlib.models.inference import choose_device, zero_attention
-from asrlib.running.command_line import add_debug, sentence, tell
-from asrlib.runs import atomic_write, fingerprint, resolve
+from asrlib.runs import BadParameter, atomic_write, fingerprint, resolve
 
 CUTS = (0.5, 0.75, 0.875, 0.9375, 0.96875, 0.984375)  # of the cache: it is halved at each step
 ROOMS = ("attention", "conversion", "models")  # whose code decides what a row says …
@@ -288,7 +286,7 @@ def _weights_fingerprint(model: PreTrainedModel) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m asrlib.measuring.methods",
+        prog="python -m asrlib methods",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -305,13 +303,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", metavar="FOLDER", help="keeps rows, transcripts and table, and resumes (default: print only)")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add("--seed", type=int, default=0, help="of the choice of utterances (default: 0)")
-    add_debug(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done · 2 refused before anything was measured · 1 failed, and 130 interrupted: what there is is
-    printed."""
+    """What was measured is printed, whatever happens. Raises BadParameter before anything was measured."""
     args = parse(argv)
     rows: list[Row] = []
     with warnings.catch_warnings():
@@ -319,18 +315,12 @@ def main(argv: list[str] | None = None) -> int:
         try:
             for row in _asked_for(args):
                 rows.append(row)
-        except Exception as error:
-            tell(sentence(error), error, args.debug)
-            status = 1 if rows else 2  # after the first row it is no longer a matter of what was asked for
-        except KeyboardInterrupt:
-            resumes = ". The same command, given again, resumes here" if args.out else ""
-            print(f"\nInterrupted{resumes}.", file=sys.stderr)  # noqa: T201
-            status = 130
-        else:
-            status = 0
-    if rows:
-        print(_report(rows))  # noqa: T201
-    return status
+        except (OSError, ValueError) as error:
+            raise error if rows else BadParameter(str(error)) from error
+        finally:
+            if rows:
+                print(_report(rows))  # noqa: T201
+    return 0
 
 
 def _asked_for(args: argparse.Namespace) -> Iterator[Row]:
@@ -370,8 +360,3 @@ def _text(table: pd.DataFrame) -> str:
     """Method names start at the left, numbers end at the right."""
     names = table["method"].str.len().max()
     return table.assign(method=table["method"].str.ljust(names)).to_string(index=False)
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop ends like Ctrl-C
-    sys.exit(main())

@@ -13,7 +13,7 @@ from asrlib.conversion.methods import latent_methods
 from asrlib.conversion.sequential import check_one_stack
 from asrlib.conversion.statistics import Statistics
 from asrlib.models.families import family_of, is_latent
-from asrlib.running.parameters import nearest
+from asrlib.runs import nearest
 
 Converter = Callable[[float], PreTrainedModel]  # cut → latent model
 

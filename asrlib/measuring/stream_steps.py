@@ -1,6 +1,6 @@
 """What a stream takes: bytes it keeps, time for a chunk, and how many streams a machine can follow.
 
-    python -m asrlib.measuring.stream_steps --size published --chunk 160 640 --left 10 60 --out steps.csv
+    python -m asrlib steps --size published --chunk 160 640 --left 10 60 --out steps.csv
 
 Encoders of one size that differ in their attention alone, on frames that are there already: what makes frames of audio
 is the same for all. Weights are random and shared, for time does not depend on them. What a chunk costs does not depend
@@ -30,7 +30,6 @@ from asrlib.measuring.windows import benchmark_windows, window_models
 from asrlib.models.encoder import SpeechEncoderConfig, SpeechEncoderForCTC
 from asrlib.models.families import attention_modules, family_of, frames_per_second
 from asrlib.models.inference import choose_device, inference
-from asrlib.running.command_line import add_debug, sentence, tell
 from asrlib.streaming.memory import StreamMemory
 from asrlib.streaming.streams import Streams, chunks_of
 
@@ -310,7 +309,7 @@ def _forms_row(attention: nn.Module, memory: StreamMemory, rank: int, repeats: i
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m asrlib.measuring.stream_steps", description="Times a chunk of a stream, for kinds of attention."
+        prog="python -m asrlib steps", description="Times a chunk of a stream, for kinds of attention."
     )
     parser.add_argument("--size", choices=SIZES, default="shipped")
     parser.add_argument("--chunk", type=float, nargs="+", default=[160, 640], metavar="MS")
@@ -326,13 +325,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--forms", action="store_true", help="time absorbed and expanded latents instead")
     parser.add_argument("--windows", action="store_true", help="time a layer of Nemotron, with its window, instead")
     parser.add_argument("--out", type=Path, help="a .csv")
-    add_debug(parser)
-    args = parser.parse_args(argv)
-    try:
-        sys.stdout.write(_report(args))
-    except Exception as error:
-        tell(sentence(error), error, args.debug)
-        return 1
+    sys.stdout.write(_report(parser.parse_args(argv)))
     return 0
 
 
@@ -352,7 +345,3 @@ def _report(args: argparse.Namespace) -> str:
     columns = ["chunk_ms", "left_seconds", "system", "ms", "ms_low", "ms_high", "rtfx", "millions", "cache_bytes"]
     shown = table[[*columns, "position_bytes", "peak_memory_bytes"]]
     return f"{args.size}, {table.attrs}\n{shown.to_string(index=False, float_format='{:.1f}'.format)}\n"
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,7 +1,5 @@
 """Speech to text by any recogniser, and its word errors."""
 
-import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,13 +11,10 @@ from tqdm import tqdm
 from asrlib.attention.chunks import Chunks
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus, check_corpus
-from asrlib.measuring.significance import compare_errors
-from asrlib.measuring.word_errors import EvaluationResult, load_predictions, score, write_predictions
+from asrlib.measuring.word_errors import EvaluationResult, score, write_predictions
 from asrlib.models.families import check_loaded, family_of, frame_counts
 from asrlib.models.inference import choose_device, inference, recognise, spoken_logits, without_padding
 from asrlib.models.out_of_memory import out_of_memory_explained
-from asrlib.reporting.word_error_tables import in_per_cent, in_points
-from asrlib.running.command_line import add_debug, sentence, tell
 from asrlib.streaming.normalising import HeardSoFar
 from asrlib.streaming.streams import chunked_pass
 
@@ -120,32 +115,3 @@ def evaluate(
     if predictions is not None:
         write_predictions(predictions, transcripts)
     return score(transcripts)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m asrlib.measuring.word_errors", description="Compares transcripts, by words."
-    )
-    parser.add_argument("a", metavar="A.jsonl", help="transcripts as `evaluate` and the notebooks keep them")
-    parser.add_argument("b", metavar="B.jsonl", help="another model's, of the same utterances")
-    add_debug(parser)
-    args = parser.parse_args(argv)
-    try:
-        a, b = (score(load_predictions(Path(name).absolute())) for name in (args.a, args.b))
-        test = compare_errors(a, b)
-    except Exception as error:
-        tell(sentence(error), error, args.debug)
-        return 1
-    lines = [f"{name}: {100 * one.wer:.2f} % ({in_per_cent(one.wer_interval)})" for name, one in (("A", a), ("B", b))]
-    for over, of in (("utterances", test), ("speakers", test["by_speaker"])):
-        if of is not None:
-            change = f"{in_points(of['difference'])} points ({in_per_cent(of['interval'], '+.2f')})"
-            lines.append(f"B − A: {change}, p = {of['p']:.4f}, over {over}")
-    pairs = test["matched_pairs"]
-    lines.append("matched pairs: z = {z:.3f}, p = {p:.4f}, {segments:,} segments".format(**pairs))
-    sys.stdout.write("\n".join(lines) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,6 +1,6 @@
 """What a window takes that a model keeps of its own past, as Nemotron does: bytes, and time for a chunk.
 
-    python -m asrlib.measuring.stream_steps --windows
+    python -m asrlib steps --windows
 
 One layer of the published size, with random weights: time does not depend on them, and all layers are alike. What makes
 frames of audio is the same for all, and not measured.

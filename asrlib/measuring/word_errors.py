@@ -3,7 +3,7 @@
 Transcripts are greedy. Error rates are fractions over a whole corpus (errors of all utterances divided by
 words of all utterances); intervals and tests are those of significance.py.
 
-    python -m asrlib.evaluation A.jsonl B.jsonl    # transcripts of one corpus by two models: is B better?
+    python -m asrlib compare A.jsonl B.jsonl    # transcripts of one corpus by two models: is B better?
 
 Shapes: N utterances, B batch, S what a model reads (samples of audio, or frames of features), T frames,
 V tokens of the vocabulary.

@@ -1,6 +1,6 @@
 """What writing takes: bytes that an encoder-decoder keeps, and time for a token.
 
-    python -m asrlib.measuring.writing --size small --batch 1 8 --cut 0.5 0.75 0.9375 --out tokens.csv
+    python -m asrlib tokens --size small --batch 1 8 --cut 0.5 0.75 0.9375 --out tokens.csv
 
 Decoders of Whisper's published sizes that differ in their attention alone, on frames that are there already: the
 encoder's time is the same for all. Weights are random and shared, for time does not depend on them. All of a decoder's
@@ -32,7 +32,6 @@ from asrlib.measuring.speed import measured_on, take_turns
 from asrlib.models.families import FAMILIES, family_of, latent_modules
 from asrlib.models.inference import choose_device, inference
 from asrlib.models.whisper import CACHED, generate_and_keep
-from asrlib.running.command_line import add_debug, sentence, tell
 
 SIZES = {  # d_model, decoder_layers, decoder_attention_heads
     "tiny": (384, 4, 6),
@@ -213,7 +212,7 @@ def size_of(name: str) -> WhisperConfig:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m asrlib.measuring.writing", description="Times a token of a decoder, and counts what it keeps."
+        prog="python -m asrlib tokens", description="Times a token of a decoder, and counts what it keeps."
     )
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--cut", type=float, nargs="+", default=[0.5, 0.75, 0.9375], metavar="SHARE")
@@ -224,13 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="a .csv")
-    add_debug(parser)
-    args = parser.parse_args(argv)
-    try:
-        sys.stdout.write(_report(args))
-    except Exception as error:
-        tell(sentence(error), error, args.debug)
-        return 1
+    sys.stdout.write(_report(parser.parse_args(argv)))
     return 0
 
 
@@ -245,7 +238,3 @@ def _report(args: argparse.Namespace) -> str:
         table.to_csv(args.out, index=False)
     formats = {name: "{:.2f}".format for name in ("bytes_ratio", "ms", "ms_low", "ms_high", "time_ratio")}
     return f"{args.size}, {tables[0].attrs}\n{table.to_string(index=False, formatters=formats)}\n"
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

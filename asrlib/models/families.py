@@ -32,15 +32,7 @@ from transformers import (
 
 from asrlib.attention.names import attends_across
 from asrlib.data.audio import SAMPLE_RATE
-from asrlib.models import (
-    encoder,
-    nemotron,
-    parakeet,
-    wav2vec2,
-    wav2vec2_bert,
-    wav2vec2_conformer,
-    whisper,
-)
+from asrlib.models import encoder, nemotron, parakeet, wav2vec2, wav2vec2_bert, wav2vec2_conformer, whisper
 from asrlib.models.heads import CTC, Decoder, Head, Transducer
 from asrlib.models.latent_twin import LatentConfig, check_layout
 

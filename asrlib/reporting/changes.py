@@ -14,8 +14,8 @@ from markupsafe import Markup
 from asrlib.data.text import folded
 from asrlib.measuring.significance import holm, mcnemar, paired_bootstrap, pairing
 from asrlib.measuring.word_errors import EvaluationResult, score
+from asrlib.reporting.numbers import in_per_cent, in_points
 from asrlib.reporting.tables import audio_html, diff_transcripts
-from asrlib.reporting.word_error_tables import in_per_cent, in_points
 
 if TYPE_CHECKING:
     from asrlib.data.corpus import Corpus

@@ -9,27 +9,12 @@ from collections.abc import Callable
 import pandas as pd
 
 from asrlib.measuring.systems import ATTENTION
-from asrlib.reporting.figures import (
-    SYSTEMS,
-    keep_figure,
-    save_figure,
-    show_figure,
-    splits_of,
-    system_name,
-    training_curves,
-)
-from asrlib.reporting.notebook_pages import PAGES, render_notebook
+from asrlib.reporting.figures import SYSTEMS, save_figure, splits_of, system_name
+from asrlib.reporting.notebook_pages import PAGES
 from asrlib.reporting.numbers import change, duration, percent, size
 from asrlib.reporting.run_figures import cache_comparison, inference_time_comparison, wer_bars, wer_vs_cache
-from asrlib.reporting.tables import diff_transcripts, display_table, save_table, table_html
+from asrlib.reporting.tables import save_table
 from asrlib.runs import STEP_OF_METRICS, Run, atomic_write, read_json
-
-__all__ = [  # what notebooks call
-    "CLAIMED", "CLAIMED_CUTS", "CLAIMS_INTRODUCTION", "cache_comparison", "comparison_table", "diff_transcripts",
-    "display_table", "display_text", "headline", "inference_time_comparison", "keep_figure", "readable_comparison",
-    "render_notebook", "save_figure", "save_table", "show_figure", "step_times", "table_html", "training_curves",
-    "wer_bars", "wer_vs_cache", "write_comparison", "write_index",
-]  # fmt: skip
 
 # Cut of the cache that Sonawane, Gokhale and Tian (2025) stated for a width, of d = 512, and did not measure.
 CLAIMED_CUTS = {"d/4": "cut 87.5 %", "d/2": "cut 75 %", "d": "cut 50 %"}

@@ -8,12 +8,14 @@ import base64
 import io
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 from markupsafe import Markup
+from tqdm import tqdm
 
 from asrlib.reporting.numbers import percent
 from asrlib.runs import atomic_write
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SYSTEMS = {"baseline": "baseline (MHA)", "converted": "converted (MLA)", "finetuned": "fine-tuned (MLA)"}
-IN_BLOCKS = "MHA in blocks"  # the baseline, worked by attention.relative
 DPI = 160
 LIVE_SECONDS = 5.0  # between two drawings of a figure that grows
 INK, GREY = "#1c2126", "#5b656e"
@@ -180,3 +181,19 @@ def training_curves(history: Sequence[Mapping], best_step: int | None = None) ->
     found = f" Validation WER from {percent(wers.iloc[0])} to {percent(wers.iloc[-1])}." if len(wers) else ""
     fig.set_label(f"Training curves over {df['step'].max():.0f} steps.{found}")
     return fig
+
+
+@contextmanager
+def live_curves() -> Iterator[Callable[[list[dict]], None]]:
+    """A function that shows the history of a training: how far it is and, where somebody watches, its curves."""
+    with tqdm(desc="training", unit=" steps", leave=False) as bar, LiveFigure() as figure:
+
+        def show(history: list[dict]) -> None:
+            bar.total = history[-1]["max_steps"]
+            bar.update(history[-1]["step"] - bar.n)
+            errors = [row["eval_wer"] for row in history if "eval_wer" in row]
+            if errors:
+                bar.set_postfix_str(f"validation WER {100 * errors[-1]:.2f} %")
+            figure.show(lambda: training_curves(history))
+
+        yield show

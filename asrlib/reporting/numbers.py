@@ -1,6 +1,7 @@
 """Numbers as text: the words and units in which pages, tables and terminals show them."""
 
 import re
+from collections.abc import Sequence
 
 
 def percent(fraction: float, digits: int = 2) -> str:
@@ -33,3 +34,13 @@ def unbroken(text: str) -> str:
     text = re.sub(r"(?<=\d) (?=(%|ms|s|[KMG]?i?B|M|min|h)(\W|$))", "\u00a0", text)
     text = re.sub(r"\bp ([=<]) ", "p\u00a0\\1\u00a0", text)
     return re.sub(r"(?<=\d)–(?=\d)", "\u2060–\u2060", text)
+
+
+def in_per_cent(interval: Sequence[float] | None, form: str = ".2f") -> str:
+    """An interval of fractions, written in per cent or points."""
+    return "–" if interval is None else " to ".join(format(100 * end, form) for end in interval).replace("-", "−")
+
+
+def in_points(change: float) -> str:
+    """A change of a fraction, in points, with the minus sign, as wide as the plus."""
+    return f"{100 * change:+.2f}".replace("-", "−")

@@ -18,10 +18,7 @@ from asrlib.reporting.comparison import (
     step_times,
 )
 from asrlib.reporting.estimated import beside, compared, estimated_steps
-from asrlib.reporting.figures import (
-    save_figure,
-    splits_of,
-)
+from asrlib.reporting.figures import save_figure, splits_of
 from asrlib.reporting.notebook_pages import PAGES
 from asrlib.reporting.numbers import duration, percent, unbroken
 from asrlib.reporting.provenance import parameters_of, provenance_of

@@ -1,10 +1,14 @@
 """Word errors and their differences as tables."""
 
-from collections.abc import Sequence
+import argparse
+import sys
+from pathlib import Path
 
 import pandas as pd
 
-from asrlib.measuring.word_errors import EvaluationResult
+from asrlib.measuring.significance import compare_errors
+from asrlib.measuring.word_errors import EvaluationResult, load_predictions, score
+from asrlib.reporting.numbers import in_per_cent, in_points
 
 
 def error_table(results: dict[tuple[str, str], EvaluationResult]) -> pd.DataFrame:
@@ -60,11 +64,19 @@ def _shown(p: float | None) -> str:
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def in_per_cent(interval: Sequence[float] | None, form: str = ".2f") -> str:
-    """An interval of fractions, written in per cent or points."""
-    return "–" if interval is None else " to ".join(format(100 * end, form) for end in interval).replace("-", "−")
-
-
-def in_points(change: float) -> str:
-    """A change of a fraction, in points, with the minus sign, as wide as the plus."""
-    return f"{100 * change:+.2f}".replace("-", "−")
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m asrlib compare", description="Compares transcripts, by words.")
+    parser.add_argument("a", metavar="A.jsonl", help="transcripts as `evaluate` and the notebooks keep them")
+    parser.add_argument("b", metavar="B.jsonl", help="another model's, of the same utterances")
+    args = parser.parse_args(argv)
+    a, b = (score(load_predictions(Path(name).absolute())) for name in (args.a, args.b))
+    test = compare_errors(a, b)
+    lines = [f"{name}: {100 * of.wer:.2f} % ({in_per_cent(of.wer_interval)})" for name, of in (("A", a), ("B", b))]
+    for over, of in (("utterances", test), ("speakers", test["by_speaker"])):
+        if of is not None:
+            change = f"{in_points(of['difference'])} points ({in_per_cent(of['interval'], '+.2f')})"
+            lines.append(f"B − A: {change}, p = {of['p']:.4f}, over {over}")
+    pairs = test["matched_pairs"]
+    lines.append("matched pairs: z = {z:.3f}, p = {p:.4f}, {segments:,} segments".format(**pairs))
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from asrlib.reporting.numbers import change, duration, size
 
-MEASURED, BEFORE, UNCHANGED = "measured", "timed before", "unchanged"
+MEASURED, BEFORE = "measured", "timed before"
 
 
 @dataclass(frozen=True)

@@ -30,16 +30,18 @@ from asrlib.conversion.convert import latent_dim_for
 from asrlib.conversion.methods import METHODS, latent_methods
 from asrlib.conversion.ranks import PROBED_SHARES
 from asrlib.conversion.statistics import SAMPLE_FRAMES
-from asrlib.data.corpus import HUB_ID, Corpus, open_corpus
+from asrlib.data.corpus import HUB_ID, Corpus
+from asrlib.data.opening import open_corpus
 from asrlib.measuring.lengths import LONG_PASS, PUBLISHED, noise
 from asrlib.measuring.recipes import RECIPES
 from asrlib.measuring.speed import DTYPES, measured_on, spread_over_durations
 from asrlib.models.families import FAMILIES, family_of, frames_of, frames_per_second, load, resolve_model
 from asrlib.models.inference import choose_device
 from asrlib.models.scratch import SIZES, WHISPER, new_model, new_processor
+from asrlib.reporting.estimated import UNCHANGED
 from asrlib.reporting.numbers import duration
 from asrlib.running import cost_measurements as measure
-from asrlib.running.cost_card import BEFORE, UNCHANGED, Cost, in_all, summed
+from asrlib.running.cost_card import BEFORE, Cost, in_all, summed
 from asrlib.running.cost_measurements import Rate, batches_of, padded
 from asrlib.running.parameters import Schema
 from asrlib.running.pipeline import first_to_run, plan, seconds_before

@@ -3,20 +3,14 @@
 The docstring of a validator is the limit in words, as PARAMETERS.md shows it.
 """
 
-import difflib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 from pydantic import AfterValidator, Field
 
 from asrlib.conversion.methods import METHODS
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """`: did you mean 'latent_dim'?`, or nothing where no name is near."""
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f": did you mean {near[0]!r}?" if near else ""
+from asrlib.runs import nearest
 
 
 def one_of(*choices: str) -> AfterValidator:

@@ -1,7 +1,7 @@
 """PARAMETERS.md: every parameter of every notebook in one table, read from their `parameters` cells.
 
-python -m asrlib.running.parameter_table            prints it
-python -m asrlib.running.parameter_table --write    writes it
+python -m asrlib parameters            prints it
+python -m asrlib parameters --write    writes it
 """
 
 import argparse
@@ -79,9 +79,7 @@ def _told_apart(said: dict[str, str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m asrlib.running.parameter_table", description="Makes PARAMETERS.md."
-    )
+    parser = argparse.ArgumentParser(prog="python -m asrlib parameters", description="Makes PARAMETERS.md.")
     parser.add_argument("--write", action="store_true", help="write PARAMETERS.md of the project instead of printing")
     args = parser.parse_args(argv)
     root = project_root()
@@ -91,7 +89,3 @@ def main(argv: list[str] | None = None) -> int:
     with atomic_write(root / "PARAMETERS.md") as file:
         file.write(table(root))
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Optional
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from asrlib.running.parameter_limits import LIMITS, nearest
-from asrlib.runs import BadParameter
+from asrlib.running.parameter_limits import LIMITS
+from asrlib.runs import BadParameter, nearest
 
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
 TYPES |= {"List": list, "Dict": dict, "Optional": Optional}

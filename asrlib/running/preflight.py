@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from asrlib.conversion.methods import grouping_methods, latent_methods
-from asrlib.running.parameter_limits import nearest
-from asrlib.runs import BadParameter, read_json, resolve
+from asrlib.runs import BadParameter, nearest, read_json, resolve
 
 
 def check_width(values: dict[str, Any]) -> None:
@@ -78,7 +77,7 @@ def check_surroundings(values: dict[str, Any]) -> None:
     import torch
 
     from asrlib.attention.kinds import attention_kind
-    from asrlib.data.splits import check_splits
+    from asrlib.data.opening import check_splits
     from asrlib.measuring.recipes import RECIPES
     from asrlib.models.families import resolve_model
     from asrlib.models.inference import choose_device

@@ -17,11 +17,11 @@ from typing import Any
 
 from asrlib.reporting.numbers import duration
 from asrlib.reporting.pages import write_index
-from asrlib.running.parameters import Schema, known_step, nearest, read_assignments, read_params_file
+from asrlib.running.parameters import Schema, known_step, read_assignments, read_params_file
 from asrlib.running.pipeline import Step, expected_seconds, first_to_run, plan, run_steps, time_left
 from asrlib.running.preflight import check_surroundings, check_width
 from asrlib.running.workplace import StepFailed, Workplace, work_in
-from asrlib.runs import BadParameter, Run, member_names, own_values, write_json
+from asrlib.runs import BadParameter, Run, member_names, nearest, own_values, write_json
 
 RUN_FOLDERS = {"metrics", "predictions", "tables", "figures", "rejected", "models", "checkpoints", "notebooks"}
 DIFFERS_BY_CHANCE = r"0x[0-9a-f]+|Request ID: [^)]*"  # in the messages of one and the same failure of the network

@@ -1,7 +1,7 @@
 """Speech recognised as it comes in, chunk by chunk, with a cache of the past that is really there.
 
-    python -m asrlib.streaming.streams FILE.wav --model PATH --chunk 320
-    python -m asrlib.streaming.streams FILE.wav --model synthetic-conformer --chunk 640 --lookahead 640
+    python -m asrlib stream FILE.wav --model PATH --chunk 320
+    python -m asrlib stream FILE.wav --model synthetic-conformer --chunk 640 --lookahead 640
 
 A chunk of frames attends to itself, to some frames before it and, if wished, some behind it; convolutions hear the
 same. What the layers need of earlier chunks is kept as tensors (`attention.memory`), so that what comes out is what a
@@ -37,7 +37,6 @@ from asrlib.models.families import (
     frames_per_second,
     load,
 )
-from asrlib.running.command_line import add_debug, sentence, tell
 from asrlib.streaming.memory import LayerMemory, SideBySide, StreamMemory
 from asrlib.streaming.normalising import RunningNormaliser
 
@@ -341,40 +340,32 @@ def what_is_kept(model: nn.Module, processor, samples_S: np.ndarray, chunk_ms: f
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m asrlib.streaming.streams", description="Recognises a recording in chunks."
-    )
+    parser = argparse.ArgumentParser(prog="python -m asrlib stream", description="Recognises a recording in chunks.")
     parser.add_argument("file", metavar="FILE.wav", type=Path)
     parser.add_argument("--model", required=True, help="a folder, a hub id or a shipped model's name")
     parser.add_argument("--chunk", type=float, default=CHUNK_MS, metavar="MS")
     parser.add_argument("--left", type=float, default=LEFT_SECONDS, metavar="SECONDS", help="looked back; inf: all")
     parser.add_argument("--lookahead", type=float, default=0.0, metavar="MS")
     parser.add_argument("--cache", default="float32", help="float32, bfloat16, float16, int8 or int4")
-    add_debug(parser)
     args = parser.parse_args(argv)
+    if not args.file.is_file():
+        raise FileNotFoundError(f"{args.file} is no file: give a recording")
+    model, processor = load(args.model)
+    chunks = chunks_of(model.config, args.chunk, args.left, args.lookahead)
+    if not (chunks.lookahead or getattr(model.config, "causal", False)):
+        sys.stderr.write("this model was not made for streams: with --lookahead 640 it makes fewer errors\n")
+    recognition = Recognition(model, processor, chunks, args.cache)
+    heard, took, shown, started = 0, [0.0], 0, perf_counter()
     try:
-        if not args.file.is_file():
-            raise FileNotFoundError(f"{args.file} is no file: give a recording")
-        model, processor = load(args.model)
-        chunks = chunks_of(model.config, args.chunk, args.left, args.lookahead)
-        if not (chunks.lookahead or getattr(model.config, "causal", False)):
-            sys.stderr.write("this model was not made for streams: with --lookahead 640 it makes fewer errors\n")
-        recognition = Recognition(model, processor, chunks, args.cache)
-        heard, took, shown, started = 0, [0.0], 0, perf_counter()
         for piece in read_pieces(partial(open, args.file, "rb"), args.chunk / 1000):
             heard, began = heard + len(piece), perf_counter()
             for text in recognition.hear(piece):
                 shown = _show(text, shown)
             took.append(perf_counter() - began)
-        for text in recognition.finish():
-            shown = _show(text, shown)
-    except KeyboardInterrupt:
-        sys.stderr.write("\nInterrupted.\n")
-        return 130
-    except Exception as error:
-        where = f"{args.file}: " if isinstance(error, UnusableAudio) else ""
-        tell(where + sentence(error), error, args.debug)
-        return 1
+    except UnusableAudio as error:
+        raise UnusableAudio(f"{args.file}: {error}") from error
+    for text in recognition.finish():
+        shown = _show(text, shown)
     seconds = perf_counter() - started
     sys.stdout.write(f"\n\n{_account(recognition.streams, heard / SAMPLE_RATE, seconds, max(took))}\n")
     return 0
@@ -401,7 +392,3 @@ def _account(streams: Streams, heard: float, seconds: float, slowest: float) -> 
         f"cache of convolutions: {sum(streams.convolution_bytes)} bytes\n"
         f"projected positions, once for all streams: {streams.position_bytes} bytes"
     )
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

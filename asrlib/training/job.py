@@ -1,6 +1,6 @@
 """What each process of a training does.
 
-    python -m asrlib.training_job FOLDER/job.json
+    python -m asrlib.training.job FOLDER/job.json
     torchrun --nproc-per-node 8 -m asrlib.training_job FOLDER/job.json
     accelerate launch --config_file CONFIG --machine_rank 1 -m asrlib.training_job FOLDER/job.json
 
@@ -21,7 +21,8 @@ from safetensors.torch import load_model
 from torch import distributed
 from transformers import TrainerCallback
 
-from asrlib.data.corpus import Corpus, open_corpus
+from asrlib.data.corpus import Corpus
+from asrlib.data.opening import open_corpus
 from asrlib.models.families import load
 from asrlib.runs import atomic_folder, read_json, write_json
 from asrlib.training.distributed import process_index

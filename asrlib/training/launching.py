@@ -1,8 +1,8 @@
 """Starting a training in processes of its own, from a notebook, and following it while it runs.
 
 A job is a folder that all its processes see, on one machine or many. In it lie, before, job.json, model/ and perhaps
-teacher/; meanwhile history.jsonl, training.log and what `asrlib.training.train` keeps; afterwards trained/ and
-result.json, or failures/. What the processes do is in `asrlib.training_job`, which on further machines is started by
+teacher/; meanwhile history.jsonl, training.log and what `training.train` keeps; afterwards trained/ and
+result.json, or failures/. What the processes do is in `asrlib.training.job`, which on further machines is started by
 hand. Importing this is quick: who waits for a training needs no torch.
 """
 
@@ -13,17 +13,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-
-from tqdm import tqdm
 
 from asrlib.runs import atomic_folder, read_json, resolve, write_json
 
 POLL_SECONDS = 0.5  # between two looks at the history
 SHUTDOWN_SECONDS = 30.0  # for processes that are told to end; then they are killed
+
+Show = Callable[[list[dict]], None]  # takes the history so far
 
 
 class TrainingFailed(RuntimeError):
@@ -42,12 +42,13 @@ def train_in_processes(
     corpus: str,
     processes: int = 1,
     accelerate_config: str | None = None,
+    shown: Callable[[], AbstractContextManager[Show]] = lambda: nullcontext(lambda history: None),
 ):
     """`asrlib.training.training.train` in so many processes of this machine; one is this process itself.
 
     An `accelerate_config`, a file that `accelerate config` wrote, says instead how many processes and machines there
-    are. Each process opens the two corpora anew, from `corpus`. Loss and WER are drawn while they come, if somebody
-    watches. When this process ends, however it ends, so do those that it has started.
+    are. Each process opens the two corpora anew, from `corpus`. `shown` gives what shows the history while it grows.
+    When this process ends, however it ends, so do those that it has started.
     Raises what `train` raises, for other processes as TrainingFailed.
     """
     if processes == 1 and accelerate_config is None:
@@ -57,7 +58,7 @@ def train_in_processes(
     from asrlib.training.job import load_trained
 
     job = write_job(model, processor, training, validation, folder, settings, teacher, corpus=corpus)
-    with _shown() as show:
+    with shown() as show:
         launch(job, launch_command(processes, accelerate_config), show)
     result = load_trained(job, model)
     for copy in ("model", "teacher", "trained"):
@@ -159,21 +160,3 @@ def _last_words(log: Path, status: int) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
     return f"training ended with status {status} (killed, or out of memory?); {log} ends with: {last}"
-
-
-@contextmanager
-def _shown() -> Iterator[Callable[[list[dict]], None]]:
-    """A function that shows a history: how far it is and, where somebody watches, its curves."""
-    from asrlib.reporting.figures import LiveFigure, training_curves
-
-    with tqdm(desc="training", unit=" steps", leave=False) as bar, LiveFigure() as figure:
-
-        def show(history: list[dict]) -> None:
-            bar.total = history[-1]["max_steps"]
-            bar.update(history[-1]["step"] - bar.n)
-            errors = [row["eval_wer"] for row in history if "eval_wer" in row]
-            if errors:
-                bar.set_postfix_str(f"validation WER {100 * errors[-1]:.2f} %")
-            figure.show(lambda: training_curves(history))
-
-        yield show

@@ -12,8 +12,8 @@ import soundfile
 from speech import make_processor, tone
 
 from asrlib.data.audio import UnusableAudio
-from asrlib.data.corpus import open_corpus
 from asrlib.data.librispeech import open_librispeech
+from asrlib.data.opening import open_corpus
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 STRANGE_TEXTS = [

@@ -21,9 +21,9 @@ import soundfile
 import yaml
 
 from asrlib.data import download
-from asrlib.data.__main__ import main
-from asrlib.data.corpus import open_corpus
 from asrlib.data.librispeech import find_splits
+from asrlib.data.opening import open_corpus
+from asrlib.data.prepare import main
 
 TEXTS = ["GO ON", "IT'S HERE", "AND LAST"]
 SECONDS = 2.5  # of noise, which does not compress: an archive of 240 KB
@@ -240,10 +240,11 @@ def test_a_server_that_does_not_say_how_much_there_is(mirror, tmp_path):
 
 PROCESS = """
 import os, signal, sys, tarfile
-from asrlib.data import __main__, download
+from asrlib import __main__
+from asrlib.data import download
 download.LIBRISPEECH_MD5["dev-clean"] = sys.argv.pop(1)
 {before}
-sys.exit(__main__.main(sys.argv[1:]))
+sys.exit(__main__.main(["data", *sys.argv[1:]]))
 """
 KILLED_AT_THE_LAST_FILE = f"""
 written, write = [], tarfile.TarFile.makefile

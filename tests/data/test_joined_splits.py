@@ -6,8 +6,7 @@ import pytest
 import soundfile
 from speech import tone
 
-from asrlib.data.corpus import open_corpus
-from asrlib.data.splits import check_splits
+from asrlib.data.opening import check_splits, open_corpus
 
 
 def write_split(folder: Path, ids: list[str]) -> None:

@@ -9,8 +9,7 @@ import pytest
 import soundfile
 from speech import make_processor
 
-from asrlib.data.corpus import open_corpus
-from asrlib.data.splits import check_splits
+from asrlib.data.opening import check_splits, open_corpus
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "LibriSpeech"
 ORIGINALS = {"dev-clean": 38, "test-clean": 6}  # utterances

@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader
 
 from asrlib.data import batches, remote
 from asrlib.data.batches import SpeechDataset
-from asrlib.data.corpus import SAMPLE_RATE, Corpus, open_corpus
+from asrlib.data.corpus import SAMPLE_RATE, Corpus
+from asrlib.data.opening import check_splits, open_corpus
 from asrlib.data.remote import UnreadableShard
-from asrlib.data.splits import check_splits
 from asrlib.running.preflight import check_surroundings
 from asrlib.runs import BadParameter
 from asrlib.training.training import SpeechTrainer, TrainingSettings, train

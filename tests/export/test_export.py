@@ -15,7 +15,7 @@ from transformers import AutoModelForCTC, Wav2Vec2ConformerForCTC
 import asrlib
 from asrlib.attention.kinds import KINDS, MultiHeadAttention
 from asrlib.data.batches import SpeechCollator, SpeechDataset
-from asrlib.export.__main__ import main
+from asrlib.export.exporting import main
 from asrlib.export.folders import standard, write_folder, write_hub_folder
 from asrlib.export.modules import self_contained
 from asrlib.models.families import family_of
@@ -186,7 +186,7 @@ def test_the_card_says_what_the_run_found_and_what_nobody_knows(run, tmp_path):
         "Change of the WER on test: +1.55 points (+0.10 to +3.00, p = 0.02, paired bootstrap).",
         "whitened, 71.88 % of the cache cut",
         "trust_remote_code=True",
-        "`python -m asrlib.export trial --to hub --model converted`",
+        "`python -m asrlib export trial --to hub --model converted`",
         "Under which licence the base model may be passed on.",
         "not on other speech",
     ):

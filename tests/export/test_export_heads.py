@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 import asrlib
 from asrlib.attention.cache import kv_cache_bytes
 from asrlib.data.batches import SpeechCollator, SpeechDataset
-from asrlib.export.__main__ import main
+from asrlib.export.exporting import main
 from asrlib.export.folders import standard, write_folder, write_hub_folder
 from asrlib.export.graphs import OfflineGraph
 from asrlib.export.loading import loading_code

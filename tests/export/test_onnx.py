@@ -13,7 +13,7 @@ import torch
 import asrlib
 from asrlib.attention.chunks import Chunks
 from asrlib.data.batches import SpeechCollator, SpeechDataset
-from asrlib.export.__main__ import main
+from asrlib.export.exporting import main
 from asrlib.export.folders import write_folder
 from asrlib.export.onnx_check import check_agrees, session, stream_logits
 from asrlib.export.onnx_graphs import OPSET, Window, write_offline, write_streaming

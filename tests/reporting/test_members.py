@@ -16,7 +16,8 @@ from asrlib.conversion.convert import convert
 from asrlib.measuring.systems import UNCONVERTED, entries_of, load_systems
 from asrlib.measuring.word_errors import score, write_predictions
 from asrlib.models.scratch import new_model, new_processor
-from asrlib.reporting import answers, member_tables, pages
+from asrlib.reporting import answers as room
+from asrlib.reporting import member_tables, pages
 from asrlib.reporting.answers import answers, crossover, multiplicity
 from asrlib.reporting.benchmark_tables import (
     lengths_introduction,
@@ -355,8 +356,8 @@ def test_significant_is_what_remains_so_among_all_comparisons():
     assert member_tables.verdict(test.replace(0.2, 0.03)) == "worse"
     assert member_tables.tested(test) == "+1.00 points (+0.10 to +2.00; p = 0.02, corrected p = 0.2)"
     rows = pd.DataFrame([test, test.replace({0.2: 0.01})])
-    assert answers._winner(rows, "A", "B") == "**A**, significantly in 1 of 2 comparisons; the others decide nothing."
-    assert answers._winner(rows.iloc[:1], "A", "B") == "**Not decided**."
+    assert room._winner(rows, "A", "B") == "**A**, significantly in 1 of 2 comparisons; the others decide nothing."
+    assert room._winner(rows.iloc[:1], "A", "B") == "**Not decided**."
 
 
 def test_what_a_benchmark_says(eight):
@@ -454,7 +455,7 @@ def compare(run: Run, members: list[str]) -> None:
     figures = figures_of(found)
     for name, figure in figures.items():
         figures.save_figure(figure, run.figures / f"{name}.png")
-    answers.write_member_comparison(run, found, figures)
+    room.write_member_comparison(run, found, figures)
     for step in ("05_benchmark", "06_compare"):
         (run.path / f"{step}.html").touch()
         run.mark_started(step, "f")

@@ -19,8 +19,7 @@ from speech import make_processor, tone
 from test_run_all import call
 
 import asrlib
-from asrlib.data.corpus import open_corpus
-from asrlib.data.splits import check_splits
+from asrlib.data.opening import check_splits, open_corpus
 from asrlib.data.text import folded, label_ids, normalise_text
 from asrlib.measuring.word_errors import load_predictions, score
 from asrlib.reporting import tables

@@ -25,7 +25,7 @@ from transformers import TrainingArguments, Wav2Vec2ConformerConfig, Wav2Vec2Con
 
 import asrlib
 from asrlib.data.batches import SpeechCollator, SpeechDataset
-from asrlib.data.corpus import open_corpus
+from asrlib.data.opening import open_corpus
 from asrlib.models.scratch import new_processor
 from asrlib.running.parameters import read_params_file
 from asrlib.runs import read_json

@@ -22,11 +22,9 @@ from test_run_all import write_notebook
 
 import asrlib
 import run_all
-from asrlib.data import __main__ as data
-from asrlib.measuring import lengths, methods, stream_steps
+from asrlib import __main__
 from asrlib.models.scratch import new_processor
 from asrlib.runs import find_notebooks
-from asrlib.streaming import streams
 
 ROOT = Path(__file__).parents[2]
 MARK = 'from asrlib.runs import Run\nRun.open(run_dir).write_metrics("baseline", {"splits": {}})'
@@ -312,34 +310,34 @@ def test_what_nobody_foresaw_is_told_without_its_traceback(project, capsys, monk
 SPEECH, WHOLE = "speech.wav", ["--model", "models/whole"]
 MEASURED = ["models/whole", "speech", "--calibration", "train", "--splits"]
 COMMANDS = [
-    (streams, ["nowhere.wav", *WHOLE], "nowhere.wav is no file: give a recording", 1),
-    (streams, ["noise.wav", *WHOLE], "noise.wav: audio cannot be decoded", 1),
-    (streams, [SPEECH, *WHOLE, "--chunk", "0"], "a chunk of 0.0 ms can not be: give more than 0", 1),
-    (streams, [SPEECH, *WHOLE, "--chunk", "soon"], "argument --chunk: invalid float value: 'soon'", 2),
-    (streams, [SPEECH, *WHOLE, "--lookahead", "-5"], "a lookahead of -5.0 ms can not be: give 0 or more", 1),
-    (streams, [SPEECH, *WHOLE, "--cache", "int3"], "'int3' is no number format of a cache", 1),
-    (streams, [SPEECH, "--model", "models/cut"], "its weights are cut short or damaged", 1),
-    (streams, [SPEECH], "the following arguments are required: --model", 2),
-    (data, [], "the following arguments are required: prepare", 2),
-    (data, ["prepare", "an4", "--root", "."], "argument corpus: invalid choice: 'an4'", 2),
-    (data, ["prepare", "librispeech", "--root", ".", "--splits", "train"], "LibriSpeech has no split 'train'", 1),
-    (data, ["prepare", "librispeech", "--root", "notes.txt"], "Not a directory", 1),
-    (methods, [*MEASURED, "tset"], "corpus speech has no split 'tset': it has", 2),
-    (methods, [*MEASURED, "test", "--cuts", "half"], "--cuts is 'half': give per cents with commas", 2),
-    (methods, [*MEASURED, "test", "--cuts", "150"], "150", 2),
-    (methods, [*MEASURED, "test", "--methods", "svdd"], "'svdd'", 2),
+    ("stream", ["nowhere.wav", *WHOLE], "nowhere.wav is no file: give a recording", 1),
+    ("stream", ["noise.wav", *WHOLE], "noise.wav: audio cannot be decoded", 1),
+    ("stream", [SPEECH, *WHOLE, "--chunk", "0"], "a chunk of 0.0 ms can not be: give more than 0", 1),
+    ("stream", [SPEECH, *WHOLE, "--chunk", "soon"], "argument --chunk: invalid float value: 'soon'", 2),
+    ("stream", [SPEECH, *WHOLE, "--lookahead", "-5"], "a lookahead of -5.0 ms can not be: give 0 or more", 1),
+    ("stream", [SPEECH, *WHOLE, "--cache", "int3"], "'int3' is no number format of a cache", 1),
+    ("stream", [SPEECH, "--model", "models/cut"], "its weights are cut short or damaged", 1),
+    ("stream", [SPEECH], "the following arguments are required: --model", 2),
+    ("data", [], "the following arguments are required: prepare", 2),
+    ("data", ["prepare", "an4", "--root", "."], "argument corpus: invalid choice: 'an4'", 2),
+    ("data", ["prepare", "librispeech", "--root", ".", "--splits", "train"], "LibriSpeech has no split 'train'", 1),
+    ("data", ["prepare", "librispeech", "--root", "notes.txt"], "Not a directory", 1),
+    ("methods", [*MEASURED, "tset"], "corpus speech has no split 'tset': it has", 2),
+    ("methods", [*MEASURED, "test", "--cuts", "half"], "--cuts is 'half': give per cents with commas", 2),
+    ("methods", [*MEASURED, "test", "--cuts", "150"], "150", 2),
+    ("methods", [*MEASURED, "test", "--methods", "svdd"], "'svdd'", 2),
     (
-        methods,
+        "methods",
         [*MEASURED, "test", "--cuts", "75", "--samples", "0"],
         "a sample needs at least one utterance, not 0",
         2,
     ),
-    (methods, [*MEASURED, "test", "--cuts", "75", "--device", "cuda:99"], "'device' is cuda:99, but torch finds", 2),
-    (methods, ["models/empty", *MEASURED[1:], "test"], "models/empty holds no config.json", 2),
-    (evaluation, ["a.jsonl", "b.jsonl"], "No such file or directory", 1),
-    (evaluation, ["one.jsonl", "one.jsonl"], "is no transcript: evaluate again to write it anew", 1),
-    (lengths, ["--device", "gpu"], "'device' is gpu, which is none: use auto", 1),
-    (stream_steps, ["--cache", "int3"], "'int3' is no number format of a cache", 1),
+    ("methods", [*MEASURED, "test", "--cuts", "75", "--device", "cuda:99"], "'device' is cuda:99, but torch finds", 2),
+    ("methods", ["models/empty", *MEASURED[1:], "test"], "models/empty holds no config.json", 2),
+    ("compare", ["a.jsonl", "b.jsonl"], "No such file or directory", 1),
+    ("compare", ["one.jsonl", "one.jsonl"], "is no transcript: evaluate again to write it anew", 1),
+    ("lengths", ["--device", "gpu"], "'device' is gpu, which is none: use auto", 1),
+    ("steps", ["--cache", "int3"], "'int3' is no number format of a cache", 1),
 ]
 
 
@@ -349,7 +347,7 @@ COMMANDS = [
     ids=as_id,
 )
 def test_a_wrong_call_of_a_command_ends_in_a_sentence(project, capsys, command, words, said, status):
-    assert status_of(command.main, words) == status
+    assert status_of(__main__.main, [command, *words]) == status
     written = capsys.readouterr().err
     assert "Traceback" not in written
     check_said(written.strip().splitlines()[-1], said)  # bars of progress may stand above
@@ -359,7 +357,7 @@ def test_a_wrong_call_of_a_command_ends_in_a_sentence(project, capsys, command, 
     ("words", "said", "status"),
     [
         ([run_all.__file__, "finished", "--set", "latent_dmi=4"], "did you mean 'latent_dim'?", 2),
-        (["-m", "asrlib.data", "prepare", "librispeech", "--root", "notes.txt"], "Not a directory", 1),
+        (["-m", "asrlib", "data", "prepare", "librispeech", "--root", "notes.txt"], "Not a directory", 1),
     ],
     ids=["run_all.py", "data"],
 )

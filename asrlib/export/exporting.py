@@ -1,10 +1,10 @@
 """Takes a run's model out of asrlib.
 
-    python -m asrlib.export demo --to hub                 loads with transformers alone, its code beside it
-    python -m asrlib.export demo --to standard            multi-head attention: no code of ours at all
-    python -m asrlib.export reports/demo --to hub --model converted --out somewhere
-    python -m asrlib.export demo --to onnx --int8         a graph of whole utterances, and one with 8-bit weights
-    python -m asrlib.export demo --to onnx-streaming --chunk 640 --lookahead 640
+    python -m asrlib export demo --to hub                 loads with transformers alone, its code beside it
+    python -m asrlib export demo --to standard            multi-head attention: no code of ours at all
+    python -m asrlib export reports/demo --to hub --model converted --out somewhere
+    python -m asrlib export demo --to onnx --int8         a graph of whole utterances, and one with 8-bit weights
+    python -m asrlib export demo --to onnx-streaming --chunk 640 --lookahead 640
 
 What is written is written beside and renamed: --out names a new or empty folder, or an earlier export.
 """
@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 from asrlib.reporting.provenance import versions
-from asrlib.running.command_line import add_debug, sentence, tell
 from asrlib.runs import STEP_OF_MODEL, Run, atomic_folder, project_root, write_json
 
 ABOUT = "export.json"  # what marks a folder as an export, and says of what
@@ -24,7 +23,7 @@ GRAPHS = ("onnx", "onnx-streaming")
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m asrlib.export",
+        prog="python -m asrlib export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -42,7 +41,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--chunk", type=float, metavar="MS", help="of a stream (default: 320)")
     add("--left", type=float, metavar="SECONDS", help="looked back (default: 10; inf: all)")
     add("--lookahead", type=float, metavar="MS", help="(default: 0)")
-    add_debug(parser)
     args = parser.parse_args(argv)
     of_streams = {"--chunk": args.chunk, "--left": args.left, "--lookahead": args.lookahead}
     given = [name for name, value in of_streams.items() if value is not None]
@@ -56,20 +54,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 the folder is there · 1 it is not, and why was said · 130 interrupted."""
     args = parse(argv)
-    try:
-        run = find_run(args.run)
-        system = args.model or last_model(run)
-        source = run.require_model(system)
-        out = writable(args.out.expanduser().absolute() if args.out else run.path / "exports" / f"{system}-{args.to}")
-        found = export_folder(args, run, system, source, out)
-    except KeyboardInterrupt:
-        sys.stderr.write("\nInterrupted. Nothing was kept.\n")
-        return 130
-    except Exception as error:
-        tell(sentence(error), error, args.debug)
-        return 1
+    run = find_run(args.run)
+    system = args.model or last_model(run)
+    source = run.require_model(system)
+    out = writable(args.out.expanduser().absolute() if args.out else run.path / "exports" / f"{system}-{args.to}")
+    found = export_folder(args, run, system, source, out)
     sys.stdout.write("\n".join([str(out), *found]) + "\n")
     return 0
 
@@ -134,12 +124,8 @@ def command_of(args: argparse.Namespace, run: Run, system: str) -> str:
     """What makes this export of a run below reports/."""
     reports = project_root() / "reports"
     name = run.path.relative_to(reports).as_posix() if run.path.is_relative_to(reports) else run.path.name
-    words = ["python", "-m", "asrlib.export", name, "--to", args.to, "--model", system]
+    words = ["python", "-m", "asrlib", "export", name, "--to", args.to, "--model", system]
     for option in ("licence", "utterances", "chunk", "left", "lookahead"):
         if (value := getattr(args, option)) is not None:
             words += [f"--{option}", str(value)]
     return shlex.join(words + ["--int8"] * args.int8)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,7 +1,7 @@
 """Brings a published corpus to this machine, once, for those who have a network.
 
-    python -m asrlib.data prepare librispeech --root DIR
-    python -m asrlib.data prepare librispeech --root DIR --splits train-clean-100 train-clean-360 dev-clean
+    python -m asrlib data prepare librispeech --root DIR
+    python -m asrlib data prepare librispeech --root DIR --splits train-clean-100 train-clean-360 dev-clean
 
 Interrupted or killed, the same command goes on where it was. Splits that are there already are left alone.
 """
@@ -12,9 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from asrlib.data.corpus import open_corpus
 from asrlib.data.download import LIBRISPEECH_MD5, LIBRISPEECH_URL, prepare_librispeech
-from asrlib.running.command_line import add_debug, sentence, tell
+from asrlib.data.opening import open_corpus
 
 SPLITS = ["train-clean-100", "dev-clean", "test-clean", "test-other"]  # those of params/quick.yaml and params/full.yaml
 SIZES = (
@@ -24,7 +23,7 @@ SIZES = (
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m asrlib.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m asrlib data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     prepare = parser.add_subparsers(required=True, metavar="prepare").add_parser(
         "prepare", help="download, verify and unpack a corpus"
@@ -41,30 +40,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--url", default=LIBRISPEECH_URL, help="of the folder with the archives (default: %(default)s)")
     add("--keep", action="store_true", help="keep the archives, as DIR/SPLIT.tar.gz; one there already is kept anyway")
-    add_debug(prepare)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 the splits are there · 1 they are not, and why was said · 130 interrupted."""
     args = parse(argv)
     root = args.root.expanduser().absolute()
-    try:
-        prepare_librispeech(root, args.splits, args.url, args.keep)
-        corpora = [open_corpus(root, split) for split in dict.fromkeys(args.splits)]
-    except KeyboardInterrupt:
-        sys.stderr.write("\nInterrupted. The same command, given again, resumes here.\n")
-        return 130
-    except Exception as error:
-        tell(sentence(error), error, args.debug)
-        return 1
+    prepare_librispeech(root, args.splits, args.url, args.keep)
+    corpora = [open_corpus(root, split) for split in dict.fromkeys(args.splits)]
     for corpus in corpora:
         rejected = f", {len(corpus.rejected):,} rejected" if corpus.rejected else ""
         sys.stdout.write(f"{corpus.split}: {len(corpus):,} utterances, {corpus.hours:.2f} hours{rejected}\n")
     line = yaml.safe_dump({"corpus": str(root)}, allow_unicode=True, width=sys.maxsize)
     sys.stdout.write(f"\nFor params/NAME.yaml:\n{line}")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
