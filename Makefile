@@ -42,6 +42,7 @@ lint: .venv/.installed
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m nbstripout --verify --keep-id notebooks/*.ipynb
+	.venv/bin/lint-imports
 
 format: ## put right what lint finds and a tool can mend
 format: .venv/.installed
