@@ -20,10 +20,10 @@ PAGE = Path("docs", "parameters.md")  # from the project's root
 INTRODUCTION = """# Parameters
 
 A params file, or `--set`, may give these parameters. The defaults are those of the notebooks' own `parameters` cells;
-`make demo` runs on them. A name means the same in every notebook that takes it. The last column has the numbers of those
+`make demo` runs on them. A name means the same in every notebook that takes it. The last column numbers those
 notebooks. Two more names may stand in a params file: `steps`, a list of the notebooks to run, and `sweep`, in which the
-members of a sweep differ. Before a run starts, values are refused that do not fit together, the model, the speech or the
-machine.
+members of a sweep differ. Before a run starts, values are refused that do not fit each other, the model, the speech or
+the machine.
 
 This page is made from the notebooks and `asrlib/running/parameter_limits.py`, by `make parameters`: change those.
 
@@ -83,7 +83,7 @@ def _told_apart(said: dict[str, str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m asrlib.parameter_table", description="Makes docs/parameters.md.")
-    parser.add_argument("--write", action="store_true", help="write docs/parameters.md of the project instead of printing")
+    parser.add_argument("--write", action="store_true", help="write docs/parameters.md instead of printing")
     args = parser.parse_args(argv)
     root = project_root()
     if not args.write:

@@ -1,15 +1,16 @@
-"""PARAMETERS.md says what the notebooks say."""
+"""docs/parameters.md says what the notebooks say."""
 
 from pathlib import Path
 
 import pytest
 
 from asrlib.parameter_limits import LIMITS, in_words
-from asrlib.parameter_table import main, table
+from asrlib.parameter_table import PAGE, main, table
 from asrlib.parameters import Schema
 from asrlib.pipeline import find_notebooks
+from asrlib.runs import project_root
 
-ROOT = Path(__file__).parent.parent
+ROOT = project_root(Path(__file__).parent)
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +21,8 @@ def rows() -> dict[str, list[str]]:
 
 
 def test_the_table_is_up_to_date():
-    if (ROOT / "PARAMETERS.md").read_text(encoding="utf-8") != table(ROOT):
-        pytest.fail("PARAMETERS.md is not what the notebooks say: run `make parameters`")
+    if (ROOT / PAGE).read_text(encoding="utf-8") != table(ROOT):
+        pytest.fail(f"{PAGE} is not what the notebooks say: run `make parameters`")
 
 
 def test_every_parameter_has_a_row_that_says_what_it_means(rows):
