@@ -1,7 +1,9 @@
 """What README and docs name is there: links, headings, paths, tests, commands and their options."""
 
 import contextlib
+import functools
 import io
+import itertools
 import re
 import runpy
 import shlex
@@ -56,7 +58,7 @@ def commands(text: str) -> list[str]:
     return [line for line in [*lines, *inline] if line and not line.startswith("#")]
 
 
-COMMANDS = [(page, command) for page, text in PAGES.items() for command in commands(text)]
+COMMANDS = [(page, command) for page, text in PAGES.items() for command in dict.fromkeys(commands(text))]
 
 
 @EVERY_PAGE
@@ -121,7 +123,8 @@ def test_every_command_can_be_given(page, command):
         case ["run_all.py", *rest]:
             _check_run(page, rest)
         case ["-m", "asrlib", verb, *rest]:
-            assert _options(rest) <= _options(_help_of(verb).replace(",", " ").split()), command
+            before = itertools.takewhile(lambda word: not word.startswith("--"), rest)
+            assert _options(rest) <= _options(re.findall(r"--[\w-]+", _help_of(verb, *before))), command
         case ["make", *rest]:
             targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
             assert {word for word in rest if "=" not in word and "ARGS" not in word} <= set(targets), command
@@ -153,17 +156,18 @@ def _check_run(page: str, words: list[str]) -> None:
 
 
 def _options(words: list[str]) -> set[str]:
-    return {word.split("=")[0].strip("[]") for word in words if word.strip("[]").startswith("--")}
+    return {word.split("=")[0] for word in words if word.startswith("--")}
 
 
-def _help_of(verb: str) -> str:
-    """What `python -m asrlib VERB --help` prints."""
+@functools.cache
+def _help_of(*words: str) -> str:
+    """What `python -m asrlib WORDS --help` prints."""
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(printed):
-        patched.setattr(sys, "argv", ["asrlib", verb, "--help"])
+        patched.setattr(sys, "argv", ["asrlib", *words, "--help"])
         with pytest.raises(SystemExit) as end:
             runpy.run_module("asrlib", run_name="__main__")
-    assert end.value.code in (None, 0), f"python -m asrlib {verb}"
+    assert end.value.code in (None, 0), f"python -m asrlib {words}"
     return printed.getvalue()
 
 
