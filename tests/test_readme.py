@@ -26,7 +26,7 @@ def test_it_has_its_headings():
 def test_its_lines_convert_save_load_and_evaluate(tmp_path, monkeypatch, capsys):
     """On a few utterances for the whole splits."""
     opened = asrlib.open_corpus
-    monkeypatch.setattr(asrlib, "open_corpus", lambda corpus, split: opened(corpus, split).sample(6))
+    monkeypatch.setattr(asrlib, "open_corpus", lambda corpus, split: opened(corpus, split).sample(3))
     monkeypatch.chdir(tmp_path)
     first, second = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
