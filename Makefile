@@ -50,7 +50,7 @@ format: .venv/.installed
 	.venv/bin/python -m ruff check --fix-only .
 	.venv/bin/python -m ruff format .
 
-parameters: ## write PARAMETERS.md anew, from the notebooks
+parameters: ## write docs/parameters.md anew, from the notebooks
 parameters: .venv/.installed
 	.venv/bin/python -m asrlib parameters --write
 

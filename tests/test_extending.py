@@ -1,5 +1,7 @@
-"""What EXTENDING.md shows is executed, and does what the text around it says."""
+"""What docs/extending.md shows is executed, and does what the text around it says."""
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from asrlib.runs import find_notebooks, project_root
 from asrlib.streaming.streams import Recognition
 
 ROOT = project_root(Path(__file__).parent)
-TEXT = (ROOT / "EXTENDING.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 REGISTERED = "normed-encoder"
 
 
@@ -30,15 +32,15 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The folder that all code of EXTENDING.md was executed in, and the names it leaves behind."""
+    """The folder that all code of docs/extending.md was executed in, and the names it leaves behind."""
     folder, names = tmp_path_factory.mktemp("extending"), {}
     tables = [(table, set(table)) for table in (KINDS, METHODS, FAMILIES, METRICS)]
-    with pytest.MonkeyPatch.context() as patched:
+    with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(io.StringIO()) as printed:
         patched.chdir(folder)
         try:
             for code in blocks("python"):
-                exec(compile(code, "EXTENDING.md", "exec"), names)
-            yield folder, names
+                exec(compile(code, "docs/extending.md", "exec"), names)
+            yield folder, names | {"printed": printed.getvalue()}
         finally:
             for table, before in tables:
                 for name in set(table) - before:
@@ -83,6 +85,19 @@ def test_the_method_converts_and_loses_nothing_at_full_width(made):
             torch.testing.assert_close(latent(features).logits, model(features).logits, atol=1e-4, rtol=1e-4)
         other = asrlib.convert(model, latent_dim=8, method="svd")
         assert not torch.equal(names["weighed"](features).logits, other(features).logits)
+
+
+def test_a_kind_that_takes_keys_for_values_computes_caches_saves_and_loads(made, tmp_path):
+    _, names = made
+    assert asrlib.kv_cache_bytes(names["shared"].config, frames=1000) == 1000 * 4 * 128 * 4
+    assert f"\n{1000 * 4 * 128 * 4}\n" in names["printed"]
+    model, processor = names["shared"].eval(), names["processor"]
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    features = torch.randn(1, 60, 80)
+    with torch.no_grad():
+        assert torch.equal(asrlib.load(tmp_path)[0](features).logits, model(features).logits)
+    assert streams_as_it_is_cached(model, processor)
 
 
 def test_the_family_converts_loads_back_and_streams(made):

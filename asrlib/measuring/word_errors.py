@@ -58,7 +58,7 @@ def normalised_wer(predictions: list[dict]) -> float | None:
 
 
 # Beside word and character errors: name → what it makes of transcripts as `transcribe` gives them, a number. Each is in
-# the tables, in metrics/*.json and in what --verify counts again. EXTENDING.md has another one worked out.
+# the tables, in metrics/*.json and in what --verify counts again. docs/extending.md has another one worked out.
 METRICS: dict[str, Callable[[list[dict]], float | None]] = {"normalised WER %": normalised_wer}
 
 

@@ -1,7 +1,7 @@
 """Model families: what conversion and evaluation must know of an architecture, and how models are loaded.
 
 A new family is one file beside this one, which registers its classes with transformers, and one line in `FAMILIES`
-(with its import). EXTENDING.md has one worked out.
+(with its import). docs/extending.md has one worked out.
 """
 
 import json

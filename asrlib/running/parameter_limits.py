@@ -1,6 +1,6 @@
 """What values a parameter may have, beyond its type: the schema's limits, by name.
 
-The docstring of a validator is the limit in words, as PARAMETERS.md shows it.
+The docstring of a validator is the limit in words, as docs/parameters.md shows it.
 """
 
 import re

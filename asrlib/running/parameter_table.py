@@ -1,4 +1,4 @@
-"""PARAMETERS.md: every parameter of every notebook in one table, read from their `parameters` cells.
+"""docs/parameters.md: every parameter of every notebook in one table, read from their `parameters` cells.
 
 python -m asrlib parameters            prints it
 python -m asrlib parameters --write    writes it
@@ -15,14 +15,16 @@ from asrlib.running.parameter_limits import LIMITS, in_words
 from asrlib.running.parameters import SET_BY_RUN_ALL, Parameter, read_parameters
 from asrlib.runs import atomic_write, find_notebooks, project_root
 
+PAGE = Path("docs", "parameters.md")  # from the project's root
 INTRODUCTION = """# Parameters
 
-What a params file, or `--set`, may say, with the defaults of the notebooks' own `parameters` cells, on which
-`make demo` runs. A name means the same in every notebook that takes it; the last column has their numbers. A params
-file may also say `steps`, a list of the notebooks to run, and `sweep`, what its members differ in. Values that
-do not fit together, the model, the speech or the machine are refused before a run starts.
+A params file, or `--set`, may give these parameters. The defaults are those of the notebooks' own `parameters` cells;
+`make demo` runs on them. A name means the same in every notebook that takes it. The last column numbers those
+notebooks. Two more names may stand in a params file: `steps`, a list of the notebooks to run, and `sweep`, in which the
+members of a sweep differ. Before a run starts, values are refused that do not fit each other, the model, the speech or
+the machine.
 
-Made from the notebooks and `asrlib/running/parameter_limits.py` by `make parameters`: change those.
+This page is made from the notebooks and `asrlib/running/parameter_limits.py`, by `make parameters`: change those.
 
 | name | type | default | meaning | limits | notebooks |
 |---|---|---|---|---|---|
@@ -30,7 +32,7 @@ Made from the notebooks and `asrlib/running/parameter_limits.py` by `make parame
 
 
 def table(root: Path) -> str:
-    """PARAMETERS.md of the project at `root`, in the order in which the notebooks declare their parameters."""
+    """docs/parameters.md of the project at `root`, in the order in which the notebooks declare their parameters."""
     declared = {step.split("_")[0]: read_parameters(path) for step, path in find_notebooks(root).items()}
     names = dict.fromkeys(name for parameters in declared.values() for name in parameters)
     return INTRODUCTION + "".join(_row(name, _takers(name, declared)) for name in names)
@@ -79,13 +81,13 @@ def _told_apart(said: dict[str, str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m asrlib parameters", description="Makes PARAMETERS.md.")
-    parser.add_argument("--write", action="store_true", help="write PARAMETERS.md of the project instead of printing")
+    parser = argparse.ArgumentParser(prog="python -m asrlib parameters", description="Makes docs/parameters.md.")
+    parser.add_argument("--write", action="store_true", help="write docs/parameters.md instead of printing")
     args = parser.parse_args(argv)
     root = project_root()
     if not args.write:
         sys.stdout.write(table(root))
         return 0
-    with atomic_write(root / "PARAMETERS.md") as file:
+    with atomic_write(root / PAGE) as file:
         file.write(table(root))
     return 0

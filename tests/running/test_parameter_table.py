@@ -1,11 +1,11 @@
-"""PARAMETERS.md says what the notebooks say."""
+"""docs/parameters.md says what the notebooks say."""
 
 from pathlib import Path
 
 import pytest
 
 from asrlib.running.parameter_limits import LIMITS, in_words
-from asrlib.running.parameter_table import main, table
+from asrlib.running.parameter_table import PAGE, main, table
 from asrlib.running.parameters import Schema
 from asrlib.runs import find_notebooks
 
@@ -20,8 +20,8 @@ def rows() -> dict[str, list[str]]:
 
 
 def test_the_table_is_up_to_date():
-    if (ROOT / "PARAMETERS.md").read_text(encoding="utf-8") != table(ROOT):
-        pytest.fail("PARAMETERS.md is not what the notebooks say: run `make parameters`")
+    if (ROOT / PAGE).read_text(encoding="utf-8") != table(ROOT):
+        pytest.fail(f"{PAGE} is not what the notebooks say: run `make parameters`")
 
 
 def test_every_parameter_has_a_row_that_says_what_it_means(rows):
