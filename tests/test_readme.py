@@ -10,7 +10,7 @@ import torch
 from asrlib import load
 from asrlib.attention.chunks import Chunks
 from asrlib.attention.kinds import KINDS
-from asrlib.models.families import FAMILIES
+from asrlib.models.registry import FAMILIES
 from asrlib.runs import project_root
 from asrlib.streaming.streams import Recognition
 

@@ -12,7 +12,7 @@ import asrlib
 from asrlib.attention.chunks import Chunks
 from asrlib.data.corpus import SAMPLE_RATE, Corpus, Utterance
 from asrlib.models.encoder import SpeechEncoderConfig, SpeechEncoderForCTC
-from asrlib.models.families import family_of, frame_counts
+from asrlib.models.registry import family_of, frame_counts
 from asrlib.streaming.streams import Streams
 
 WIDTH = 16

@@ -15,7 +15,8 @@ from asrlib.data.text import folded
 from asrlib.explore.conversion_panel import utterance_dropdown
 from asrlib.explore.panel import NAMED, WIDE, Panel, html, player, rows
 from asrlib.explore.workbench import Workbench
-from asrlib.models.families import family_of, load
+from asrlib.models.loading import load
+from asrlib.models.registry import family_of
 from asrlib.reporting.numbers import change, size
 from asrlib.reporting.tables import diff_transcripts
 from asrlib.streaming.streams import Recognition, chunks_of

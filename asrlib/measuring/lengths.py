@@ -36,10 +36,11 @@ from asrlib.measuring.speed import (
     processor_of_each,
     take_turns,
 )
-from asrlib.models.families import family_of, load
+from asrlib.models.families.wav2vec2_conformer import LatentSelfAttention
 from asrlib.models.inference import choose_device, inference
+from asrlib.models.loading import load
 from asrlib.models.out_of_memory import is_out_of_memory
-from asrlib.models.wav2vec2_conformer import LatentSelfAttention
+from asrlib.models.registry import family_of
 from asrlib.reporting.figures import IN_BLOCKS
 from asrlib.running.command_line import add_debug, sentence, tell
 from asrlib.runs import write_json

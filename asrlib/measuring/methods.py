@@ -53,8 +53,8 @@ from asrlib.measuring.rows import (  # fmt: skip
 from asrlib.measuring.significance import paired_bootstrap
 from asrlib.measuring.transcribing import transcribe
 from asrlib.measuring.word_errors import EvaluationResult, score
-from asrlib.models.families import chosen_parts, frames_of, latent_modules
 from asrlib.models.inference import choose_device, zero_attention
+from asrlib.models.registry import chosen_parts, frames_of, latent_modules
 from asrlib.running.command_line import add_debug, sentence, tell
 from asrlib.runs import atomic_write, fingerprint, resolve
 
@@ -271,7 +271,7 @@ def _kept(model: PreTrainedModel) -> list[int]:
 
 def _code_fingerprint() -> str:
     root = Path(asrlib.__file__).parent
-    files = sorted(file for room in ROOMS for file in (root / room).glob("*.py") if file.name not in NEUTRAL)
+    files = sorted(file for room in ROOMS for file in (root / room).rglob("*.py") if file.name not in NEUTRAL)
     return fingerprint({str(file.relative_to(root)): file.read_text(encoding="utf-8") for file in files})
 
 

@@ -15,9 +15,10 @@ from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus, check_corpus
 from asrlib.measuring.significance import compare_errors
 from asrlib.measuring.word_errors import EvaluationResult, load_predictions, score, write_predictions
-from asrlib.models.families import check_loaded, family_of, frame_counts
 from asrlib.models.inference import choose_device, inference, recognise, spoken_logits, without_padding
+from asrlib.models.loading import check_loaded
 from asrlib.models.out_of_memory import out_of_memory_explained
+from asrlib.models.registry import family_of, frame_counts
 from asrlib.reporting.word_error_tables import in_per_cent, in_points
 from asrlib.running.command_line import add_debug, sentence, tell
 from asrlib.streaming.normalising import HeardSoFar

@@ -17,8 +17,8 @@ from asrlib.export.__main__ import main
 from asrlib.export.folders import write_folder
 from asrlib.export.onnx_check import check_agrees, session, stream_logits
 from asrlib.export.onnx_graphs import OPSET, Window, write_offline, write_streaming
-from asrlib.models.families import frame_counts
 from asrlib.models.inference import padding_silenced
+from asrlib.models.registry import frame_counts
 from asrlib.models.scratch import new_processor
 from asrlib.runs import Run
 

@@ -16,8 +16,8 @@ from asrlib.measuring.methods import BASELINE, ZEROED, Row, as_frame, as_table, 
 from asrlib.measuring.recipes import RECIPES, Recipe, names_in, reachable
 from asrlib.measuring.rows import first_broken
 from asrlib.measuring.word_errors import load_predictions
-from asrlib.models.families import attention_modules
 from asrlib.models.inference import zero_attention
+from asrlib.models.registry import attention_modules
 from asrlib.models.scratch import new_processor
 
 CALIBRATION = tiny.corpus(12)

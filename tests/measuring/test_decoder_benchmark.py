@@ -17,7 +17,7 @@ from asrlib.measuring.writing import (
     main,
     random_writers,
 )
-from asrlib.models.families import latent_modules
+from asrlib.models.registry import latent_modules
 
 CUTS = [0.5, 0.75]
 

@@ -16,7 +16,7 @@ from asrlib.data.features import log_mel
 from asrlib.measuring import lengths as room
 from asrlib.measuring import speed as timing
 from asrlib.measuring.lengths import PUBLISHED, SIZES, benchmark_lengths, joined, main, random_recognisers
-from asrlib.models.families import attention_modules
+from asrlib.models.registry import attention_modules
 from asrlib.reporting.figures import IN_BLOCKS
 from asrlib.runs import read_json
 

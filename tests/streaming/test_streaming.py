@@ -11,7 +11,7 @@ import torch
 
 from asrlib.attention.chunks import Chunks
 from asrlib.data.audio import SAMPLE_RATE, UnusableAudio, read_audio, read_pieces
-from asrlib.models.families import family_of, frame_counts, frames_of
+from asrlib.models.registry import family_of, frame_counts, frames_of
 from asrlib.models.scratch import new_processor
 from asrlib.streaming.streams import (
     AudioFrames,

@@ -24,7 +24,7 @@ from asrlib.measuring.stream_steps import (
     size_of,
     streams_in_real_time,
 )
-from asrlib.models.families import attention_modules
+from asrlib.models.registry import attention_modules
 from asrlib.models.scratch import new_processor
 from asrlib.reporting.stream_tables import (
     as_rows,
