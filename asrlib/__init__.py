@@ -1,15 +1,14 @@
 """Multi-head latent attention for speech recognisers: convert, fine-tune, and measure what it cost.
 
-Importing asrlib is quick and registers the latent model types, so that transformers' `AutoModelForCTC` loads
-a converted model wherever asrlib has been imported.
+Importing asrlib is quick and changes nothing of transformers. Where its Auto classes are used alone,
+`asrlib.register()` tells them of the latent model types; `load`, `convert` and the rest of asrlib do so by themselves.
 """
 
 from importlib import import_module
 
-from asrlib.models.registration import register_with_transformers
-
 _PUBLIC = {
-    "load": "asrlib.models.families",
+    "load": "asrlib.models.loading",
+    "register": "asrlib.models.registry",
     "open_corpus": "asrlib.data.opening",
     "analyze_compression_quality": "asrlib.conversion.quality",
     "collect_statistics": "asrlib.conversion.statistics",
@@ -30,6 +29,3 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
-
-
-register_with_transformers()

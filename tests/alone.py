@@ -6,7 +6,7 @@ from collections import defaultdict
 import torch
 
 from asrlib.data.corpus import Corpus
-from asrlib.models.families import attention_modules, family_of
+from asrlib.models.registry import attention_modules, family_of
 from asrlib.models.scratch import new_processor
 
 

@@ -21,7 +21,7 @@ import torch
 import asrlib
 from asrlib.data.audio import SAMPLE_RATE
 from asrlib.export.folders import write_hub_folder
-from asrlib.models.families import family_of
+from asrlib.models.registry import family_of
 
 NEEDED = ("torch", "transformers", "safetensors", "soundfile")
 CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"

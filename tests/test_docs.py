@@ -19,7 +19,7 @@ import pytest
 
 import asrlib
 import run_all
-from asrlib.models.families import FAMILIES
+from asrlib.models.registry import FAMILIES
 from asrlib.running.parameters import Schema
 from asrlib.runs import find_notebooks, project_root
 

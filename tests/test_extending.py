@@ -16,7 +16,7 @@ from asrlib.attention.chunks import Chunks
 from asrlib.attention.kinds import KINDS
 from asrlib.conversion.methods import METHODS
 from asrlib.measuring.word_errors import METRICS
-from asrlib.models.families import FAMILIES
+from asrlib.models.registry import FAMILIES
 from asrlib.running.parameters import Schema
 from asrlib.runs import find_notebooks, project_root
 from asrlib.streaming.streams import Recognition

@@ -1,4 +1,4 @@
-"""`import asrlib`: quick, with the names that notebooks call, and known to transformers from then on."""
+"""`import asrlib`: quick, with the names that notebooks call; `asrlib.register()` tells transformers of its models."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import asrlib
 
 PUBLIC = {
     "load", "open_corpus", "collect_statistics", "convert", "to_standard_attention", "evaluate",
-    "analyze_compression_quality", "kv_cache_bytes",
+    "analyze_compression_quality", "kv_cache_bytes", "register",
 }  # fmt: skip
 
 
@@ -46,17 +46,28 @@ def test_the_ground_floor_is_light(room):
     assert python(f"import {room}, sys; print([name for name in {HEAVY} if name in sys.modules])") == "[]"
 
 
+def test_importing_asrlib_leaves_transformers_as_it_is():
+    code = (
+        "import sys; before = list(sys.meta_path); import asrlib; assert sys.meta_path == before; "
+        "from transformers import CONFIG_MAPPING; print([name for name in CONFIG_MAPPING if name.endswith('-mla')], "
+        "[name for name in sys.modules if name.startswith('asrlib.')])"
+    )
+    assert python(code) == "[] []"
+
+
 @pytest.mark.parametrize(
-    "imports",
+    "calls",
     [
-        "import asrlib.models.wav2vec2_conformer",
-        "import asrlib; from transformers.models.auto.modeling_auto import AutoModelForCTC",
-        "import asrlib, importlib.util; importlib.util.find_spec('transformers'); import transformers",
+        "import asrlib; asrlib.register()",
+        "import transformers, asrlib; asrlib.register(); asrlib.register()",
+        "from transformers.models.auto.modeling_auto import AutoModelForCTC; import asrlib; asrlib.register()",
+        "import asrlib; asrlib.load",
+        "import asrlib; asrlib.convert",
     ],
 )
-def test_the_latent_models_are_registered_whatever_is_imported_first(imports):
+def test_the_latent_models_are_registered_by_register_and_by_all_that_loads_or_makes_them(calls):
     code = (
-        f"{imports}; from transformers import AutoConfig, AutoModelForCTC; "
+        f"{calls}; from transformers import AutoConfig, AutoModelForCTC; "
         "config = AutoConfig.for_model('wav2vec2-conformer-mla'); print(AutoModelForCTC._model_mapping[type(config)])"
     )
     assert "Wav2Vec2ConformerMLAForCTC" in python(code)

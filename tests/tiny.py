@@ -10,9 +10,10 @@ from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
 
 import asrlib
 from asrlib.attention.chunks import Chunks
-from asrlib.data.corpus import SAMPLE_RATE, Corpus, Utterance
+from asrlib.data.audio import SAMPLE_RATE
+from asrlib.data.corpus import Corpus, Utterance
 from asrlib.models.encoder import SpeechEncoderConfig, SpeechEncoderForCTC
-from asrlib.models.families import family_of, frame_counts
+from asrlib.models.registry import family_of, frame_counts
 from asrlib.streaming.streams import Streams
 
 WIDTH = 16

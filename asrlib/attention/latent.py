@@ -7,55 +7,20 @@ latent alone, R numbers instead of the 2·D of keys and values (DeepSeek-V2, arX
 import torch
 from torch import nn
 
-from asrlib.attention.names import attends_across, encoder_config, latent_modules
-
-LAYOUTS = ("joint", "split")
-
-
-def check_latent_dim(latent_dim: int, width: int, layout: str, key_dim: int | None = None) -> None:
-    """Raises ValueError unless a latent of `latent_dim` numbers can serve keys and values of `width`.
-
-    Keys and values are `width` numbers each, so a latent wider than both together saves nothing; a split
-    latent needs one number for either. `key_dim` says how many of a split latent's numbers are the keys'.
-    """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}: choose one of {', '.join(LAYOUTS)}")
-    least = 2 if layout == "split" else 1
-    if not least <= latent_dim <= 2 * width:
-        raise ValueError(
-            f"latent_dim is {latent_dim}, but a {layout} latent of a model of width {width} has between {least} "
-            f"and {2 * width} numbers per frame (2 x {width} is what keys and values take uncompressed)"
-        )
-    if key_dim is None:
-        return
-    if layout == "joint":
-        raise ValueError(
-            f"latent_key_dim is {key_dim}, but all of a joint latent is the keys' and the values': leave it out, or "
-            "use layout: split"
-        )
-    fewest, most = max(1, latent_dim - width), min(width, latent_dim - 1)
-    if not fewest <= key_dim <= most:
-        raise ValueError(
-            f"latent_key_dim is {key_dim}, but of a latent of {latent_dim} numbers the keys take between {fewest} and "
-            f"{most} (in a model of width {width}, keys and values have 1 to {width} each)"
-        )
+from asrlib.attention.names import attends_across, encoder_config, latent_count
+from asrlib.attention.widths import check_latent_dim, split_ranks
 
 
 def check_latent_widths(config) -> None:
     """Raises ValueError unless `config.latent_dim` and `latent_key_dim` (if given) have one possible width for each
     attention module with a latent: a layer has one, but in an encoder-decoder."""
     for name in ("latent_dim", "latent_key_dim") if config.latent_key_dim else ("latent_dim",):
-        given, modules = len(getattr(config, name)), latent_modules(config)
+        given, modules = len(getattr(config, name)), latent_count(config)
         if given != modules:
             what = "attention module" if attends_across(config) else "layer"
             raise ValueError(f"{name} has {given} widths for {modules} {what}s: give one a {what}")
     for layer, width in enumerate(config.latent_dim):
         check_latent_dim(width, encoder_config(config).hidden_size, config.latent_layout, config.key_dim(layer))
-
-
-def split_ranks(latent_dim: int) -> tuple[int, int]:
-    """(rank for keys, rank for values) of a split latent that nobody divided: an odd number is the value's."""
-    return latent_dim // 2, latent_dim - latent_dim // 2
 
 
 class LatentKV(nn.Module):

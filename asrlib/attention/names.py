@@ -51,9 +51,9 @@ def attends_across(config) -> bool:
     return hasattr(config, "decoder_attention_heads")
 
 
-def latent_modules(config) -> int:
+def latent_count(config) -> int:
     """How many attention modules have a latent in a model of such a config, which says so where not all layers do."""
-    return getattr(config, "latent_modules", encoder_config(config).num_hidden_layers)
+    return getattr(config, "latent_count", encoder_config(config).num_hidden_layers)
 
 
 def encoder_config(config):

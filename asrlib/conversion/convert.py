@@ -10,16 +10,18 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from asrlib.attention.kinds import LatentQuery
-from asrlib.attention.latent import LatentKV, check_latent_dim
+from asrlib.attention.latent import LatentKV
 from asrlib.attention.names import NAMES, encoder_config, projections
+from asrlib.attention.widths import check_latent_dim
 from asrlib.conversion.factorize import Decomposition, Factors, LayerWeights, decompose_layer, decompose_shared
 from asrlib.conversion.methods import METHODS, check_method, latent_methods, sharing_methods
 from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity, smallest_rank
 from asrlib.conversion.sequential import check_one_stack, convert_in_sequence
 from asrlib.conversion.statistics import LayerStatistics, Statistics
-from asrlib.models.families import attention_modules, check_loaded, chosen_parts, family_of, is_latent, latent_modules
+from asrlib.models.families.whisper import check_shared
 from asrlib.models.inference import inference, on_cpu, spoken_logits
-from asrlib.models.whisper import check_shared
+from asrlib.models.loading import check_loaded
+from asrlib.models.registry import attention_modules, chosen_parts, family_of, is_latent, latent_modules
 
 Candidates = tuple[Decomposition, ...]  # of one layer
 BALANCES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the values' error against the keys', from which a layer chooses

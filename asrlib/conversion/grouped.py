@@ -36,7 +36,7 @@ from asrlib.conversion.convert import convert
 from asrlib.conversion.factorize import Factors, LayerWeights, Moments, decompose_layer
 from asrlib.conversion.methods import METHODS, check_method, grouping_methods
 from asrlib.conversion.statistics import LayerStatistics, Statistics
-from asrlib.models.families import attention_modules, chosen_parts, family_of, is_latent
+from asrlib.models.registry import attention_modules, chosen_parts, family_of, is_latent
 
 
 def group_heads(

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from asrlib.attention.kinds import heard
 from asrlib.attention.names import attends_across, call_arguments, projections
-from asrlib.models.families import (
+from asrlib.models.inference import attention_weights, choose_device, inference
+from asrlib.models.registry import (
     attention_parts,
     chosen_parts,
     family_of,
@@ -24,7 +25,6 @@ from asrlib.models.families import (
     latent_modules,
     run,
 )
-from asrlib.models.inference import attention_weights, choose_device, inference
 
 # Relative error of the attention output. The first system's limits were 0.05 and 0.10; measured word errors allow more:
 # below GOOD 2 of 98 conversions were significantly worse than their baseline, by 0.28 and 1.03 points (LOG.md).

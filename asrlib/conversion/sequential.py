@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from asrlib.attention.names import attends_across
 from asrlib.conversion.statistics import CalibrationSpeech, Kept, LayerStatistics, Reading, observed, unpadded
-from asrlib.models.families import family_of, layer_frame_counts, run
 from asrlib.models.inference import attention_weights, inference
+from asrlib.models.registry import family_of, layer_frame_counts, run
 
 
 @dataclass

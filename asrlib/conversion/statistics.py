@@ -21,17 +21,10 @@ from asrlib.attention.names import attends_across, call_arguments, is_rotary, pr
 from asrlib.conversion.factorize import InputMoments, Moments
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus, check_corpus
-from asrlib.models.families import (
-    attention_parts,
-    check_loaded,
-    chosen_parts,
-    family_of,
-    frames_per_second,
-    layer_frame_counts,
-    run,
-)
 from asrlib.models.inference import attention_weights, choose_device, inference, padding_silenced
+from asrlib.models.loading import check_loaded
 from asrlib.models.out_of_memory import out_of_memory_explained
+from asrlib.models.registry import attention_parts, chosen_parts, family_of, frames_per_second, layer_frame_counts, run
 
 FRAMES_PER_DIMENSION = 10  # fewer frames than so many times the width, and the covariance is noise to a good part
 SHRINKAGE = 1e-6  # of the covariance towards its mean variance, with speech in plenty
@@ -275,7 +268,7 @@ class CalibrationSpeech:
 class Statistics:
     """One `LayerStatistics` for each attention module, and the speech that they come from."""
 
-    parts: dict[str, list[LayerStatistics]]  # of the model, as `families.attention_parts` names them
+    parts: dict[str, list[LayerStatistics]]  # of the model, as `registry.attention_parts` names them
     speech: CalibrationSpeech = field(repr=False)
     inputs: dict[str, torch.Tensor] = field(repr=False)  # a few utterances of it, on the CPU
 

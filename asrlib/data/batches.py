@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from asrlib.data.audio import UnusableAudio, change_speed
-from asrlib.data.corpus import HELD_BYTES, SAMPLE_RATE, Corpus, RowGroup
+from asrlib.data.audio import SAMPLE_RATE, UnusableAudio, change_speed
+from asrlib.data.corpus import HELD_BYTES, Corpus, RowGroup
 from asrlib.data.text import label_ids, normalise_text
 
 BUCKETS = 24  # of a large corpus: few enough to mix widely, enough to pad little

@@ -7,7 +7,8 @@ import torch
 from tqdm import tqdm
 from transformers import LasrFeatureExtractor
 
-from asrlib.data.corpus import SAMPLE_RATE, Corpus
+from asrlib.data.audio import SAMPLE_RATE
+from asrlib.data.corpus import Corpus
 
 WINDOW_MS = 25
 SMALLEST_STD = 0.01  # of a log energy, nepers: a bin that never moved must not blow up what it hears later

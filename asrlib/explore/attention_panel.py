@@ -5,8 +5,8 @@ import ipywidgets as widgets
 from asrlib.attention.names import attends_across, encoder_config
 from asrlib.explore.panel import NAMED, Panel, html
 from asrlib.explore.workbench import Workbench
-from asrlib.models.families import attention_parts, frames_per_second, layer_names
 from asrlib.models.inference import attention_of
+from asrlib.models.registry import attention_parts, frames_per_second, layer_names
 from asrlib.reporting.figures import as_image
 from asrlib.reporting.method_figures import attention_maps
 

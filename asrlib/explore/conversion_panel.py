@@ -5,8 +5,8 @@ import traitlets
 from markupsafe import Markup
 from transformers import PreTrainedModel
 
-from asrlib.attention.latent import LAYOUTS
 from asrlib.attention.names import encoder_config
+from asrlib.attention.widths import LAYOUTS
 from asrlib.conversion.convert import exact_latent_dim
 from asrlib.conversion.methods import latent_methods
 from asrlib.conversion.quality import EXCELLENT, GOOD, summarise_quality

@@ -13,7 +13,7 @@ from asrlib.explore.microphone import LONGEST, Microphone
 from asrlib.explore.panel import Panel, html, player, rows
 from asrlib.explore.workbench import Workbench
 from asrlib.measuring.transcribing import transcribe
-from asrlib.models.families import frames_of
+from asrlib.models.registry import frames_of
 from asrlib.reporting.tables import diff_transcripts
 
 

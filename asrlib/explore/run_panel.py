@@ -10,7 +10,7 @@ from asrlib.attention.names import encoder_config
 from asrlib.explore.panel import NAMED, WIDE, Panel, html
 from asrlib.explore.workbench import Workbench
 from asrlib.measuring.speed import cache_bytes_per_second
-from asrlib.models.families import frames_per_second
+from asrlib.models.registry import frames_per_second
 from asrlib.reporting.numbers import size
 
 

@@ -10,12 +10,13 @@ from markupsafe import Markup
 
 from asrlib.attention.cache import kv_cache_bytes
 from asrlib.attention.formats import FORMATS
-from asrlib.data.corpus import SAMPLE_RATE
+from asrlib.data.audio import SAMPLE_RATE
 from asrlib.data.text import folded
 from asrlib.explore.conversion_panel import utterance_dropdown
 from asrlib.explore.panel import NAMED, WIDE, Panel, html, player, rows
 from asrlib.explore.workbench import Workbench
-from asrlib.models.families import family_of, load
+from asrlib.models.loading import load
+from asrlib.models.registry import family_of
 from asrlib.reporting.numbers import change, size
 from asrlib.reporting.tables import diff_transcripts
 from asrlib.streaming.streams import Recognition, chunks_of

@@ -14,8 +14,8 @@ from asrlib.conversion.statistics import Statistics, collect_statistics
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus, Utterance
 from asrlib.measuring.transcribing import transcribe
-from asrlib.models.families import PRETRAINED, load
 from asrlib.models.inference import choose_device
+from asrlib.models.loading import PRETRAINED, load
 from asrlib.runs import project_root
 
 FIRST_RUN = "demo"

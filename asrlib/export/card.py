@@ -12,7 +12,8 @@ from transformers import AutoModelForCTC
 
 from asrlib.data.corpus import HUB_ID
 from asrlib.export.kept import kept_sentence
-from asrlib.models.families import PRETRAINED, family_of
+from asrlib.models.loading import PRETRAINED
+from asrlib.models.registry import family_of
 from asrlib.models.scratch import architectures
 from asrlib.reporting.comparison import comparison_table, readable_comparison
 from asrlib.reporting.figures import SYSTEMS

@@ -93,7 +93,7 @@ def export_folder(args: argparse.Namespace, run: Run, system: str, source: Path,
     """Writes `out`; returns what was found of it, a line or none."""
     from asrlib.export import folders
     from asrlib.export.card import Export, model_card
-    from asrlib.models.families import load
+    from asrlib.models.loading import load
 
     export = Export(run, system, args.to, command_of(args, run, system), args.licence)
     about = {"run": run.path.name, "model": system, "to": args.to, "versions": versions()}

@@ -9,7 +9,7 @@ from asrlib.attention.kinds import KINDS
 from asrlib.conversion.convert import to_standard_attention
 from asrlib.export.loading import generation_settings, loading
 from asrlib.export.modules import flat_name, self_contained
-from asrlib.models.families import family_of, is_latent
+from asrlib.models.registry import family_of, is_latent
 
 
 def needs_code(config) -> bool:
@@ -81,4 +81,4 @@ def described(model: PreTrainedModel, processor: ProcessorMixin, to: str) -> tup
         what = f"A speech recogniser with {attention} attention, and the code that transformers needs for it: {code}."
         return what, loading(model, processor, trust=True)
     what = f"A speech recogniser, a {config.encoder} of asrlib with multi-head attention, without its code."
-    return what, loading(model, processor, known="import asrlib  # knows the class")
+    return what, loading(model, processor, register=True)

@@ -19,7 +19,7 @@ from asrlib.attention.chunks import Chunks
 from asrlib.attention.formats import cache_format
 from asrlib.attention.kinds import LatentMemory, absorbing_pays
 from asrlib.attention.relative import sinusoids
-from asrlib.models.families import attention_modules, family_of, frame_counts
+from asrlib.models.registry import attention_modules, family_of, frame_counts
 from asrlib.streaming.memory import LayerMemory, Tensors
 from asrlib.streaming.streams import prepared, through_layers
 

@@ -3,7 +3,7 @@
 from asrlib.attention.cache import cached_widths, kv_cache_bytes
 from asrlib.attention.names import attends_across
 from asrlib.export.graphs import can_stream
-from asrlib.models.families import family_of, frames_per_second
+from asrlib.models.registry import family_of, frames_per_second
 from asrlib.reporting.numbers import size
 
 FRAMES = 1000  # that the cache of a stream is counted over, then scaled to a second

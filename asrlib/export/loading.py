@@ -3,24 +3,25 @@
 from transformers import AutoModelForRNNT, AutoModelForSpeechSeq2Seq, PreTrainedModel, ProcessorMixin
 
 from asrlib.export.graphs import can_stream
-from asrlib.models.families import family_of
+from asrlib.models.registry import family_of
 
 
-def loading(model: PreTrainedModel, processor: ProcessorMixin, known: str = "", trust: bool = False) -> str:
+def loading(model: PreTrainedModel, processor: ProcessorMixin, register: bool = False, trust: bool = False) -> str:
     """For a card: `loading_code`, and what else must be known of a folder with (`trust`) or without code."""
-    return "\n\n".join([loading_code(model, processor, known, trust), *_remarks(model.config, trust)])
+    return "\n\n".join([loading_code(model, processor, register, trust), *_remarks(model.config, trust)])
 
 
-def loading_code(model: PreTrainedModel, processor: ProcessorMixin, known: str = "", trust: bool = False) -> str:
-    """A block of Python for a card, in which FOLDER is the folder and `audio` what is heard; `known` is its first line,
-    `trust` whether the folder's own code is needed."""
+def loading_code(model: PreTrainedModel, processor: ProcessorMixin, register: bool = False, trust: bool = False) -> str:
+    """A block of Python for a card, in which FOLDER is the folder and `audio` what is heard; `register` says whether
+    asrlib's classes are needed, `trust` whether the folder's own code is."""
     auto, trusting = family_of(model.config).head.auto_model, ", trust_remote_code=True" * trust
     return "\n".join(
         [
             "```python",
-            *filter(None, [known]),
+            *["import asrlib"] * register,
             f"from transformers import {auto.__name__}, AutoProcessor",
             "",
+            *["asrlib.register()  # transformers' Auto classes know the model from here on"] * register,
             f'model = {auto.__name__}.from_pretrained("FOLDER"{trusting}).eval()',
             f'processor = AutoProcessor.from_pretrained("FOLDER"{trusting})',
             'inputs = processor(audio, sampling_rate=16_000, return_tensors="pt")  # float samples, mono',
@@ -79,8 +80,8 @@ def _remarks(config, trust: bool) -> list[str]:
 
 
 _TRUSTED = """\
-`trust_remote_code` lets transformers run the Python files of this folder: read them first. Where asrlib is imported,
-its own code is used instead{streams}."""
+`trust_remote_code` lets transformers run the Python files of this folder: read them first. Where asrlib is
+installed, `asrlib.register()` has its own code used instead{streams}."""
 
 _PIPELINE = """\
 transformers' `pipeline` knows Whisper by the name of its model type, which this one has not: use `generate`."""
@@ -90,4 +91,4 @@ It streams, too: given a generator of chunks of features as `input_features`, `g
 
 _EAGER = """\
 Leave `attn_implementation` as it is: eager attention of transformers 5.23 hears other frames than it should in this
-class, unless asrlib is imported."""
+class, unless `asrlib.register()` was called."""

@@ -2,7 +2,8 @@
 
 transformers copies such files from a folder or the hub into a package of its own and imports them there, if it is told
 to trust them. It follows relative imports within one folder, so the modules are laid into one, and their absolute
-imports of each other made relative. What they say is what the package says: nothing is written twice.
+imports of each other made relative. Left out are families' records, and imports that nothing else needs. What the rest
+says is what the package says: nothing is written twice.
 """
 
 import ast
@@ -39,27 +40,38 @@ def _flattened(module: str) -> tuple[str, list[str]]:
         raise ValueError(f"the model's code is in {module}, outside of asrlib: only asrlib's own code can go along")
     source = inspect.getsource(import_module(module))
     lines, imported = source.splitlines(keepends=True), []
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    for record in filter(_is_record, tree.body):
+        _blank(lines, record)
+    tree.body = [node for node in tree.body if not _is_record(node)]
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import) and any(alias.name.partition(".")[0] == PACKAGE for alias in node.names):
             raise _cannot_be_flat(module, node)
         if not isinstance(node, ast.ImportFrom) or (node.module or "").partition(".")[0] != PACKAGE:
             continue
+        node.names = [alias for alias in node.names if (alias.asname or alias.name) in used]
+        if not node.names:
+            _blank(lines, node)
+            continue
         if node.module == PACKAGE or find_spec(node.module).submodule_search_locations is not None:
             raise _cannot_be_flat(module, node)
         imported.append(node.module)
-        first = lines[node.lineno - 1]
-        lines[node.lineno - 1] = first.replace(f"from {node.module} ", f"from .{flat_name(node.module)} ", 1)
-    for node in ast.parse(source).body:
-        if _registers(node):
-            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+        relative = ast.ImportFrom(flat_name(node.module), node.names, level=1)
+        _blank(lines, node)
+        lines[node.lineno - 1] = " " * node.col_offset + ast.unparse(relative) + "\n"
     head = f"# {module} of {PACKAGE} {version(PACKAGE)} (MIT licence), with its imports made relative.\n"
     return head + "".join(lines).rstrip() + "\n", imported
 
 
-def _registers(node: ast.stmt) -> bool:
-    """Does this statement tell transformers of a class? A model's config names its own, and a second would collide."""
-    call = node.value if isinstance(node, ast.Expr) else None
-    return isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "register"
+def _is_record(node: ast.stmt) -> bool:
+    """Does this statement make the record of a family? That is asrlib's alone; a model needs none of it."""
+    call = node.value if isinstance(node, ast.Assign) else None
+    return isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in ("Family", "replace")
+
+
+def _blank(lines: list[str], node: ast.stmt) -> None:
+    lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
 
 
 def _cannot_be_flat(module: str, node: ast.stmt) -> ValueError:

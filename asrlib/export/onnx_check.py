@@ -18,7 +18,7 @@ from asrlib.data.corpus import Corpus
 from asrlib.measuring.significance import paired_bootstrap
 from asrlib.measuring.transcribing import transcribe
 from asrlib.measuring.word_errors import score
-from asrlib.models.families import frame_counts
+from asrlib.models.registry import frame_counts
 from asrlib.streaming.normalising import HeardSoFar
 
 LARGEST_DIFFERENCE = 1e-4  # of logits, that rounding in another order may make

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from asrlib.attention.chunks import Chunks
 from asrlib.attention.names import encoder_config
 from asrlib.export.graphs import OfflineGraph, StreamGraph
-from asrlib.models.families import frame_counts
+from asrlib.models.registry import frame_counts
 
 OPSET = 18
 BATCH, LENGTH = {0: Dim.DYNAMIC}, {1: Dim.DYNAMIC}

@@ -23,8 +23,8 @@ from asrlib.measuring.speed import (
     spread_over_durations,
     take_turns,
 )
-from asrlib.models.families import family_of
 from asrlib.models.inference import choose_device, inference
+from asrlib.models.registry import family_of
 
 COMPILED = ", compiled"
 LENGTHS = 2  # utterances: the shortest and the longest

@@ -27,7 +27,8 @@ from tqdm import tqdm
 from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
 
 from asrlib.attention.names import attends_across
-from asrlib.data.corpus import SAMPLE_RATE, Corpus, Utterance
+from asrlib.data.audio import SAMPLE_RATE
+from asrlib.data.corpus import Corpus, Utterance
 from asrlib.measuring.speed import (
     best_symbols,
     inputs_of_each,
@@ -36,10 +37,11 @@ from asrlib.measuring.speed import (
     processor_of_each,
     take_turns,
 )
-from asrlib.models.families import family_of, load
+from asrlib.models.families.wav2vec2_conformer import LatentSelfAttention
 from asrlib.models.inference import choose_device, inference
+from asrlib.models.loading import load
 from asrlib.models.out_of_memory import is_out_of_memory
-from asrlib.models.wav2vec2_conformer import LatentSelfAttention
+from asrlib.models.registry import family_of
 from asrlib.runs import write_json
 
 IN_BLOCKS = "MHA in blocks"  # the baseline, worked by attention.relative

@@ -52,8 +52,8 @@ from asrlib.measuring.rows import (
 from asrlib.measuring.significance import paired_bootstrap
 from asrlib.measuring.transcribing import transcribe
 from asrlib.measuring.word_errors import EvaluationResult, score
-from asrlib.models.families import chosen_parts, frames_of, latent_modules
 from asrlib.models.inference import choose_device, zero_attention
+from asrlib.models.registry import chosen_parts, frames_of, latent_modules
 from asrlib.runs import BadParameter, atomic_write, fingerprint, resolve
 
 CUTS = (0.5, 0.75, 0.875, 0.9375, 0.96875, 0.984375)  # of the cache: it is halved at each step
@@ -269,7 +269,7 @@ def _kept(model: PreTrainedModel) -> list[int]:
 
 def _code_fingerprint() -> str:
     root = Path(asrlib.__file__).parent
-    files = sorted(file for room in ROOMS for file in (root / room).glob("*.py") if file.name not in NEUTRAL)
+    files = sorted(file for room in ROOMS for file in (root / room).rglob("*.py") if file.name not in NEUTRAL)
     return fingerprint({str(file.relative_to(root)): file.read_text(encoding="utf-8") for file in files})
 
 

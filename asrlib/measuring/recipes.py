@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from asrlib.attention.latent import check_latent_dim
 from asrlib.attention.names import encoder_config
+from asrlib.attention.widths import check_latent_dim
 from asrlib.conversion.convert import convert, decompose, latent_dim_for, measure_sensitivity
 from asrlib.conversion.grouped import group_heads
 from asrlib.conversion.methods import latent_methods
 from asrlib.conversion.sequential import check_one_stack
 from asrlib.conversion.statistics import Statistics
-from asrlib.models.families import family_of, is_latent
+from asrlib.models.registry import family_of, is_latent
 from asrlib.runs import nearest
 
 Converter = Callable[[float], PreTrainedModel]  # cut → latent model

@@ -18,11 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from asrlib.attention.cache import kv_cache_bytes
-from asrlib.data.corpus import SAMPLE_RATE, Corpus
+from asrlib.data.audio import SAMPLE_RATE
+from asrlib.data.corpus import Corpus
 from asrlib.measuring.resampling import interval, resample_sums
-from asrlib.models.families import family_of, frame_counts, frames_per_second
 from asrlib.models.inference import choose_device, inference
 from asrlib.models.out_of_memory import out_of_memory_explained
+from asrlib.models.registry import family_of, frame_counts, frames_per_second
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

@@ -13,7 +13,7 @@ from asrlib.data.corpus import Corpus
 from asrlib.measuring.significance import paired_bootstrap
 from asrlib.measuring.transcribing import transcribe
 from asrlib.measuring.word_errors import EvaluationResult, score
-from asrlib.models.families import attention_modules, frames_per_second
+from asrlib.models.registry import attention_modules, frames_per_second
 from asrlib.streaming.rotate import rotated
 from asrlib.streaming.streams import chunks_of
 

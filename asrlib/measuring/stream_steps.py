@@ -28,8 +28,8 @@ from asrlib.attention.relative import sinusoids
 from asrlib.measuring.speed import measured_on, multiplications, peak_memory_bytes, take_turns
 from asrlib.measuring.windows import benchmark_windows, window_models
 from asrlib.models.encoder import SpeechEncoderConfig, SpeechEncoderForCTC
-from asrlib.models.families import attention_modules, family_of, frames_per_second
 from asrlib.models.inference import choose_device, inference
+from asrlib.models.registry import attention_modules, family_of, frames_per_second
 from asrlib.streaming.memory import StreamMemory
 from asrlib.streaming.streams import Streams, chunks_of
 

@@ -69,7 +69,7 @@ def load_systems(run: Run, members: Sequence[str]) -> tuple[dict, dict]:
 
     Raises MissingStep, which names the notebook that makes what is missing.
     """
-    from asrlib.models.families import load
+    from asrlib.models.loading import load
 
     folders = {entry.name: entry.run.require_model(entry.system) for entry in entries_of(run, members)}
     if not members:
@@ -88,7 +88,7 @@ def describe(model, processor, corpus, precision: str = "fp32") -> dict:
     from asrlib.attention.names import encoder_config
     from asrlib.measuring.lengths import joined
     from asrlib.measuring.speed import DTYPES
-    from asrlib.models.families import family_of, is_latent
+    from asrlib.models.registry import family_of, is_latent
     from asrlib.streaming.streams import what_is_kept
 
     config = model.config

@@ -12,9 +12,10 @@ from asrlib.attention.chunks import Chunks
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus, check_corpus
 from asrlib.measuring.word_errors import EvaluationResult, score, write_predictions
-from asrlib.models.families import check_loaded, family_of, frame_counts
 from asrlib.models.inference import choose_device, inference, recognise, spoken_logits, without_padding
+from asrlib.models.loading import check_loaded
 from asrlib.models.out_of_memory import out_of_memory_explained
+from asrlib.models.registry import family_of, frame_counts
 from asrlib.streaming.normalising import HeardSoFar
 from asrlib.streaming.streams import chunked_pass
 

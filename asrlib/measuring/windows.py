@@ -16,8 +16,8 @@ from transformers import DynamicCache, NemotronAsrStreamingConfig, NemotronAsrSt
 
 from asrlib.attention.cache import held_bytes, kv_cache_bytes
 from asrlib.measuring.speed import measured_on, multiplications, take_turns
-from asrlib.models.families import family_of, frames_per_second
 from asrlib.models.inference import choose_device, inference
+from asrlib.models.registry import family_of, frames_per_second
 
 
 def window_models(latent_dims: Sequence[int] = (1024, 512, 128), **encoder) -> dict[str, PreTrainedModel]:

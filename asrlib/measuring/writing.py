@@ -29,9 +29,9 @@ from asrlib.conversion.convert import latent_dim_for
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus
 from asrlib.measuring.speed import measured_on, take_turns
-from asrlib.models.families import FAMILIES, family_of, latent_modules
+from asrlib.models.families.whisper import CACHED, generate_and_keep
 from asrlib.models.inference import choose_device, inference
-from asrlib.models.whisper import CACHED, generate_and_keep
+from asrlib.models.registry import FAMILIES, family_of, latent_modules
 
 SIZES = {  # d_model, decoder_layers, decoder_attention_heads
     "tiny": (384, 4, 6),

@@ -1,21 +1,23 @@
 """Encoders trained from scratch on log-mel features, with any kind of attention: Conformer and Branchformer.
 
 Citizens of transformers: `save_pretrained`, `from_pretrained`, `AutoModelForCTC`, `Trainer`, gradient checkpointing.
-Shapes: B batch, M mel frames, F mel bins, T encoder frames (about M / 4), D width, C channels, V tokens.
+Shapes: B batch, M mel frames, F mel bins, T encoder frames (about M / 4), D width, V tokens.
 """
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, AutoModelForCTC, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from asrlib.attention.chunks import Chunks
 from asrlib.attention.kinds import KINDS, GroupedQueryAttention, LatentAttention, SimpleLatentAttention, attention_kind
-from asrlib.attention.latent import check_latent_widths, split_ranks
+from asrlib.attention.latent import check_latent_widths
 from asrlib.attention.relative import sinusoids
-from asrlib.data.augmentation import spec_augment
+from asrlib.attention.widths import split_ranks
+from asrlib.models.blocks import BLOCKS, Subsampling, spec_augment
+from asrlib.models.family import Family
+from asrlib.models.latent_twin import settings
 
 SUBSAMPLING = 4  # mel frames per encoder frame
 
@@ -125,25 +127,6 @@ class SpeechEncoderConfig(PreTrainedConfig):
         return self.latent_key_dim[layer] if self.latent_key_dim else None
 
 
-def to_latent(config: SpeechEncoderConfig, **latent) -> SpeechEncoderConfig:
-    """The config of the latent twin; `latent` are latent_dim, latent_layout and latent_key_dim."""
-    return type(config)(**_settings(config), attention="mla_simple", **latent)
-
-
-def to_standard(config: SpeechEncoderConfig) -> SpeechEncoderConfig:
-    return type(config)(**_settings(config), attention="mha")
-
-
-def to_grouped(config: SpeechEncoderConfig, kv_heads: int) -> SpeechEncoderConfig:
-    """The config of the twin with grouped-query attention."""
-    return type(config)(**_settings(config) | {"num_key_value_heads": kv_heads}, attention="gqa")
-
-
-def _settings(config: SpeechEncoderConfig) -> dict:
-    own = {"model_type", "architectures", "auto_map", "attention", "latent_dim", "latent_layout", "latent_key_dim"}
-    return {key: value for key, value in config.to_dict().items() if key not in own | {"query_latent_dim"}}
-
-
 def is_latent(config: SpeechEncoderConfig) -> bool:
     return issubclass(attention_kind(config.attention), SimpleLatentAttention)
 
@@ -152,173 +135,6 @@ def check_layout(config: SpeechEncoderConfig, layout: str) -> None:
     """Raises ValueError unless keys and values are those of multi-head attention, which either layout can replace."""
     if config.attention != "mha":
         raise ValueError(f"the model's attention is {config.attention!r}: only 'mha' can be made latent")
-
-
-class Subsampling(nn.Module):
-    """Two convolutions of stride 2, and all bins of a frame into one vector: [B, M, F] → [B, T, D].
-
-    Nothing is padded: a frame is there only where all of its 7 mel frames are, T = ((M − 1) // 2 − 1) // 2, and what
-    follows an utterance reaches none of its frames.
-    """
-
-    def __init__(self, config: SpeechEncoderConfig):
-        super().__init__()
-        channels = config.subsampling_channels
-        self.conv1 = nn.Conv2d(1, channels, kernel_size=3, stride=2)
-        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
-        self.linear = nn.Linear(channels * self.length(config.num_mel_bins), config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-
-    @staticmethod
-    def length(mel_frames):
-        """int → int, or integer tensor → tensor."""
-        return ((mel_frames - 1) // 2 - 1) // 2
-
-    def forward(self, features_BMF: torch.Tensor) -> torch.Tensor:
-        if self.length(features_BMF.shape[1]) < 1:
-            raise ValueError(f"{features_BMF.shape[1]} mel frames are too few for an encoder frame: give 7 at least")
-        x_BCTF = self.conv2(self.conv1(features_BMF[:, None]).relu()).relu()
-        return self.dropout(self.linear(x_BCTF.transpose(1, 2).flatten(2)))
-
-
-class FrameBatchNorm(nn.BatchNorm1d):
-    """BatchNorm whose moments, in training, are those of speech alone, and not of what utterances are padded with."""
-
-    def forward(self, x_BCT: torch.Tensor, kept_BT: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return super().forward(x_BCT)
-        x_BTC = x_BCT.transpose(1, 2)
-        return (
-            torch.zeros_like(x_BTC).masked_scatter(kept_BT[..., None], super().forward(x_BTC[kept_BT])).transpose(1, 2)
-        )
-
-
-class DepthwiseConvolution(nn.Conv1d):
-    """One filter per channel over time, [B, C, T] → [B, C, T]; beyond the ends of an utterance it reads zeros.
-
-    `reach` is how many earlier frames it reads: half of its width, or, if causal, all but one.
-    """
-
-    def __init__(self, channels: int, kernel_size: int, causal: bool):
-        super().__init__(channels, channels, kernel_size, groups=channels)
-        self.reach = kernel_size - 1 if causal else kernel_size // 2
-
-    def forward(self, x_BCT: torch.Tensor, kept_BT: torch.Tensor) -> torch.Tensor:
-        around = (self.reach, self.kernel_size[0] - 1 - self.reach)
-        return super().forward(nn.functional.pad(x_BCT.masked_fill(~kept_BT[:, None], 0), around))
-
-
-class GateConvolution(DepthwiseConvolution):
-    """Gives one at first, whatever it reads: the gate is open, as in gMLP (arXiv 2105.08050, 2.1)."""
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=1e-6)
-        nn.init.ones_(self.bias)
-
-
-class FeedForward(nn.Sequential):
-    def __init__(self, config: SpeechEncoderConfig):
-        super().__init__(
-            nn.LayerNorm(config.hidden_size),
-            nn.Linear(config.hidden_size, config.intermediate_size),
-            nn.SiLU(),
-            nn.Dropout(config.hidden_dropout),
-            nn.Linear(config.intermediate_size, config.hidden_size),
-            nn.Dropout(config.hidden_dropout),
-        )
-
-
-class ConvolutionModule(nn.Module):
-    """Of the Conformer (arXiv 2005.08100, 2.2): pointwise and GLU, depthwise, BatchNorm, swish, pointwise."""
-
-    def __init__(self, config: SpeechEncoderConfig):
-        super().__init__()
-        width = config.hidden_size
-        self.layer_norm = nn.LayerNorm(width)
-        self.pointwise1 = nn.Linear(width, 2 * width)
-        self.depthwise = DepthwiseConvolution(width, config.conv_depthwise_kernel_size, config.causal)
-        self.batch_norm = FrameBatchNorm(width)
-        self.pointwise2 = nn.Linear(width, width)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-
-    def forward(self, x_BTD: torch.Tensor, kept_BT: torch.Tensor) -> torch.Tensor:
-        x_BTD = nn.functional.glu(self.pointwise1(self.layer_norm(x_BTD)))
-        x_BDT = self.batch_norm(self.depthwise(x_BTD.transpose(1, 2), kept_BT), kept_BT)
-        return self.dropout(self.pointwise2(nn.functional.silu(x_BDT).transpose(1, 2)))
-
-
-class ConvolutionalGatingMLP(nn.Module):
-    """The Branchformer's local branch (Peng et al. 2022, arXiv 2207.02971, 3.3): half of the channels, convolved over
-    time, gate the other half."""
-
-    def __init__(self, config: SpeechEncoderConfig):
-        super().__init__()
-        half = config.intermediate_size
-        self.layer_norm = nn.LayerNorm(config.hidden_size)
-        self.linear1 = nn.Linear(config.hidden_size, 2 * half)
-        self.gate_norm = nn.LayerNorm(half)
-        self.depthwise = GateConvolution(half, config.conv_depthwise_kernel_size, config.causal)
-        self.linear2 = nn.Linear(half, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-
-    def forward(self, x_BTD: torch.Tensor, kept_BT: torch.Tensor) -> torch.Tensor:
-        x_BTC, gate_BTC = nn.functional.gelu(self.linear1(self.layer_norm(x_BTD))).chunk(2, dim=-1)
-        gate_BCT = self.depthwise(self.gate_norm(gate_BTC).transpose(1, 2), kept_BT)
-        return self.dropout(self.linear2(self.dropout(x_BTC * gate_BCT.transpose(1, 2))))
-
-
-class ConformerBlock(GradientCheckpointingLayer):
-    """½ feed-forward, attention, convolution, ½ feed-forward, one after the other (arXiv 2005.08100, 2)."""
-
-    def __init__(self, config: SpeechEncoderConfig, layer: int):
-        super().__init__()
-        self.ffn1, self.ffn2 = FeedForward(config), FeedForward(config)
-        self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size)
-        self.self_attn = attention_kind(config.attention)(config, layer)
-        self.conv_module = ConvolutionModule(config)
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-
-    def forward(self, hidden_states, attention_mask, relative_position_embeddings=None, chunks=None):
-        x_BTD = hidden_states
-        x_BTD = x_BTD + 0.5 * self.ffn1(x_BTD)
-        attended_BTD, _ = self.self_attn(
-            hidden_states=self.self_attn_layer_norm(x_BTD),
-            attention_mask=attention_mask,
-            relative_position_embeddings=relative_position_embeddings,
-            chunks=chunks,
-        )
-        x_BTD = x_BTD + self.dropout(attended_BTD)
-        x_BTD = x_BTD + self.conv_module(x_BTD, attention_mask)
-        x_BTD = x_BTD + 0.5 * self.ffn2(x_BTD)
-        return self.final_layer_norm(x_BTD)
-
-
-class BranchformerBlock(GradientCheckpointingLayer):
-    """Attention beside cgMLP, concatenated and projected (arXiv 2207.02971, 3.1 and 3.4.1)."""
-
-    def __init__(self, config: SpeechEncoderConfig, layer: int):
-        super().__init__()
-        self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size)
-        self.self_attn = attention_kind(config.attention)(config, layer)
-        self.cgmlp = ConvolutionalGatingMLP(config)
-        self.merge = nn.Linear(2 * config.hidden_size, config.hidden_size)
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-
-    def forward(self, hidden_states, attention_mask, relative_position_embeddings=None, chunks=None):
-        x_BTD = hidden_states
-        attended_BTD, _ = self.self_attn(
-            hidden_states=self.self_attn_layer_norm(x_BTD),
-            attention_mask=attention_mask,
-            relative_position_embeddings=relative_position_embeddings,
-            chunks=chunks,
-        )
-        branches_BTC = torch.cat([self.dropout(attended_BTD), self.cgmlp(x_BTD, attention_mask)], dim=-1)
-        return self.final_layer_norm(x_BTD + self.dropout(self.merge(branches_BTC)))
-
-
-BLOCKS = {"conformer": ConformerBlock, "branchformer": BranchformerBlock}
 
 
 class SpeechEncoderForCTC(PreTrainedModel):
@@ -427,5 +243,19 @@ class SpeechEncoderForCTC(PreTrainedModel):
             )
 
 
-AutoConfig.register("speech-encoder", SpeechEncoderConfig)
-AutoModelForCTC.register(SpeechEncoderConfig, SpeechEncoderForCTC)
+SPEECH_ENCODER = Family(
+    standard_model=SpeechEncoderForCTC,
+    latent_model=SpeechEncoderForCTC,
+    standard_settings={"attention": "mha"},
+    latent_settings={"attention": "mla_simple"},
+    to_grouped=lambda config, kv_heads: type(config)(
+        **settings(config) | {"num_key_value_heads": kv_heads}, attention="gqa"
+    ),
+    is_latent=is_latent,
+    layers=lambda model: list(model.layers),
+    check_layout=check_layout,
+    check_streaming=lambda config: None,
+    frames=SpeechEncoderForCTC.frames,
+    logits=lambda model, x_BTD: model.lm_head(x_BTD),
+    input_length=lambda config, samples: config.mel_frames(samples),
+)

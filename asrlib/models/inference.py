@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from asrlib.models.families import attention_modules, family_of, frame_counts, layer_frame_counts
+from asrlib.models.registry import attention_modules, family_of, frame_counts, layer_frame_counts
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -1,17 +1,21 @@
 """What the latent twins of transformers' classes have in common: configs, and keys and values from a latent."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedConfig
 
-from asrlib.attention.latent import LatentKV, check_latent_widths, split_ranks
-from asrlib.attention.names import encoder_config, latent_modules
+from asrlib.attention.latent import LatentKV, check_latent_widths
+from asrlib.attention.names import encoder_config, latent_count
+from asrlib.attention.widths import split_ranks
 
 OWN = {
     "model_type",
     "architectures",
     "auto_map",
+    "attention",  # of our own encoder, whose config has one class for all kinds
+    "query_latent_dim",
     "latent_dim",
     "latent_layout",
     "latent_key_dim",
@@ -41,7 +45,7 @@ class LatentConfig:
         encoder = encoder_config(self)
         if not self.latent_dim:
             exact = encoder.hidden_size if self.latent_layout == "joint" else 2 * encoder.hidden_size
-            self.latent_dim = [exact] * latent_modules(self)
+            self.latent_dim = [exact] * latent_count(self)
         if self.latent_layout == "split" and not self.latent_key_dim:
             self.latent_key_dim = [split_ranks(width)[0] for width in self.latent_dim]
         self.latent_dim, self.latent_key_dim = list(self.latent_dim), list(self.latent_key_dim)
@@ -76,8 +80,16 @@ def latent_kv(config: LatentConfig, layer: int) -> LatentKV:
     return LatentKV(width, config.latent_dim[layer], config.latent_layout, config.key_dim(layer))
 
 
-def recast(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    """The same module, of a class that adds methods alone."""
+def with_classes(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) -> nn.Module:
+    """`model`, whose modules of these very classes are now of others, which add methods alone."""
+    for parent in list(model.modules()):
+        for name, module in parent.named_children():
+            if type(module) in classes:
+                setattr(parent, name, _recast(module, classes[type(module)]))
+    return model
+
+
+def _recast(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     twin = kind.__new__(kind)
     twin.__dict__ = module.__dict__
     return twin

@@ -19,18 +19,13 @@ from transformers import (
 
 from asrlib.attention.kinds import LatentAttention, SimpleLatentAttention, attention_kind
 from asrlib.data.features import log_mel
-from asrlib.models.encoder import BLOCKS, SpeechEncoderConfig
-from asrlib.models.families import family_of
+from asrlib.models.blocks import BLOCKS
+from asrlib.models.encoder import SpeechEncoderConfig
 from asrlib.models.new_whisper import generation_config, whisper_config, whisper_processor
+from asrlib.models.registry import family_of
 
 CHARACTERS = "|ETAONIHSRDLUMWCFGYPBVK'XJQZ"  # LibriSpeech's, by frequency; | stands for the space
 RAW_AUDIO, WHISPER = "wav2vec2-conformer", "whisper"
-
-# Sizes whose caches have been published: 24 layers of width 1024, and 18 of 512.
-PRESETS = {
-    "conformer-large": dict(hidden_size=1024, num_layers=24, num_heads=16),
-    "branchformer-large": dict(hidden_size=512, num_layers=18, num_heads=8),
-}
 
 
 def architectures() -> tuple[str, ...]:

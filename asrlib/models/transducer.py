@@ -60,15 +60,3 @@ def _by_diagonal(scores_BTU: torch.Tensor) -> torch.Tensor:
     inside_NU = (t_NU >= 0) & (t_NU < frames)
     index_BNU = t_NU.clamp(0, frames - 1).expand(len(scores_BTU), -1, -1)
     return scores_BTU.gather(1, index_BNU).masked_fill(~inside_NU, IMPOSSIBLE)
-
-
-def transducer_logits(model: nn.Module, inputs: dict[str, torch.Tensor], labels_BU: torch.Tensor) -> torch.Tensor:
-    """[B, T, U+1, V] of every frame after every number of labels.
-
-    `inputs` are what `model` reads of a batch, without labels; `labels_BU` may be padded with −100: what stands behind
-    an utterance's own labels is heard by none of its points.
-    """
-    blank = model.config.blank_token_id
-    told_BU = nn.functional.pad(labels_BU.masked_fill(labels_BU < 0, blank), (1, 0), value=blank)
-    logits = model(**inputs, decoder_input_ids=told_BU).logits
-    return logits if logits.dim() == 4 else logits[:, :, None]  # transformers drops U+1 where no text is

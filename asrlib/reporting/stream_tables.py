@@ -7,7 +7,7 @@ import pandas as pd
 
 from asrlib.attention.cache import cached_numbers, kv_cache_bytes
 from asrlib.attention.formats import FORMATS
-from asrlib.models.families import frames_per_second
+from asrlib.models.registry import frames_per_second
 from asrlib.reporting.figures import SYSTEMS, _colours, _figure, _style
 from asrlib.reporting.numbers import size
 

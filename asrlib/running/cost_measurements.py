@@ -28,8 +28,8 @@ from asrlib.data.corpus import Corpus
 from asrlib.measuring.lengths import benchmark_lengths
 from asrlib.measuring.speed import peak_memory_bytes
 from asrlib.measuring.transcribing import transcribe
-from asrlib.models.families import family_of, frames_of, frames_per_second
 from asrlib.models.inference import choose_device
+from asrlib.models.registry import family_of, frames_of, frames_per_second
 from asrlib.runs import project_root
 from asrlib.training.training import TrainingSettings, train
 

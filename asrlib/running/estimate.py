@@ -35,8 +35,9 @@ from asrlib.data.opening import open_corpus
 from asrlib.measuring.lengths import LONG_PASS, PUBLISHED, noise
 from asrlib.measuring.recipes import RECIPES
 from asrlib.measuring.speed import DTYPES, measured_on, spread_over_durations
-from asrlib.models.families import FAMILIES, family_of, frames_of, frames_per_second, load, resolve_model
 from asrlib.models.inference import choose_device
+from asrlib.models.loading import load, resolve_model
+from asrlib.models.registry import FAMILIES, family_of, frames_of, frames_per_second
 from asrlib.models.scratch import SIZES, WHISPER, new_model, new_processor
 from asrlib.reporting.estimated import UNCHANGED
 from asrlib.reporting.numbers import duration

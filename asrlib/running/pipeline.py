@@ -88,7 +88,7 @@ def _file_state(root: Path, value: Any) -> list | None:
     """Names and contents of the file or the folder's files that a parameter points to; of large ones size and time."""
     if not isinstance(value, str) or not value or len(value) > 255:
         return None
-    shipped = root / "asrlib" / "pretrained" / value
+    shipped = root / "asrlib" / "models" / "pretrained" / value
     if value == shipped.name and (shipped / "config.json").is_file():
         return [files_fingerprint(shipped.iterdir(), root)]
     path = root / Path(value).expanduser()

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from asrlib.attention.widths import check_latent_dim
 from asrlib.conversion.methods import grouping_methods, latent_methods
 from asrlib.runs import BadParameter, nearest, read_json, resolve
 
@@ -20,25 +21,14 @@ def check_width(values: dict[str, Any]) -> None:
         hidden_size = model_width(values["model"], values.get("revision"))
     if hidden_size is None:
         return
-    if cache_cut is not None:
-        from asrlib.conversion.convert import latent_dim_for
+    try:
+        if cache_cut is not None:
+            from asrlib.conversion.convert import latent_dim_for
 
-        try:
             latent_dim = latent_dim_for(cache_cut, hidden_size)
-        except ValueError as error:
-            raise BadParameter(str(error)) from None
-    check_latent_dim(latent_dim, values.get("layout") or "joint", hidden_size)
-
-
-def check_latent_dim(latent_dim: int, layout: str, hidden_size: int) -> None:
-    """Raises BadParameter where a latent of this width makes no sense in a model of width `hidden_size`."""
-    if latent_dim > 2 * hidden_size:
-        raise BadParameter(
-            f"latent_dim {latent_dim} is wider than the keys and values it replaces: this model allows "
-            f"at most 2·d = {2 * hidden_size}"
-        )
-    if layout == "split" and latent_dim < 2:
-        raise BadParameter("a split latent needs latent_dim of at least 2: one number for keys, one for values")
+        check_latent_dim(latent_dim, hidden_size, values.get("layout") or "joint")
+    except ValueError as error:
+        raise BadParameter(str(error)) from None
 
 
 def model_width(source: str, revision: str | None = None) -> int | None:
@@ -46,7 +36,7 @@ def model_width(source: str, revision: str | None = None) -> int | None:
     only a download would tell."""
     folder = resolve(source)
     if not (folder / "config.json").is_file():
-        from asrlib.models.families import resolve_model  # costs the import of torch
+        from asrlib.models.loading import resolve_model  # costs the import of torch
 
         try:
             folder = Path(resolve_model(source))
@@ -79,8 +69,8 @@ def check_surroundings(values: dict[str, Any]) -> None:
     from asrlib.attention.kinds import attention_kind
     from asrlib.data.opening import check_splits
     from asrlib.measuring.recipes import RECIPES
-    from asrlib.models.families import resolve_model
     from asrlib.models.inference import choose_device
+    from asrlib.models.loading import resolve_model
 
     unknown = f": choose from {'; '.join(RECIPES)}"
     asked: dict[str, list[str]] = {}
@@ -133,7 +123,8 @@ def check_model(values: Mapping[str, Any], steps: Iterable[str]) -> None:
     """
     from transformers import AutoConfig
 
-    from asrlib.models.families import check_folder, family_of, resolve_model
+    from asrlib.models.loading import check_folder, resolve_model
+    from asrlib.models.registry import family_of
 
     if values.get("architecture"):
         config, named = _new_config(values), f"'architecture' is {values['architecture']}"
@@ -160,7 +151,7 @@ def check_model(values: Mapping[str, Any], steps: Iterable[str]) -> None:
 
 def _check_conversion(values: Mapping[str, Any], config, named: str) -> None:
     from asrlib.conversion.sequential import check_one_stack
-    from asrlib.models.families import chosen_parts, family_of
+    from asrlib.models.registry import chosen_parts, family_of
 
     family = family_of(config)
     if family.is_latent(config):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from asrlib.attention.kinds import LinearAttention
-from asrlib.models.families import attention_modules, family_of, is_latent, latent_modules
+from asrlib.models.registry import attention_modules, family_of, is_latent, latent_modules
 
 
 def rotated(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -28,15 +28,8 @@ from asrlib.attention.cache import kv_cache_bytes
 from asrlib.attention.chunks import Chunks
 from asrlib.attention.formats import cache_format
 from asrlib.data.audio import SAMPLE_RATE, UnusableAudio, read_pieces
-from asrlib.models.families import (
-    attention_modules,
-    check_loaded,
-    family_of,
-    frame_counts,
-    frames_of,
-    frames_per_second,
-    load,
-)
+from asrlib.models.loading import check_loaded, load
+from asrlib.models.registry import attention_modules, family_of, frame_counts, frames_of, frames_per_second
 from asrlib.streaming.memory import LayerMemory, SideBySide, StreamMemory
 from asrlib.streaming.normalising import RunningNormaliser
 

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import distributed, nn
 
 from asrlib.models.encoder import SpeechEncoderForCTC
-from asrlib.models.families import family_of
+from asrlib.models.registry import family_of
 
 
 def process_count() -> int:

@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 from asrlib.data.corpus import Corpus
 from asrlib.data.opening import open_corpus
-from asrlib.models.families import load
+from asrlib.models.loading import load
 from asrlib.runs import atomic_folder, read_json, write_json
 from asrlib.training.distributed import process_index
 from asrlib.training.training import TrainingResult, TrainingSettings, checkpoint_folder, train

@@ -20,9 +20,9 @@ from asrlib.attention.latent import LatentKV
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus
 from asrlib.data.text import folded
-from asrlib.models.families import attention_modules, family_of, frame_counts, layer_frame_counts
 from asrlib.models.inference import inference, padding_silenced
 from asrlib.models.out_of_memory import in_words, out_of_memory_explained
+from asrlib.models.registry import attention_modules, family_of, frame_counts, layer_frame_counts
 from asrlib.runs import read_json, resolve, write_json
 from asrlib.training.distributed import average_batch_norm, process_count, rows_of_all, strategy_arguments, wait_for_all
 from asrlib.training.modes import every_layer, frozen_batch_norm, own_precision, updated_once

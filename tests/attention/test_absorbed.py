@@ -13,7 +13,7 @@ from asrlib.attention.formats import cache_format
 from asrlib.attention.kinds import LatentMemory, absorbing_pays, attention_kind
 from asrlib.attention.relative import sinusoids
 from asrlib.models.encoder import SpeechEncoderConfig
-from asrlib.models.families import attention_modules
+from asrlib.models.registry import attention_modules
 from asrlib.streaming.memory import StreamMemory
 
 WIDTH, HEADS = 16, 4

@@ -8,9 +8,9 @@ from torch import nn
 
 from asrlib import to_standard_attention
 from asrlib.attention.chunks import Chunks
-from asrlib.models.encoder import BLOCKS
-from asrlib.models.families import attention_modules, family_of, frame_counts
-from asrlib.models.wav2vec2_conformer import BlockedSelfAttention
+from asrlib.models.blocks import BLOCKS
+from asrlib.models.families.wav2vec2_conformer import BlockedSelfAttention
+from asrlib.models.registry import attention_modules, family_of, frame_counts
 from asrlib.streaming.streams import chunked_pass, chunks_of
 
 VARIANTS = tiny.variants()

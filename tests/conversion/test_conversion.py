@@ -7,7 +7,7 @@ import torch
 
 from asrlib import collect_statistics, convert, to_standard_attention
 from asrlib.conversion.convert import decompose, factors_of, latent_dim_for
-from asrlib.models.families import attention_modules
+from asrlib.models.registry import attention_modules
 from asrlib.models.scratch import new_processor
 
 WIDTH, LAYERS = tiny.WIDTH, tiny.LAYERS

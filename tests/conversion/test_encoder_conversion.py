@@ -22,8 +22,8 @@ from asrlib.conversion.methods import grouping_methods, latent_methods
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.features import feature_statistics
 from asrlib.measuring.transcribing import transcribe
-from asrlib.models.encoder import BLOCKS
-from asrlib.models.families import attention_modules
+from asrlib.models.blocks import BLOCKS
+from asrlib.models.registry import attention_modules
 from asrlib.models.scratch import new_processor
 from asrlib.training.training import TrainingSettings, train
 

@@ -12,7 +12,7 @@ import asrlib
 from asrlib.conversion.convert import convert, factors_of
 from asrlib.conversion.grouped import group_heads
 from asrlib.conversion.methods import grouping_methods
-from asrlib.models.families import attention_modules
+from asrlib.models.registry import attention_modules
 from asrlib.models.scratch import new_processor
 
 WIDTH, LAYERS, HEADS = tiny.WIDTH, tiny.LAYERS, 4

@@ -8,8 +8,8 @@ import torch
 
 from asrlib import analyze_compression_quality, convert
 from asrlib.conversion.quality import EXCELLENT, GOOD, summarise_quality, verdict
-from asrlib.models.families import attention_modules, frame_counts
 from asrlib.models.inference import padding_silenced
+from asrlib.models.registry import attention_modules, frame_counts
 
 ERRORS = ["key_error", "value_error", "score_error", "output_error"]
 COLUMNS = ["key_error", "value_error", "score_error", "attention_tv", "output_error", "output_cosine"]

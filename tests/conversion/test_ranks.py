@@ -10,8 +10,8 @@ import torch
 from asrlib import collect_statistics, convert, kv_cache_bytes
 from asrlib.conversion.convert import decompose, measure_sensitivity
 from asrlib.conversion.ranks import PROBED_SHARES, energy, sensitivity
-from asrlib.models.families import attention_modules, frame_counts
 from asrlib.models.inference import padding_silenced
+from asrlib.models.registry import attention_modules, frame_counts
 from asrlib.models.scratch import new_processor
 
 WIDTHS = (8, 5, 8)  # of three groups

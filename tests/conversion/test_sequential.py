@@ -12,7 +12,7 @@ from asrlib.conversion.convert import decompose, factors_of
 from asrlib.conversion.factorize import LayerWeights, Moments, decompose_layer
 from asrlib.conversion.sequential import convert_in_sequence
 from asrlib.conversion.statistics import InputSums
-from asrlib.models.families import attention_modules, family_of
+from asrlib.models.registry import attention_modules, family_of
 from asrlib.models.scratch import new_processor
 
 SUMS = dict(atol=2e-3, rtol=1e-4)  # float32 models, hundreds of frames

@@ -13,7 +13,7 @@ from asrlib.conversion.methods import latent_methods
 from asrlib.conversion.quality import analyze_compression_quality
 from asrlib.conversion.statistics import InputSums
 from asrlib.data.audio import UnusableAudio
-from asrlib.models.families import attention_modules
+from asrlib.models.registry import attention_modules
 from asrlib.models.scratch import new_processor
 
 KINDS = ["relative", "rotary", None]

@@ -5,7 +5,7 @@ import tiny
 import torch
 from transformers import set_seed
 
-from asrlib.data.augmentation import spec_augment
+from asrlib.models.blocks import spec_augment
 
 FRAMES, BINS = 100, 20
 LENGTHS = torch.tensor([100, 60, 9, 0])

@@ -19,11 +19,13 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
+from commands import command
 
 from asrlib.data import download
 from asrlib.data.librispeech import find_splits
 from asrlib.data.opening import open_corpus
-from asrlib.data.prepare import main
+
+main = command("data")
 
 TEXTS = ["GO ON", "IT'S HERE", "AND LAST"]
 SECONDS = 2.5  # of noise, which does not compress: an archive of 240 KB

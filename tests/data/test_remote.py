@@ -23,8 +23,9 @@ from pyarrow import parquet
 from torch.utils.data import DataLoader
 
 from asrlib.data import batches, remote
+from asrlib.data.audio import SAMPLE_RATE
 from asrlib.data.batches import SpeechDataset
-from asrlib.data.corpus import SAMPLE_RATE, Corpus
+from asrlib.data.corpus import Corpus
 from asrlib.data.opening import check_splits, open_corpus
 from asrlib.data.remote import UnreadableShard
 from asrlib.running.preflight import check_surroundings

@@ -17,7 +17,7 @@ from playwright.sync_api import Locator, Page, expect
 import asrlib
 from asrlib.data.audio import SAMPLE_RATE
 from asrlib.measuring.speed import cache_bytes_per_second
-from asrlib.models.families import PRETRAINED
+from asrlib.models.loading import PRETRAINED
 from asrlib.reporting.numbers import size
 
 SECONDS = 1000  # Playwright counts milliseconds

@@ -9,18 +9,20 @@ import pytest
 import tiny
 import torch
 import yaml
+from commands import command
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCTC, Wav2Vec2ConformerForCTC
 
 import asrlib
 from asrlib.attention.kinds import KINDS, MultiHeadAttention
 from asrlib.data.batches import SpeechCollator, SpeechDataset
-from asrlib.export.exporting import main
 from asrlib.export.folders import standard, write_folder, write_hub_folder
 from asrlib.export.modules import self_contained
-from asrlib.models.families import family_of
+from asrlib.models.registry import family_of
 from asrlib.models.scratch import new_processor
 from asrlib.runs import Run, write_json
+
+main = command("export")
 
 ALONE = """
 import json, sys
@@ -117,12 +119,12 @@ def test_a_standard_folder_is_transformers_own_model_and_computes_the_same(alone
 def test_where_asrlib_is_imported_its_own_code_is_used_and_leads_back(alone):
     _, root = alone
     model = AutoModelForCTC.from_pretrained(root / "wav2vec2-conformer", trust_remote_code=True)
-    assert type(model).__module__ == "asrlib.models.wav2vec2_conformer"
+    assert type(model).__module__ == "asrlib.models.families.wav2vec2_conformer"
     plain = asrlib.to_standard_attention(asrlib.load(root / "wav2vec2-conformer")[0])
     assert type(plain) is Wav2Vec2ConformerForCTC and not hasattr(plain.config, "auto_map")
 
 
-@pytest.mark.parametrize("module", ["asrlib.models.wav2vec2_conformer", "asrlib.models.encoder"])
+@pytest.mark.parametrize("module", ["asrlib.models.families.wav2vec2_conformer", "asrlib.models.encoder"])
 def test_the_code_that_goes_along_imports_nothing_of_asrlib_and_registers_nothing(module):
     files = self_contained(module)
     assert {"attention_kinds.py", "attention_relative.py"} < files.keys()

@@ -8,20 +8,22 @@ import family_models
 import pytest
 import tiny
 import torch
+from commands import command
 from huggingface_hub import ModelCard
 
 import asrlib
 from asrlib.attention.cache import kv_cache_bytes
 from asrlib.data.batches import SpeechCollator, SpeechDataset
-from asrlib.export.exporting import main
 from asrlib.export.folders import standard, write_folder, write_hub_folder
 from asrlib.export.graphs import OfflineGraph
 from asrlib.export.loading import loading_code
 from asrlib.export.modules import self_contained
-from asrlib.models.families import FAMILIES, family_of, frame_counts
 from asrlib.models.inference import recognise
+from asrlib.models.registry import FAMILIES, family_of, frame_counts
 from asrlib.reporting.numbers import size
 from asrlib.runs import Run
+
+main = command("export")
 
 ALONE = """
 import contextlib, io, json, sys
@@ -174,7 +176,7 @@ def test_the_code_on_the_card_prints_what_asrlib_recognises(alone, name, to):
 
 def test_exported_code_changes_no_class_of_transformers(alone):
     assert alone[0]["changed"] is False
-    assert "nemotron_eager" not in "".join(self_contained("asrlib.models.nemotron"))
+    assert "nemotron_eager" not in "".join(self_contained("asrlib.models.families.nemotron"))
 
 
 # ---- the command -------------------------------------------------------------------------------------------
@@ -228,7 +230,7 @@ def test_the_card_says_what_is_kept_by_the_formula(runs, tmp_path, name):
 @pytest.mark.parametrize("to", ["onnx", "onnx-streaming"])
 @EVERY
 def test_a_graph_is_refused_before_anything_is_loaded(runs, tmp_path, monkeypatch, capsys, name, to):
-    monkeypatch.setattr("asrlib.models.families.load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("asrlib.models.loading.load", lambda *_: pytest.fail("the model was loaded"))
     assert main([str(runs[name].path), "--to", to, "--out", str(tmp_path / "out")]) == 1
     err = capsys.readouterr().err
     assert "a graph is made of models with CTC" in err and "use --to hub or standard" in err

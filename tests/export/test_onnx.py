@@ -9,18 +9,20 @@ import onnx
 import pytest
 import tiny
 import torch
+from commands import command
 
 import asrlib
 from asrlib.attention.chunks import Chunks
 from asrlib.data.batches import SpeechCollator, SpeechDataset
-from asrlib.export.exporting import main
 from asrlib.export.folders import write_folder
 from asrlib.export.onnx_check import check_agrees, session, stream_logits
 from asrlib.export.onnx_graphs import OPSET, Window, write_offline, write_streaming
-from asrlib.models.families import frame_counts
 from asrlib.models.inference import padding_silenced
+from asrlib.models.registry import frame_counts
 from asrlib.models.scratch import new_processor
 from asrlib.runs import Run
+
+main = command("export")
 
 SPLIT = dict(latent_dim=[9, 6], latent_layout="split", latent_key_dim=[4, 5])
 MODELS = {  # name: (model, inputs)

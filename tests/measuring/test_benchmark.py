@@ -15,7 +15,8 @@ from transformers import (
     Wav2Vec2Processor,
 )
 
-from asrlib.data.corpus import SAMPLE_RATE, Corpus, Utterance
+from asrlib.data.audio import SAMPLE_RATE
+from asrlib.data.corpus import Corpus, Utterance
 from asrlib.measuring import speed as room
 from asrlib.measuring.speed import benchmark, peak_memory_bytes, spread_over_durations
 from asrlib.models.scratch import new_processor

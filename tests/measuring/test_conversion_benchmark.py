@@ -9,16 +9,19 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from commands import command
 
 import asrlib.measuring.methods as bench
 from asrlib import collect_statistics, convert, evaluate
-from asrlib.measuring.methods import BASELINE, ZEROED, Row, as_frame, as_table, benchmark, break_point, main
+from asrlib.measuring.methods import BASELINE, ZEROED, Row, as_frame, as_table, benchmark, break_point
 from asrlib.measuring.recipes import RECIPES, Recipe, names_in, reachable
 from asrlib.measuring.rows import first_broken
 from asrlib.measuring.word_errors import load_predictions
-from asrlib.models.families import attention_modules
 from asrlib.models.inference import zero_attention
+from asrlib.models.registry import attention_modules
 from asrlib.models.scratch import new_processor
+
+main = command("methods")
 
 CALIBRATION = tiny.corpus(12)
 SPEECH = tiny.corpus(6, "validation", seed=50)

@@ -4,6 +4,7 @@ import family_models
 import pytest
 import tiny
 import torch
+from commands import command
 from family_models import LAYERS, WIDTH
 
 import asrlib
@@ -14,10 +15,11 @@ from asrlib.measuring.writing import (
     STANDARD,
     benchmark_writing,
     kept_while_writing,
-    main,
     random_writers,
 )
-from asrlib.models.families import latent_modules
+from asrlib.models.registry import latent_modules
+
+main = command("tokens")
 
 CUTS = [0.5, 0.75]
 

@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from commands import command
 from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
 
-from asrlib.data.corpus import SAMPLE_RATE, Corpus, Utterance
+from asrlib.data.audio import SAMPLE_RATE
+from asrlib.data.corpus import Corpus, Utterance
 from asrlib.measuring.transcribing import evaluate, transcribe
 from asrlib.measuring.word_errors import load_predictions, score, write_predictions
-from asrlib.models.families import attention_modules, frame_counts
 from asrlib.models.inference import choose_device, inference, padding_silenced, zero_attention
+from asrlib.models.registry import attention_modules, frame_counts
 from asrlib.models.scratch import new_processor
-from asrlib.reporting.word_error_tables import main
+
+main = command("compare")
 
 SECONDS = (0.5, 1.3, 0.8, 2.0, 0.8)  # neither sorted nor distinct
 

@@ -7,17 +7,20 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from commands import command
 from torch import nn
 from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC, Wav2Vec2Processor
 from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerSelfAttention
 
-from asrlib.data.corpus import SAMPLE_RATE
+from asrlib.data.audio import SAMPLE_RATE
 from asrlib.data.features import log_mel
 from asrlib.measuring import lengths as room
 from asrlib.measuring import speed as timing
-from asrlib.measuring.lengths import IN_BLOCKS, PUBLISHED, SIZES, benchmark_lengths, joined, main, random_recognisers
-from asrlib.models.families import attention_modules
+from asrlib.measuring.lengths import IN_BLOCKS, PUBLISHED, SIZES, benchmark_lengths, joined, random_recognisers
+from asrlib.models.registry import attention_modules
 from asrlib.runs import read_json
+
+main = command("lengths")
 
 SPEECH = tiny.corpus(3)
 

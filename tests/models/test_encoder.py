@@ -14,9 +14,10 @@ from asrlib import load, to_standard_attention
 from asrlib.attention.chunks import Chunks
 from asrlib.attention.kinds import KINDS, attention_kind
 from asrlib.attention.relative import sinusoids
-from asrlib.data.corpus import SAMPLE_RATE
-from asrlib.models.encoder import BLOCKS, FrameBatchNorm, SpeechEncoderConfig, Subsampling
-from asrlib.models.families import attention_modules, frame_counts, frames_of
+from asrlib.data.audio import SAMPLE_RATE
+from asrlib.models.blocks import BLOCKS, FrameBatchNorm, Subsampling
+from asrlib.models.encoder import SpeechEncoderConfig
+from asrlib.models.registry import attention_modules, frame_counts, frames_of
 from asrlib.models.scratch import new_processor
 
 ENCODERS, LAYERS = list(BLOCKS), tiny.LAYERS

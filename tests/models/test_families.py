@@ -18,7 +18,8 @@ from asrlib.conversion.quality import analyze_compression_quality, summarise_qua
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.text import label_ids, normalise_text, unknown_characters
 from asrlib.measuring.transcribing import transcribe
-from asrlib.models.families import (
+from asrlib.models.inference import zero_attention
+from asrlib.models.registry import (
     attention_modules,
     family_of,
     frame_counts,
@@ -27,7 +28,6 @@ from asrlib.models.families import (
     layer_frame_counts,
     positions_of,
 )
-from asrlib.models.inference import zero_attention
 from asrlib.running.preflight import check_model, check_width
 from asrlib.runs import BadParameter
 from asrlib.training.training import TrainingSettings, train
@@ -196,6 +196,7 @@ import sys
 from pathlib import Path
 import torch, asrlib
 from transformers import AutoModelForCTC
+asrlib.register()
 for folder in map(Path, sys.argv[1:]):
     model = AutoModelForCTC.from_pretrained(folder).eval()
     with torch.no_grad():

@@ -24,9 +24,9 @@ from asrlib.measuring.compiled import compiled_beside_eager
 from asrlib.measuring.lengths import benchmark_lengths
 from asrlib.measuring.speed import best_symbols, inputs_of_each
 from asrlib.measuring.transcribing import transcribe
-from asrlib.models.families import attention_modules, attention_parts, family_of, frames_of
 from asrlib.models.heads import Decoder, Transducer
 from asrlib.models.inference import attention_of, spoken_logits, zero_attention
+from asrlib.models.registry import attention_modules, attention_parts, family_of, frames_of
 from asrlib.training import training
 from asrlib.training.training import SpeechTrainer, TrainingSettings, last_checkpoint, train
 

@@ -15,8 +15,8 @@ from asrlib.conversion.convert import convert
 from asrlib.conversion.quality import analyze_compression_quality, summarise_quality
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.measuring.windows import benchmark_windows, window_models
-from asrlib.models.families import attention_modules, family_of, frame_counts, frames_of, run
 from asrlib.models.inference import zero_attention
+from asrlib.models.registry import attention_modules, family_of, frame_counts, frames_of, run
 
 FACTOR = 8  # frames of features in a frame of the encoder
 FULL = (("joint", WIDTH), ("split", 2 * WIDTH))

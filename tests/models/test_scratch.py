@@ -11,9 +11,10 @@ from asrlib.attention.kinds import KINDS
 from asrlib.attention.latent import LatentKV
 from asrlib.data.text import label_ids
 from asrlib.measuring.transcribing import transcribe
-from asrlib.models.encoder import BLOCKS, SpeechEncoderConfig, SpeechEncoderForCTC
-from asrlib.models.families import attention_modules
-from asrlib.models.scratch import PRESETS, SIZES, architectures, new_config, new_model, new_processor
+from asrlib.models.blocks import BLOCKS
+from asrlib.models.encoder import SpeechEncoderConfig, SpeechEncoderForCTC
+from asrlib.models.registry import attention_modules
+from asrlib.models.scratch import SIZES, architectures, new_config, new_model, new_processor
 
 MIB = 2**20
 SMALL = dict(hidden_size=32, num_layers=2, num_heads=4, depthwise_kernel=7, subsampling_channels=8)
@@ -25,6 +26,11 @@ def processors():
 
 
 # ---- published caches: a thousand frames of float32 --------------------------------------------------------
+
+PRESETS = {  # the sizes they were published for
+    "conformer-large": dict(hidden_size=1024, num_layers=24, num_heads=16),
+    "branchformer-large": dict(hidden_size=512, num_layers=18, num_heads=8),
+}
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from family_models import nemotron, parakeet_rnnt, processor_of
 import asrlib
 from asrlib.conversion.convert import convert
 from asrlib.data.batches import SpeechCollator, SpeechDataset
-from asrlib.models.families import attention_modules, frame_counts
-from asrlib.models.transducer import transducer_logits, transducer_loss
+from asrlib.models.registry import attention_modules, frame_counts
+from asrlib.models.transducer import transducer_loss
 from asrlib.training.training import TrainingSettings, train
 
 
@@ -76,6 +76,14 @@ def test_an_utterance_without_a_frame_is_refused():
 
 
 # ---- of a model --------------------------------------------------------------------------------------------
+
+
+def transducer_logits(model, inputs: dict[str, torch.Tensor], labels_BU: torch.Tensor) -> torch.Tensor:
+    """[B, T, U+1, V] of every frame after every number of labels, which may be padded with −100."""
+    blank = model.config.blank_token_id
+    told_BU = torch.nn.functional.pad(labels_BU.masked_fill(labels_BU < 0, blank), (1, 0), value=blank)
+    logits = model(**inputs, decoder_input_ids=told_BU).logits
+    return logits if logits.dim() == 4 else logits[:, :, None]  # transformers drops U+1 where no text is
 
 
 def loss_of(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:

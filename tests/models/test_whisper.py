@@ -17,8 +17,8 @@ from asrlib.conversion.statistics import observed
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.measuring.methods import benchmark
 from asrlib.measuring.recipes import RECIPES, Recipe
-from asrlib.models.families import attention_modules, attention_parts, latent_modules
-from asrlib.models.whisper import CACHED, PARTS, generate_and_keep
+from asrlib.models.families.whisper import CACHED, PARTS, generate_and_keep
+from asrlib.models.registry import attention_modules, attention_parts, latent_modules
 
 FRAMES = 50  # of the encoder
 PROMPT = 4  # tokens that `generate` is given: start, language, task, no timestamps

@@ -78,7 +78,7 @@ def test_the_index_leads_with_the_comparison_and_links_all_pages(smoke):
 
 def test_the_finetuned_model_loads_back_in_one_line(smoke):
     code = (
-        "import asrlib, transformers; print(transformers.AutoModelForCTC"
+        "import asrlib, transformers; asrlib.register(); print(transformers.AutoModelForCTC"
         f".from_pretrained({str(smoke / 'models' / 'finetuned')!r}).config.model_type)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

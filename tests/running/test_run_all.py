@@ -17,7 +17,7 @@ import run_all
 from asrlib.reporting.numbers import duration
 from asrlib.running.parameters import LIMITS, Schema, read_assignments, read_params_file
 from asrlib.running.pipeline import first_to_run, plan, time_left
-from asrlib.running.preflight import check_latent_dim, check_surroundings
+from asrlib.running.preflight import check_surroundings, check_width
 from asrlib.runs import BadParameter, Run, find_notebooks, project_root, read_json, write_json
 
 ROOT = project_root(Path(__file__).parent)
@@ -191,7 +191,7 @@ def gone(kernels):
         ),
         (
             ["--set", "model=tiny", "latent_dim=17"],
-            "latent_dim 17 is wider than the keys and values",
+            "latent_dim is 17, but a joint latent of a model of width 8 has between 1 and 16 numbers",
         ),
         (["--set", "epochs"], "'epochs' (in --set) should be name=value"),
         (["--set", "epochs=[1"], "the value of 'epochs' (in --set) is not valid YAML"),
@@ -264,13 +264,14 @@ def test_numbers_are_read_as_people_write_them(tmp_path):
     }
 
 
-def test_a_latent_is_at_most_as_wide_as_keys_and_values():
-    check_latent_dim(16, "joint", hidden_size=8)
-    check_latent_dim(2, "split", hidden_size=8)
-    with pytest.raises(BadParameter, match="at most 2·d = 16"):
-        check_latent_dim(17, "joint", hidden_size=8)
-    with pytest.raises(BadParameter, match="at least 2"):
-        check_latent_dim(1, "split", hidden_size=8)
+def test_a_latent_is_at_most_as_wide_as_keys_and_values(tmp_path):
+    (tmp_path / "config.json").write_text('{"hidden_size": 8}')
+    check_width({"model": str(tmp_path), "latent_dim": 16, "layout": "joint"})
+    check_width({"model": str(tmp_path), "latent_dim": 2, "layout": "split"})
+    with pytest.raises(BadParameter, match="between 1 and 16 numbers"):
+        check_width({"model": str(tmp_path), "latent_dim": 17, "layout": "joint"})
+    with pytest.raises(BadParameter, match="between 2 and 16 numbers"):
+        check_width({"model": str(tmp_path), "latent_dim": 1, "layout": "split"})
 
 
 def test_giving_cache_cut_switches_the_default_of_latent_dim_off(project):
@@ -378,9 +379,7 @@ def test_runs_begin_at_the_first_step_that_a_change_touches(project, what):
     (project / "asrlib" / "__init__.py").touch()
     (project / "asrlib" / "figures.py").write_text("def draw():\n    import asrlib.deeper\n")
     (project / "asrlib" / "deeper.py").write_text("depth = 1")
-    write_notebook(
-        project / "notebooks/02_third.ipynb", [*THIRD, "if False:\n    from asrlib.reporting.figures import draw"]
-    )
+    write_notebook(project / "notebooks/02_third.ipynb", [*THIRD, "if False:\n    from asrlib.figures import draw"])
     (project / "model.bin").write_text("one")
     run = Run(project / "reports" / "demo")
     assert first_to_run(run, steps({})) == 0

@@ -9,7 +9,7 @@ from asrlib import kv_cache_bytes
 from asrlib.attention.chunks import Chunks
 from asrlib.attention.formats import FORMATS, cache_format
 from asrlib.attention.relative import sinusoids
-from asrlib.models.families import attention_modules, family_of
+from asrlib.models.registry import attention_modules, family_of
 from asrlib.streaming.memory import SideBySide, StreamMemory, Window
 from asrlib.streaming.streams import Streams
 

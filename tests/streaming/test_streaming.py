@@ -8,10 +8,11 @@ import pytest
 import soundfile
 import tiny
 import torch
+from commands import command
 
 from asrlib.attention.chunks import Chunks
 from asrlib.data.audio import SAMPLE_RATE, UnusableAudio, read_audio, read_pieces
-from asrlib.models.families import family_of, frame_counts, frames_of
+from asrlib.models.registry import family_of, frame_counts, frames_of
 from asrlib.models.scratch import new_processor
 from asrlib.streaming.streams import (
     AudioFrames,
@@ -21,9 +22,10 @@ from asrlib.streaming.streams import (
     Transcript,
     chunked_pass,
     chunks_of,
-    main,
     stream,
 )
+
+main = command("stream")
 
 VARIANTS = tiny.variants()
 CHUNKINGS = [Chunks(1, 3), Chunks(3, 4, 2), Chunks(4), Chunks(5, 0, 1), Chunks(2, 7, 5), Chunks(100), Chunks(9, 0, 4)]

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from commands import command
 
 from asrlib import convert, kv_cache_bytes
 from asrlib.attention.chunks import Chunks
@@ -18,13 +19,12 @@ from asrlib.measuring.stream_steps import (
     benchmark_steps,
     filled,
     kinds_of,
-    main,
     random_encoders,
     recomputed,
     size_of,
     streams_in_real_time,
 )
-from asrlib.models.families import attention_modules
+from asrlib.models.registry import attention_modules
 from asrlib.models.scratch import new_processor
 from asrlib.reporting.stream_tables import (
     as_rows,
@@ -40,6 +40,8 @@ from asrlib.reporting.stream_tables import (
 )
 from asrlib.streaming.rotate import random_rotation, rotate_latents, rotated
 from asrlib.streaming.streams import Streams, chunked_pass, chunks_of
+
+main = command("steps")
 
 SIZE = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, conv_depthwise_kernel_size=5)
 

@@ -10,14 +10,16 @@ only k_j and v_j come from x_j, so no decoupled rotary key is needed (unlike Dee
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, AutoModelForCTC, Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
+from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
 from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import (
     Wav2Vec2ConformerFeatureEncoder,
+    Wav2Vec2ConformerGroupNormConvLayer,
     Wav2Vec2ConformerSelfAttention,
 )
 
 from asrlib.attention.kinds import KeyValueMemory, LatentMemory, RelativeAttention
-from asrlib.models.latent_twin import LatentConfig, latent_kv, recast, settings
+from asrlib.models.family import Family
+from asrlib.models.latent_twin import LatentConfig, latent_kv, with_classes
 
 BLOCK_FRAMES = 256  # of the feature encoder at once: some 5 s, for which its widest layer takes 32 MB
 
@@ -27,15 +29,6 @@ class Wav2Vec2ConformerMLAConfig(LatentConfig, Wav2Vec2ConformerConfig):
     """Wav2Vec2ConformerConfig plus what `LatentConfig` says of the latent."""
 
     model_type = "wav2vec2-conformer-mla"
-
-
-def to_latent(config: Wav2Vec2ConformerConfig, **latent) -> Wav2Vec2ConformerMLAConfig:
-    """The config of the latent twin; `latent` are latent_dim, latent_layout and latent_key_dim."""
-    return Wav2Vec2ConformerMLAConfig(**settings(config), **latent)
-
-
-def to_standard(config: Wav2Vec2ConformerMLAConfig) -> Wav2Vec2ConformerConfig:
-    return Wav2Vec2ConformerConfig(**settings(config))
 
 
 class BlockedSelfAttention(KeyValueMemory, Wav2Vec2ConformerSelfAttention):
@@ -58,10 +51,12 @@ class LatentSelfAttention(LatentMemory, BlockedSelfAttention):
 
 class BlockedFeatureEncoder(Wav2Vec2ConformerFeatureEncoder):
     """The parent's parameters and results, in evaluation worked in blocks of frames, so that memory grows with the
-    frames and not with the samples, of which the first convolutions make so many more."""
+    frames and not with the samples, of which the first convolutions make so many more. An encoder that normalises over
+    all frames is worked by the parent."""
 
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_exporting():
+        over_all_frames = isinstance(self.conv_layers[0], Wav2Vec2ConformerGroupNormConvLayer)
+        if over_all_frames or self.training or torch.is_grad_enabled() or torch.compiler.is_exporting():
             return super().forward(input_values)
         hop = reach = 1
         for layer in self.conv_layers:
@@ -77,16 +72,10 @@ class BlockedFeatureEncoder(Wav2Vec2ConformerFeatureEncoder):
         return torch.cat([first, *others], dim=2) if others else first
 
 
-def work_in_blocks(model: Wav2Vec2ConformerForCTC) -> Wav2Vec2ConformerForCTC:
-    """`model`, with the same parameters and results in blocks: of queries, and of frames where all of its feature
-    encoder is local."""
-    base = model.wav2vec2_conformer
-    if type(base.feature_extractor) is Wav2Vec2ConformerFeatureEncoder and model.config.feat_extract_norm == "layer":
-        base.feature_extractor = recast(base.feature_extractor, BlockedFeatureEncoder)
-    for layer in base.encoder.layers:
-        if type(layer.self_attn) is Wav2Vec2ConformerSelfAttention:
-            layer.self_attn = recast(layer.self_attn, BlockedSelfAttention)
-    return model
+IN_BLOCKS = {
+    Wav2Vec2ConformerFeatureEncoder: BlockedFeatureEncoder,
+    Wav2Vec2ConformerSelfAttention: BlockedSelfAttention,
+}
 
 
 def frames(model: Wav2Vec2ConformerForCTC, input_values: torch.Tensor) -> torch.Tensor:
@@ -122,9 +111,16 @@ class Wav2Vec2ConformerMLAForCTC(Wav2Vec2ConformerForCTC):
         super().__init__(config, target_lang)
         for index, layer in enumerate(self.wav2vec2_conformer.encoder.layers):
             layer.self_attn = LatentSelfAttention(config, index)
-        work_in_blocks(self)
+        with_classes(self, IN_BLOCKS)
         self.post_init()
 
 
-AutoConfig.register("wav2vec2-conformer-mla", Wav2Vec2ConformerMLAConfig)
-AutoModelForCTC.register(Wav2Vec2ConformerMLAConfig, Wav2Vec2ConformerMLAForCTC)
+WAV2VEC2_CONFORMER = Family(
+    standard_model=Wav2Vec2ConformerForCTC,
+    latent_model=Wav2Vec2ConformerMLAForCTC,
+    layers=lambda model: list(model.wav2vec2_conformer.encoder.layers),
+    check_streaming=check_streaming,
+    frames=frames,
+    logits=logits,
+    in_blocks=IN_BLOCKS,
+)

@@ -12,13 +12,15 @@ Shapes: B batch, H heads, n queries, T frames or tokens attended to, m = H·n, D
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, AutoModelForSpeechSeq2Seq, WhisperConfig, WhisperForConditionalGeneration
+from transformers import WhisperConfig, WhisperForConditionalGeneration
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.whisper.modeling_whisper import WhisperAttention, eager_attention_forward
 
 from asrlib.attention.kinds import absorbing_pays
-from asrlib.models.latent_twin import LatentConfig, LatentProjections, settings
+from asrlib.models.family import Family
+from asrlib.models.heads import Decoder
+from asrlib.models.latent_twin import LatentConfig, LatentProjections
 
 PARTS = ("encoder", "decoder", "cross")  # self-attention of either, and the decoder's to the encoder's frames
 CACHED = ("decoder", "cross")  # of which `generate` keeps something
@@ -50,7 +52,7 @@ class WhisperMLAConfig(LatentConfig, WhisperConfig):
                 raise ValueError("a latent that layers share has one width: give cross-attention the same in all")
 
     @property
-    def latent_modules(self) -> int:
+    def latent_count(self) -> int:
         """How many attention modules have a latent."""
         return sum(self.encoder_layers if part == "encoder" else self.decoder_layers for part in self.latent_parts)
 
@@ -68,16 +70,6 @@ def check_shared(parts: list[str] | tuple[str, ...], layout: str) -> None:
             f"what layers share is a joint latent of cross-attention, not a {layout} one of {', '.join(parts)}: leave "
             "shared out, or use layout: joint and parts with cross"
         )
-
-
-def to_latent(config: WhisperConfig, **latent) -> WhisperMLAConfig:
-    """The config of the latent twin; `latent` are latent_dim, latent_layout, latent_key_dim, latent_parts and
-    latent_shared."""
-    return WhisperMLAConfig(**settings(config), **latent)
-
-
-def to_standard(config: WhisperMLAConfig) -> WhisperConfig:
-    return WhisperConfig(**settings(config))
 
 
 def check_streaming(config: WhisperConfig) -> None:
@@ -241,5 +233,17 @@ class WhisperMLAForConditionalGeneration(WhisperForConditionalGeneration):
         self.post_init()
 
 
-AutoConfig.register("whisper-mla", WhisperMLAConfig)
-AutoModelForSpeechSeq2Seq.register(WhisperMLAConfig, WhisperMLAForConditionalGeneration)
+WHISPER = Family(
+    standard_model=WhisperForConditionalGeneration,
+    latent_model=WhisperMLAForConditionalGeneration,
+    layers=lambda model: list(model.model.encoder.layers),
+    check_streaming=check_streaming,
+    head=Decoder(),
+    positions=lambda config: "sinusoidal",
+    input_length=lambda config, samples: samples // HOP,
+    samples_per_frame=lambda config: SAMPLES_PER_FRAME,
+    parts=parts,
+    part_names=PARTS,
+    cached_parts=CACHED,
+    frame_counts=lambda model, lengths: torch.full_like(lengths, model.config.max_source_positions),
+)

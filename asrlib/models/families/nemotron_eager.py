@@ -1,4 +1,4 @@
-"""Mends eager attention of transformers' own Nemotron, in this process, wherever asrlib is imported.
+"""Mends eager attention of transformers' own Nemotron, in this process, wherever nemotron.py is imported.
 
 It stands apart from the latent twin, which does without: code that goes along with an exported model changes no class
 of transformers.

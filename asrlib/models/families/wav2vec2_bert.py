@@ -6,10 +6,11 @@ joint latent serves both. With rotary positions it can not (`latent_twin.check_l
 """
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, AutoModelForCTC, Wav2Vec2BertConfig, Wav2Vec2BertForCTC
+from transformers import Wav2Vec2BertConfig, Wav2Vec2BertForCTC
 from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertSelfAttention
 
-from asrlib.models.latent_twin import LatentConfig, LatentProjections, settings
+from asrlib.models.family import Family
+from asrlib.models.latent_twin import LatentConfig, LatentProjections
 
 # What SeamlessM4TFeatureExtractor does, and a model's config does not say, in samples at 16 kHz.
 WINDOW = 400
@@ -22,15 +23,6 @@ class Wav2Vec2BertMLAConfig(LatentConfig, Wav2Vec2BertConfig):
     """Wav2Vec2BertConfig plus what `LatentConfig` says of the latent."""
 
     model_type = "wav2vec2-bert-mla"
-
-
-def to_latent(config: Wav2Vec2BertConfig, **latent) -> Wav2Vec2BertMLAConfig:
-    """The config of the latent twin; `latent` are latent_dim, latent_layout and latent_key_dim."""
-    return Wav2Vec2BertMLAConfig(**settings(config), **latent)
-
-
-def to_standard(config: Wav2Vec2BertMLAConfig) -> Wav2Vec2BertConfig:
-    return Wav2Vec2BertConfig(**settings(config))
 
 
 def input_length(config: Wav2Vec2BertConfig, samples: int) -> int:
@@ -68,5 +60,11 @@ class Wav2Vec2BertMLAForCTC(Wav2Vec2BertForCTC):
         self.post_init()
 
 
-AutoConfig.register("wav2vec2-bert-mla", Wav2Vec2BertMLAConfig)
-AutoModelForCTC.register(Wav2Vec2BertMLAConfig, Wav2Vec2BertMLAForCTC)
+WAV2VEC2_BERT = Family(
+    standard_model=Wav2Vec2BertForCTC,
+    latent_model=Wav2Vec2BertMLAForCTC,
+    layers=lambda model: list(model.wav2vec2_bert.encoder.layers),
+    check_streaming=check_streaming,
+    input_length=input_length,
+    samples_per_frame=samples_per_frame,
+)

@@ -5,10 +5,10 @@ the frames before the first layer: keys are made of what values are made of, so 
 stands in the way of absorbing it.
 """
 
+from dataclasses import replace
+
 from huggingface_hub.dataclasses import strict
 from transformers import (
-    AutoConfig,
-    AutoModelForCTC,
     HubertConfig,
     HubertForCTC,
     Wav2Vec2Config,
@@ -17,7 +17,8 @@ from transformers import (
 from transformers.models.hubert.modeling_hubert import HubertAttention
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2Attention
 
-from asrlib.models.latent_twin import LatentConfig, LatentProjections, settings
+from asrlib.models.family import Family
+from asrlib.models.latent_twin import LatentConfig, LatentProjections
 
 
 @strict
@@ -32,16 +33,6 @@ class HubertMLAConfig(LatentConfig, HubertConfig):
     """HubertConfig plus what `LatentConfig` says of the latent."""
 
     model_type = "hubert-mla"
-
-
-def to_latent(config: Wav2Vec2Config | HubertConfig, **latent) -> Wav2Vec2MLAConfig | HubertMLAConfig:
-    """The config of the latent twin; `latent` are latent_dim, latent_layout and latent_key_dim."""
-    twin = HubertMLAConfig if isinstance(config, HubertConfig) else Wav2Vec2MLAConfig
-    return twin(**settings(config), **latent)
-
-
-def to_standard(config: Wav2Vec2MLAConfig | HubertMLAConfig) -> Wav2Vec2Config | HubertConfig:
-    return (HubertConfig if isinstance(config, HubertConfig) else Wav2Vec2Config)(**settings(config))
 
 
 def check_streaming(config: Wav2Vec2Config | HubertConfig) -> None:
@@ -93,7 +84,13 @@ class HubertMLAForCTC(HubertForCTC):
         self.post_init()
 
 
-AutoConfig.register("wav2vec2-mla", Wav2Vec2MLAConfig)
-AutoModelForCTC.register(Wav2Vec2MLAConfig, Wav2Vec2MLAForCTC)
-AutoConfig.register("hubert-mla", HubertMLAConfig)
-AutoModelForCTC.register(HubertMLAConfig, HubertMLAForCTC)
+WAV2VEC2 = Family(
+    standard_model=Wav2Vec2ForCTC,
+    latent_model=Wav2Vec2MLAForCTC,
+    layers=lambda model: list(model.base_model.encoder.layers),
+    attention=lambda layer: layer.attention,
+    check_streaming=check_streaming,
+    positions=lambda config: "convolutional",
+)
+
+HUBERT = replace(WAV2VEC2, standard_model=HubertForCTC, latent_model=HubertMLAForCTC)

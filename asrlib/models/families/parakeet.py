@@ -5,12 +5,11 @@ Its positions are relative, as in Transformer-XL, so that attention is worked by
 that this has for its parameters.
 """
 
+from dataclasses import replace
+
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import (
-    AutoConfig,
-    AutoModelForCTC,
-    AutoModelForRNNT,
     ParakeetCTCConfig,
     ParakeetForCTC,
     ParakeetForRNNT,
@@ -19,7 +18,9 @@ from transformers import (
 from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
 
 from asrlib.attention.kinds import KeyValueMemory, LatentMemory, RelativeAttention
-from asrlib.models.latent_twin import LatentConfig, latent_kv, recast, settings
+from asrlib.models.family import Family
+from asrlib.models.heads import Transducer
+from asrlib.models.latent_twin import LatentConfig, latent_kv
 
 HOP = 160  # samples at 16 kHz between frames of features, of ParakeetFeatureExtractor: a model's config does not say
 
@@ -39,17 +40,6 @@ class ParakeetRNNTMLAConfig(LatentConfig, ParakeetRNNTConfig):
 
 
 ParakeetConfig = ParakeetCTCConfig | ParakeetRNNTConfig
-
-
-def to_latent(config: ParakeetConfig, **latent) -> ParakeetMLAConfig | ParakeetRNNTMLAConfig:
-    """The config of the latent twin; `latent` are latent_dim, latent_layout and latent_key_dim."""
-    twin = ParakeetRNNTMLAConfig if isinstance(config, ParakeetRNNTConfig) else ParakeetMLAConfig
-    return twin(**settings(config), **latent)
-
-
-def to_standard(config: ParakeetMLAConfig | ParakeetRNNTMLAConfig) -> ParakeetConfig:
-    standard = ParakeetRNNTConfig if isinstance(config, ParakeetRNNTConfig) else ParakeetCTCConfig
-    return standard(**settings(config))
 
 
 def input_length(config: ParakeetConfig, samples: int) -> int:
@@ -109,14 +99,6 @@ class LatentAttention(LatentMemory, BlockedAttention):
         self.latent_kv = latent_kv(config, layer)
 
 
-def work_in_blocks(model: ParakeetForCTC | ParakeetForRNNT) -> ParakeetForCTC | ParakeetForRNNT:
-    """`model`, with the same parameters and results in blocks of queries."""
-    for layer in model.encoder.layers:
-        if type(layer.self_attn) is ParakeetEncoderAttention:
-            layer.self_attn = recast(layer.self_attn, BlockedAttention)
-    return model
-
-
 class ParakeetMLAForCTC(ParakeetForCTC):
     """ParakeetForCTC with latent keys and values."""
 
@@ -143,7 +125,22 @@ class ParakeetMLAForRNNT(ParakeetForRNNT):
         self.post_init()
 
 
-AutoConfig.register("parakeet_ctc-mla", ParakeetMLAConfig)
-AutoModelForCTC.register(ParakeetMLAConfig, ParakeetMLAForCTC)
-AutoConfig.register("parakeet_rnnt-mla", ParakeetRNNTMLAConfig)
-AutoModelForRNNT.register(ParakeetRNNTMLAConfig, ParakeetMLAForRNNT)
+PARAKEET = Family(
+    standard_model=ParakeetForCTC,
+    latent_model=ParakeetMLAForCTC,
+    layers=lambda model: list(model.encoder.layers),
+    check_streaming=check_streaming,
+    in_blocks={ParakeetEncoderAttention: BlockedAttention},
+    positions=lambda config: "relative",
+    input_length=input_length,
+    samples_per_frame=samples_per_frame,
+    frame_counts=lambda model, lengths: model._get_subsampling_output_length(lengths),
+)
+
+PARAKEET_RNNT = replace(
+    PARAKEET,
+    standard_model=ParakeetForRNNT,
+    latent_model=ParakeetMLAForRNNT,
+    encode=encode,
+    head=Transducer(),
+)

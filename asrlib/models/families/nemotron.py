@@ -8,18 +8,18 @@ what is held.
 Shapes: B batch, n frames of a call, T frames heard (those of the window, then the n), D width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, AutoModelForRNNT, Cache, NemotronAsrStreamingConfig, NemotronAsrStreamingForRNNT
+from transformers import Cache, NemotronAsrStreamingConfig, NemotronAsrStreamingForRNNT
 from transformers.models.nemotron_asr_streaming.modeling_nemotron_asr_streaming import (
     NemotronAsrStreamingEncoderAttention,
 )
 
 from asrlib.attention.kinds import KeyValueMemory, LatentMemory, RelativeAttention, heard
-from asrlib.models.latent_twin import LatentConfig, latent_kv, recast, settings
-from asrlib.models.parakeet import FastConformerNames
+from asrlib.models.families.parakeet import PARAKEET_RNNT, FastConformerNames
+from asrlib.models.latent_twin import LatentConfig, latent_kv
 
 
 @strict
@@ -27,15 +27,6 @@ class NemotronMLAConfig(LatentConfig, NemotronAsrStreamingConfig):
     """NemotronAsrStreamingConfig plus what `LatentConfig` says of the latent."""
 
     model_type = "nemotron_asr_streaming-mla"
-
-
-def to_latent(config: NemotronAsrStreamingConfig, **latent) -> NemotronMLAConfig:
-    """The config of the latent twin; `latent` are latent_dim, latent_layout and latent_key_dim."""
-    return NemotronMLAConfig(**settings(config), **latent)
-
-
-def to_standard(config: NemotronMLAConfig) -> NemotronAsrStreamingConfig:
-    return NemotronAsrStreamingConfig(**settings(config))
 
 
 def check_streaming(config: NemotronAsrStreamingConfig) -> None:
@@ -102,14 +93,6 @@ class LatentAttention(LatentMemory, BlockedAttention):
         self.latent_kv = latent_kv(config, layer)
 
 
-def work_in_blocks(model: NemotronAsrStreamingForRNNT) -> NemotronAsrStreamingForRNNT:
-    """`model`, with the same parameters and results in blocks of queries."""
-    for layer in model.encoder.layers:
-        if type(layer.self_attn) is NemotronAsrStreamingEncoderAttention:
-            layer.self_attn = recast(layer.self_attn, BlockedAttention)
-    return model
-
-
 class NemotronMLAForRNNT(NemotronAsrStreamingForRNNT):
     """NemotronAsrStreamingForRNNT with latent keys and values."""
 
@@ -123,5 +106,11 @@ class NemotronMLAForRNNT(NemotronAsrStreamingForRNNT):
         self.post_init()
 
 
-AutoConfig.register("nemotron_asr_streaming-mla", NemotronMLAConfig)
-AutoModelForRNNT.register(NemotronMLAConfig, NemotronMLAForRNNT)
+NEMOTRON = replace(
+    PARAKEET_RNNT,
+    standard_model=NemotronAsrStreamingForRNNT,
+    latent_model=NemotronMLAForRNNT,
+    check_streaming=check_streaming,
+    in_blocks={NemotronAsrStreamingEncoderAttention: BlockedAttention},
+    encode=encode,
+)

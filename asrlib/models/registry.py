@@ -1,0 +1,155 @@
+"""Which families of models there are, and what can be asked of any model.
+
+A new family is one file in `families`, which ends in its record, and that record in FAMILIES.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from asrlib.attention.names import attends_across
+from asrlib.data.audio import SAMPLE_RATE
+from asrlib.models.encoder import SPEECH_ENCODER
+from asrlib.models.families.nemotron import NEMOTRON
+from asrlib.models.families.parakeet import PARAKEET, PARAKEET_RNNT
+from asrlib.models.families.wav2vec2 import HUBERT, WAV2VEC2
+from asrlib.models.families.wav2vec2_bert import WAV2VEC2_BERT
+from asrlib.models.families.wav2vec2_conformer import WAV2VEC2_CONFORMER
+from asrlib.models.families.whisper import WHISPER
+from asrlib.models.family import Family
+
+FAMILIES = {  # by the model types of both twins
+    config.model_type: family
+    for family in (
+        WAV2VEC2,
+        HUBERT,
+        WAV2VEC2_CONFORMER,
+        WAV2VEC2_BERT,
+        PARAKEET,
+        PARAKEET_RNNT,
+        NEMOTRON,
+        WHISPER,
+        SPEECH_ENCODER,
+    )
+    for config in (family.standard_config, family.latent_config)
+}
+
+
+def register() -> None:
+    """Tells transformers' Auto classes of every model type that is asrlib's own; a second call changes nothing.
+
+    After it `AutoModelForCTC.from_pretrained` and its kin load latent models. asrlib's own functions need no call.
+    """
+    for family in FAMILIES.values():
+        config = family.latent_config
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        family.head.auto_model.register(config, family.latent_model, exist_ok=True)
+
+
+register()
+
+
+def family_of(config) -> Family:
+    """The family of a model's config; ValueError names the known ones."""
+    if config.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"no family for model type {config.model_type!r}: asrlib knows {known}")
+    return FAMILIES[config.model_type]
+
+
+def attention_parts(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
+    """The attention modules of `model`, first layer first, by what they are part of: the encoder, if nothing else."""
+    family = family_of(model.config)
+    if family.parts:
+        return family.parts(model)
+    return {"encoder": [family.attention(layer) for layer in family.layers(model)]}
+
+
+def attention_modules(model: PreTrainedModel, parts: Sequence[str] | None = None) -> list[nn.Module]:
+    """The attention modules of `model`, or those of some `parts` of it, first layer first."""
+    modules = attention_parts(model)
+    return [module for part in (modules if parts is None else parts) for module in modules[part]]
+
+
+def latent_modules(latent: PreTrainedModel) -> list[nn.Module]:
+    """The attention modules of a latent model that have a latent, in the order of its config's widths."""
+    return attention_modules(latent, getattr(latent.config, "latent_parts", None))
+
+
+def chosen_parts(config, parts: Sequence[str] | None) -> list[str]:
+    """The parts of a model to convert, in order: those given, else all of which a run keeps something.
+
+    Raises ValueError where it has no such part.
+    """
+    family = family_of(config)
+    known, given = family.part_names, family.cached_parts if parts is None else parts
+    if isinstance(given, str) or not given or set(given) - set(known):
+        raise ValueError(
+            f"parts is {given!r}, but attention of {config.model_type} is of the {', '.join(known)}: give a list "
+            "of one or more"
+        )
+    return [part for part in known if part in given]
+
+
+def layer_names(model: PreTrainedModel, parts: Sequence[str] | None) -> list[str]:
+    """What to call each module of `chosen_parts`: its layer's number, behind its part where there are several."""
+    modules = attention_parts(model)
+    names = [(part, index) for part in chosen_parts(model.config, parts) for index in range(len(modules[part]))]
+    return [f"{part} {index}" if len(modules) > 1 else str(index) for part, index in names]
+
+
+def run(model: PreTrainedModel, batch: dict[str, torch.Tensor]):
+    """Runs all layers once over a batch as the head reads it (see heads.py), of which no cache is kept."""
+    if encode := family_of(model.config).encode:
+        return encode(model, {name: values for name, values in batch.items() if name != "labels"})
+    no_cache = {"use_cache": False} if attends_across(model.config) else {}
+    return family_of(model.config).head.forward(model, batch, **no_cache)
+
+
+def positions_of(config) -> str | None:
+    """How an encoder tells frames apart by their place: relative, rotary, … None: not at all."""
+    return family_of(config).positions(config)
+
+
+def is_latent(config) -> bool:
+    return family_of(config).is_latent(config)
+
+
+def frame_counts(model: PreTrainedModel, lengths: torch.Tensor) -> torch.Tensor:
+    """Frames of the logits for inputs of such lengths, samples or frames of features: integer tensors [B] → [B]."""
+    return family_of(model.config).frame_counts(model, lengths).long()
+
+
+def layer_frame_counts(model: PreTrainedModel, lengths: torch.Tensor) -> torch.Tensor:
+    """Frames that the layers work on: more than those of the logits where an adapter behind them thins these out."""
+    if getattr(model.config, "add_adapter", False):
+        return model._get_feat_extract_output_lengths(lengths, add_adapter=False).long()
+    return frame_counts(model, lengths)
+
+
+@dataclass(frozen=True)
+class EncoderFrames:
+    """The function samples of audio → encoder frames of `model`, and what can not be learnt from so many."""
+
+    model: PreTrainedModel
+
+    def __call__(self, samples: int) -> int:
+        length = family_of(self.model.config).input_length(self.model.config, samples)
+        return max(0, int(frame_counts(self.model, torch.tensor(length))))
+
+    def problem(self, ids: list[int], samples: int) -> str | None:
+        """Why `model` can not be trained or scored on these labels of audio that long, or None."""
+        head = family_of(self.model.config).head
+        return head.problem(self.model.config, ids, samples, self(samples))
+
+
+def frames_of(model: PreTrainedModel) -> EncoderFrames:
+    return EncoderFrames(model)
+
+
+def frames_per_second(config) -> float:
+    """Encoder frames per second of 16 kHz audio."""
+    return SAMPLE_RATE / family_of(config).samples_per_frame(config)
