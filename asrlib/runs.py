@@ -31,6 +31,17 @@ STEP_OF_METRICS = {
     "benchmark": "05_benchmark",
     "compare": "06_compare",
 }
+NEEDS = {  # step → the steps whose outputs it reads
+    "00_baseline": (),
+    "01_convert": ("00_baseline",),
+    "02_analyze_svd_error": ("01_convert",),
+    "03_finetune": ("01_convert",),
+    "04_evaluate": ("03_finetune",),
+    "05_benchmark": ("03_finetune",),
+    "06_compare": ("04_evaluate", "05_benchmark"),
+}
+READ_BYTES = 1 << 20  # a file's content tells whether it changed, where it is no larger: copies and mounts change times
+TRAINED = "training.json"  # in a model's folder: of what training it came
 VALUE_CHARACTERS = 60  # of a value in a member's name; of a path its end says more than its beginning
 STEP_OF_MODEL = {"baseline": "00_baseline", "converted": "01_convert", "finetuned": "03_finetune"}
 
@@ -41,6 +52,19 @@ class BadParameter(ValueError):
 
 class MissingStep(FileNotFoundError):
     """Something an earlier notebook makes is not in the run folder yet; the message says which one to run."""
+
+
+def needed_by(step: str, steps: Iterable[str]) -> list[str]:
+    """Those of `steps` that `step` needs, directly or by way of others, which need not be among them; of a step that
+    is not in NEEDS all before it, by their numbers."""
+    if step not in NEEDS:
+        return [other for other in steps if other < step]
+    needed: set[str] = set()
+    waiting = list(NEEDS[step])
+    while waiting:
+        needed.add(other := waiting.pop())
+        waiting += NEEDS[other]
+    return [other for other in steps if other in needed]
 
 
 def project_root(start: Path | None = None) -> Path:
@@ -190,10 +214,11 @@ class Run:
 
     def write_metrics(self, name: str, values: dict) -> None:
         """Write metrics/<name>.json. A step that counted as completed, run again by hand, no longer does, nor do those
-        after it: run_all will run them again."""
-        steps = list(STEP_OF_METRICS.values())
-        for step in steps[steps.index(STEP_OF_METRICS[name]) :] if name in STEP_OF_METRICS else ():
-            self.outdate(step)
+        that need it: run_all will run them again."""
+        if written := STEP_OF_METRICS.get(name):
+            for step in NEEDS:
+                if step == written or needed_by(step, [written]):
+                    self.outdate(step)
         write_json(self.path / "metrics" / f"{name}.json", values)
 
     def read_metrics(self, name: str) -> dict:
@@ -238,7 +263,7 @@ class Run:
     def mark_started(self, step: str, fingerprint: str) -> None:
         """`step` begins. Its checkpoints stay only where they come from the very same, unfinished, step."""
         if not (self.resumable(step) and self.started(step)["fingerprint"] == fingerprint):
-            self.discard(step)
+            self._begin_afresh(step)
         marker = {"fingerprint": fingerprint, "seconds": self.seconds(step)}
         write_json(self._marker_path("started", step), marker)
 
@@ -248,10 +273,15 @@ class Run:
     def outdate(self, step: str) -> None:
         """What `step` made no longer counts. Where it was interrupted, it may still be resumed."""
         if self.completed(step) is not None:
-            self.discard(step)
+            self._begin_afresh(step)
 
     def discard(self, step: str) -> None:
-        """`step` must begin afresh. Its outputs stay until they are written again."""
+        """`step` must begin afresh, and train again. Its outputs stay until they are written again."""
+        for model in (model for model, maker in STEP_OF_MODEL.items() if maker == step):
+            (self.path / "models" / model / TRAINED).unlink(missing_ok=True)
+        self._begin_afresh(step)
+
+    def _begin_afresh(self, step: str) -> None:
         write_json(self._marker_path("started", step), {"fingerprint": None, "seconds": self.seconds(step)})
         self._marker_path("completed", step).unlink(missing_ok=True)
         shutil.rmtree(self._checkpoints(step), ignore_errors=True)
@@ -365,3 +395,22 @@ def _substance(path: Path) -> bytes:
         if documented and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:]
     return ast.dump(tree).encode()
+
+
+def file_state(root: Path, value: Any) -> list | None:
+    """Names and contents of the file or the folder's files that a parameter points to; of large ones size and time."""
+    if not isinstance(value, str) or not value or len(value) > 255:
+        return None
+    shipped = root / "asrlib" / "pretrained" / value
+    if value == shipped.name and (shipped / "config.json").is_file():
+        return [files_fingerprint(shipped.iterdir(), root)]
+    path = root / Path(value).expanduser()
+    if not path.exists():
+        return None
+    files = sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path]
+    return [(file.name, *_state_of(file)) for file in files]
+
+
+def _state_of(file: Path) -> tuple:
+    size, time_ns = (stat := file.stat()).st_size, stat.st_mtime_ns
+    return (hashlib.sha256(file.read_bytes()).hexdigest(),) if size <= READ_BYTES else (size, time_ns)

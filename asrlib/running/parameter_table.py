@@ -1,7 +1,8 @@
-"""PARAMETERS.md: every parameter of every notebook in one table, read from their `parameters` cells.
+"""PARAMETERS.md: every parameter of every notebook in one table, read from their `parameters` cells; and
+docs/outdated.md: which steps a change of each runs again.
 
-python -m asrlib.running.parameter_table            prints it
-python -m asrlib.running.parameter_table --write    writes it
+python -m asrlib.running.parameter_table            prints the first
+python -m asrlib.running.parameter_table --write    writes both
 """
 
 import argparse
@@ -13,7 +14,8 @@ from typing import Any
 
 from asrlib.running.parameter_limits import LIMITS, in_words
 from asrlib.running.parameters import SET_BY_RUN_ALL, Parameter, read_parameters
-from asrlib.runs import atomic_write, find_notebooks, project_root
+from asrlib.runs import atomic_write, find_notebooks, needed_by, project_root
+from asrlib.training.baseline import TESTING
 
 INTRODUCTION = """# Parameters
 
@@ -27,6 +29,41 @@ Made from the notebooks and `asrlib/running/parameter_limits.py` by `make parame
 | name | type | default | meaning | limits | notebooks |
 |---|---|---|---|---|---|
 """
+
+
+OUTDATED = """# Which steps a change runs again
+
+A step runs again when a parameter that it takes changes, its code, a file that either points to, or a step that it
+needs. 01 needs 00; 02 and 03 need 01; 04 and 05 need 03; 06 needs 04 and 05. Of the library a step's code is what it
+imports, without the model families and the kinds of corpus that the run does not use.
+
+Where the last column says so, 00 runs again but keeps the baseline that it trained, and only tests it.
+
+Made from the notebooks and the table of needs in `asrlib/runs.py` by `make parameters`: change those.
+
+| parameter | runs again | trained baseline |
+|---|---|---|
+"""
+
+
+def outdated(root: Path) -> dict[str, list[str]]:
+    """By parameter the steps that a change of it outdates: those that take it and those that need one of these."""
+    declared = {step: read_parameters(path) for step, path in find_notebooks(root).items()}
+    names = dict.fromkeys(name for parameters in declared.values() for name in parameters if name not in SET_BY_RUN_ALL)
+    takers = {name: [step for step, parameters in declared.items() if name in parameters] for name in names}
+    return {
+        name: [step for step in declared if step in taking or needed_by(step, taking)]
+        for name, taking in takers.items()
+    }
+
+
+def outdated_table(root: Path) -> str:
+    """docs/outdated.md of the project at `root`."""
+    rows = []
+    for name, steps in outdated(root).items():
+        kept = "kept" if name in TESTING and "00_baseline" in steps else ""
+        rows.append(f"| `{name}` | {' '.join(step.split('_')[0] for step in steps)} | {kept} |\n")
+    return OUTDATED + "".join(rows)
 
 
 def table(root: Path) -> str:
@@ -80,16 +117,17 @@ def _told_apart(said: dict[str, str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m asrlib.running.parameter_table", description="Makes PARAMETERS.md."
+        prog="python -m asrlib.running.parameter_table", description="Makes PARAMETERS.md and docs/outdated.md."
     )
-    parser.add_argument("--write", action="store_true", help="write PARAMETERS.md of the project instead of printing")
+    parser.add_argument("--write", action="store_true", help="write them in the project instead of printing")
     args = parser.parse_args(argv)
     root = project_root()
     if not args.write:
         sys.stdout.write(table(root))
         return 0
-    with atomic_write(root / "PARAMETERS.md") as file:
-        file.write(table(root))
+    for name, text in (("PARAMETERS.md", table(root)), ("docs/outdated.md", outdated_table(root))):
+        with atomic_write(root / name) as file:
+            file.write(text)
     return 0
 
 
