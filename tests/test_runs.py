@@ -3,17 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from asrlib.runs import (
-    MissingStep,
-    Run,
-    atomic_folder,
-    atomic_write,
-    files_fingerprint,
-    fingerprint,
-    read_json,
-    resolve,
-    write_json,
-)
+from asrlib.runs import NEEDS, MissingStep, Run, atomic_folder, atomic_write, read_json, resolve, write_json
+from asrlib.runs.fingerprints import files_fingerprint, fingerprint
 
 
 def visible_and_hidden(folder):
@@ -161,10 +152,14 @@ def test_fingerprints_tell_values_apart_but_not_the_order_of_names(tmp_path):
     assert len({before, changed, files_fingerprint([moved], tmp_path)}) == 3
 
 
-def test_a_step_run_again_by_hand_is_no_longer_completed_nor_are_those_after_it(tmp_path):
+def test_a_step_run_again_by_hand_is_no_longer_completed_nor_are_those_that_need_it(tmp_path):
     run = Run(tmp_path)
-    for step in ("00_baseline", "01_convert", "02_analyze_svd_error", "03_finetune"):
+    for step in NEEDS:
         run.mark_completed(step, "same", 1.0)
+    run.write_metrics("analyze", {})
+    assert [step for step in NEEDS if not run.completed(step)] == ["02_analyze_svd_error"]
+    run.write_metrics("benchmark", {})
+    assert [step for step in NEEDS if run.completed(step)] == [*list(NEEDS)[:2], "03_finetune", "04_evaluate"]
     run.write_metrics("convert", {})
     assert run.completed("00_baseline")
     assert not any(run.completed(step) for step in ("01_convert", "02_analyze_svd_error", "03_finetune"))

@@ -41,7 +41,8 @@ from asrlib.data.corpus import (
     named,
 )
 from asrlib.data.hub import DEPTHS, choose_split, group_shards, known_columns, one_line
-from asrlib.runs import atomic_write, fingerprint, user_cache
+from asrlib.runs import atomic_write, user_cache
+from asrlib.runs.fingerprints import fingerprint
 
 T = TypeVar("T")
 

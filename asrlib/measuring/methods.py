@@ -54,7 +54,8 @@ from asrlib.measuring.transcribing import transcribe
 from asrlib.measuring.word_errors import EvaluationResult, score
 from asrlib.models.inference import choose_device, zero_attention
 from asrlib.models.registry import chosen_parts, frames_of, latent_modules
-from asrlib.runs import BadParameter, atomic_write, fingerprint, resolve
+from asrlib.runs import BadParameter, atomic_write, resolve
+from asrlib.runs.fingerprints import fingerprint
 
 CUTS = (0.5, 0.75, 0.875, 0.9375, 0.96875, 0.984375)  # of the cache: it is halved at each step
 ROOMS = ("attention", "conversion", "models")  # whose code decides what a row says …

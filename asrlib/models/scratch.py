@@ -153,7 +153,9 @@ def new_config(
     )
 
 
-SIZES = tuple(signature(new_config).parameters)[2:]
+# Sizes of new_config → the parameters of a run that give them: the conversion has a latent_dim and kv_heads of its own.
+SIZES = {name: name for name in tuple(signature(new_config).parameters)[2:]}
+SIZES |= {"latent_dim": "new_latent_dim", "kv_heads": "new_kv_heads"}
 
 
 def _raw_audio_config(

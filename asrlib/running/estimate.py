@@ -1,6 +1,6 @@
 """What a run would take on this machine, before anything starts: `run_all.py NAME --estimate`.
 
-A step that ran here before, with the same parameters and after the same steps, is expected to take as long again. Of
+A step that ran here before, with the same parameters and needing the same steps, is expected to take as long again. Of
 others a function below says how much they do, and cost_measurements.py how long a little of that takes. What changes
 the sum by less than some 10 % is left out. Nothing is downloaded, and metrics/estimate.json is all that is written: the
 index page sets it beside what the run took.
@@ -45,7 +45,7 @@ from asrlib.running import cost_measurements as measure
 from asrlib.running.cost_card import BEFORE, Cost, in_all, summed
 from asrlib.running.cost_measurements import Rate, batches_of, padded
 from asrlib.running.parameters import Schema
-from asrlib.running.pipeline import first_to_run, plan, seconds_before
+from asrlib.running.pipeline import pending, plan, seconds_before
 from asrlib.running.sweeps import Member, Sweep
 from asrlib.runs import BadParameter, resolve
 from asrlib.streaming.streams import chunks_of
@@ -160,7 +160,8 @@ class Workload:
             _refuse(WHISPER)
         if p.architecture is not None:
             processor = new_processor(p.architecture, p.mel_bins, p.frame_shift_ms)
-            return new_model(p.architecture, processor, p.seed, **{name: getattr(p, name) for name in SIZES}), processor
+            sizes = {size: getattr(p, name) for size, name in SIZES.items()}
+            return new_model(p.architecture, processor, p.seed, **sizes), processor
         try:
             config = AutoConfig.from_pretrained(resolve_model(p.model), revision=p.revision or "main")
         except (OSError, ValueError):  # told below
@@ -328,7 +329,7 @@ def estimate(
         works = [Workload(schema.defaults | planned.values, known, say) for planned in runs]
         estimates = [_estimate_one(root, planned, redo, work) for planned, work in zip(runs, works, strict=True)]
         if sweep is not None:
-            finished = {planned.name: planned.steps[-1].fingerprint for planned in runs}  # as they will be
+            finished = {planned.name: planned.fingerprint_for(sweep.comparing) for planned in runs}  # as they will be
             steps = plan(root, sweep.run, schema, sweep.values, sweep.comparing, finished)
             work = Workload(schema.defaults | sweep.values, known, say)
             work.systems = [(one.name, each, _last(one)) for one, each in zip(runs, works, strict=True)]
@@ -342,17 +343,16 @@ def _last(planned: Member) -> str:
 
 
 def _estimate_one(root: Path, planned: Member, redo: list[str], work: Workload) -> dict:
-    names, steps = [step.name for step in planned.steps], {}
-    start = min([first_to_run(planned.run, planned.steps), *(names.index(name) for name in redo if name in names)])
+    waiting, steps = pending(planned.run, planned.steps, redo), {}
     for index, step in enumerate(planned.steps):
-        if index < start:
+        if step not in waiting:
             costs = [Cost("nothing to do", 0.0, UNCHANGED)]
         elif (seconds := seconds_before(root, planned.steps[: index + 1])) is not None:
             costs = [Cost("the notebook", seconds, BEFORE)]
         else:
             costs = [Cost("start of its kernel, imports", measure.start_of_a_kernel()), *_costs(step.name, work)]
         steps[step.name] = {"fingerprint": step.fingerprint, **summed(costs)}
-    makes_models = {"00_baseline", "01_convert"} & set(names[start:])
+    makes_models = {"00_baseline", "01_convert"} & {step.name for step in waiting}
     found = {
         "run": planned.run.path.name,
         "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -98,6 +98,8 @@ LIMITS: dict[str, Any] = {
     "num_layers": AT_LEAST_ONE,
     "num_heads": AT_LEAST_ONE,
     "kv_heads": AT_LEAST_ONE,
+    "new_kv_heads": AT_LEAST_ONE,
+    "new_latent_dim": AT_LEAST_ONE,
     "query_latent_dim": AT_LEAST_ONE,
     "feedforward_size": AT_LEAST_ONE,
     "depthwise_kernel": AT_LEAST_ONE,

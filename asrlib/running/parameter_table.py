@@ -1,7 +1,8 @@
-"""docs/parameters.md: every parameter of every notebook in one table, read from their `parameters` cells.
+"""docs/parameters.md: every parameter of every notebook in one table, read from their `parameters` cells; and
+docs/outdated.md: which steps a change of each runs again.
 
-python -m asrlib parameters            prints it
-python -m asrlib parameters --write    writes it
+python -m asrlib parameters            prints the first
+python -m asrlib parameters --write    writes both
 """
 
 import argparse
@@ -13,9 +14,11 @@ from typing import Any
 
 from asrlib.running.parameter_limits import LIMITS, in_words
 from asrlib.running.parameters import SET_BY_RUN_ALL, Parameter, read_parameters
-from asrlib.runs import atomic_write, find_notebooks, project_root
+from asrlib.runs import atomic_write, find_notebooks, needed_by, project_root
+from asrlib.training.baseline import TESTING
 
 PAGE = Path("docs", "parameters.md")  # from the project's root
+OUTDATED_PAGE = Path("docs", "outdated.md")
 INTRODUCTION = """# Parameters
 
 A params file, or `--set`, may give these parameters. The defaults are those of the notebooks' own `parameters` cells;
@@ -29,6 +32,44 @@ This page is made from the notebooks and `asrlib/running/parameter_limits.py`, b
 | name | type | default | meaning | limits | notebooks |
 |---|---|---|---|---|---|
 """
+
+
+OUTDATED = """# Which steps a change runs again
+
+A step runs again when something that it depends on has changed:
+
+- a parameter that it takes, or the file or folder that the parameter names;
+- the code of its notebook, or a file of asrlib that the notebook imports, directly or not. Model families and kinds of
+  corpus that the run does not use do not count;
+- a step whose results it needs. 01 needs 00; 02 and 03 need 01; 04 and 05 need 03; 06 needs 04 and 05.
+
+The last column says where 00 keeps the baseline that it has trained, and only tests it again.
+
+This page is made from the notebooks and `NEEDS` in `asrlib/runs/__init__.py`, by `make parameters`: change those.
+
+| parameter | runs again | trained baseline |
+|---|---|---|
+"""
+
+
+def outdated(root: Path) -> dict[str, list[str]]:
+    """By parameter the steps that a change of it outdates: those that take it and those that need one of these."""
+    declared = {step: read_parameters(path) for step, path in find_notebooks(root).items()}
+    names = dict.fromkeys(name for parameters in declared.values() for name in parameters if name not in SET_BY_RUN_ALL)
+    takers = {name: [step for step, parameters in declared.items() if name in parameters] for name in names}
+    return {
+        name: [step for step in declared if step in taking or needed_by(step, taking)]
+        for name, taking in takers.items()
+    }
+
+
+def outdated_table(root: Path) -> str:
+    """docs/outdated.md of the project at `root`."""
+    rows = []
+    for name, steps in outdated(root).items():
+        kept = "kept" if name in TESTING and "00_baseline" in steps else ""
+        rows.append(f"| `{name}` | {' '.join(step.split('_')[0] for step in steps)} | {kept} |\n")
+    return OUTDATED + "".join(rows)
 
 
 def table(root: Path) -> str:
@@ -81,13 +122,16 @@ def _told_apart(said: dict[str, str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m asrlib parameters", description="Makes docs/parameters.md.")
-    parser.add_argument("--write", action="store_true", help="write docs/parameters.md instead of printing")
+    parser = argparse.ArgumentParser(
+        prog="python -m asrlib parameters", description="Makes docs/parameters.md and docs/outdated.md."
+    )
+    parser.add_argument("--write", action="store_true", help="write them in the project instead of printing")
     args = parser.parse_args(argv)
     root = project_root()
     if not args.write:
         sys.stdout.write(table(root))
         return 0
-    with atomic_write(root / PAGE) as file:
-        file.write(table(root))
+    for page, text in ((PAGE, table(root)), (OUTDATED_PAGE, outdated_table(root))):
+        with atomic_write(root / page) as file:
+            file.write(text)
     return 0

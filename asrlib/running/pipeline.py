@@ -4,13 +4,12 @@ A kernel never outlives what it works for: it ends when this process ends, howev
 run folder's lock until then, so that no two kernels ever write to one run.
 """
 
-import hashlib
 import os
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,14 @@ import nbformat
 
 from asrlib.reporting.numbers import duration
 from asrlib.reporting.provenance import commit, machine, versions
-from asrlib.running.dependencies import library_files
 from asrlib.running.parameters import Schema
 from asrlib.running.workplace import StepFailed, Workplace, log
-from asrlib.runs import Run, atomic_write, files_fingerprint, find_notebooks, fingerprint
+from asrlib.runs import Run, atomic_write, find_notebooks, needed_by
+from asrlib.runs.dependencies import library_files, unused_files
+from asrlib.runs.fingerprints import file_state, files_fingerprint, fingerprint
 
 ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 KERNEL_SHUTDOWN_SECONDS = 2.0  # then it is killed
-READ_BYTES = 1 << 20  # a file's content tells whether it changed, where it is no larger: copies and mounts change times
 ENGINE = "asrlib"  # name of our papermill engine
 
 
@@ -63,19 +62,23 @@ def plan(
     members: Mapping[str, str] | None = None,
 ) -> list[Step]:
     """The steps called `names`. A step's fingerprint covers its code cells, its parameters, those files of asrlib
-    that it imports, the files its parameters point to, and all steps before it; of a sweep as a whole, also its
-    `members`: name of each run that the steps compare → fingerprint of that run's last step."""
+    that it imports and this run uses, the files its parameters point to, and the steps it needs; of a sweep as a whole,
+    also its `members`: name of each run that the steps compare → fingerprint of what they need of that run."""
     notebooks = find_notebooks(root)
     run_dir = str(run.path.relative_to(root) if run.path.is_relative_to(root) else run.path)
+    left_out = (
+        unused_files(schema.defaults | values, root) if members is None else {}
+    )  # members differ in what they use
     steps: list[Step] = []
     for name in names:
         parameters = schema.for_step(name, values)
         cells = nbformat.read(notebooks[name], as_version=4).cells
         code = [cell.source for cell in cells if cell.cell_type == "code"]
         effective = schema.defaults_of(name) | parameters  # saying a default aloud changes nothing
-        files = {key: _file_state(root, value) for key, value in effective.items()}
-        library = files_fingerprint(library_files("\n".join(code), root / "asrlib"), root)
-        digest = fingerprint(code, effective, files, library, members, [step.fingerprint for step in steps])
+        files = {key: file_state(root, value) for key, value in effective.items()}
+        library = files_fingerprint(library_files("\n".join(code), root / "asrlib", left_out), root)
+        needed = [step.fingerprint for step in of_needed(name, steps)]
+        digest = fingerprint(code, effective, files, library, members, needed)
         if "run_dir" in schema.parameters[name]:
             parameters["run_dir"] = run_dir
         if members is not None and "members" in schema.parameters[name]:
@@ -84,31 +87,21 @@ def plan(
     return steps
 
 
-def _file_state(root: Path, value: Any) -> list | None:
-    """Names and contents of the file or the folder's files that a parameter points to; of large ones size and time."""
-    if not isinstance(value, str) or not value or len(value) > 255:
-        return None
-    shipped = root / "asrlib" / "models" / "pretrained" / value
-    if value == shipped.name and (shipped / "config.json").is_file():
-        return [files_fingerprint(shipped.iterdir(), root)]
-    path = root / Path(value).expanduser()
-    if not path.exists():
-        return None
-    files = sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path]
-    return [(file.name, *_state_of(file)) for file in files]
+def of_needed(name: str, steps: list[Step]) -> list[Step]:
+    """Those of `steps` that the step `name` needs."""
+    needed = needed_by(name, [step.name for step in steps])
+    return [step for step in steps if step.name in needed]
 
 
-def _state_of(file: Path) -> tuple:
-    size, time_ns = (stat := file.stat()).st_size, stat.st_mtime_ns
-    return (hashlib.sha256(file.read_bytes()).hexdigest(),) if size <= READ_BYTES else (size, time_ns)
-
-
-def first_to_run(run: Run, steps: list[Step]) -> int:
-    """Index of the first step that is not done as it stands now; len(steps) where all are."""
-    for index, step in enumerate(steps):
-        if (run.completed(step.name) or {}).get("fingerprint") != step.fingerprint:
-            return index
-    return len(steps)
+def pending(run: Run, steps: list[Step], redo: Iterable[str] = ()) -> list[Step]:
+    """Those of `steps` that are not done as they stand now, or asked for in `redo`, and those that need one of these;
+    in order."""
+    waiting: list[Step] = []
+    for step in steps:
+        done = (run.completed(step.name) or {}).get("fingerprint") == step.fingerprint and step.name not in redo
+        if not done or of_needed(step.name, waiting):
+            waiting.append(step)
+    return waiting
 
 
 # ---- one step ----------------------------------------------------------------------------------------------
@@ -258,28 +251,30 @@ def run_steps(
     from asrlib.reporting.pages import write_index
     from asrlib.running.verification import write_checksums
 
-    run, start, called = place.run, first_to_run(place.run, steps), time.time()
+    run, called = place.run, time.time()
+    waiting = pending(run, steps)
     expected = [expected_seconds(place.root, run, steps[: index + 1]) for index in range(len(steps))]
-    for index, (step, seconds) in enumerate(zip(steps, expected, strict=True)):
+    for step, seconds in zip(steps, expected, strict=True):
         begun = run.resumable(step.name) and run.started(step.name)["fingerprint"] == step.fingerprint
-        state = "unchanged" if index < start else "resumes" if begun else "runs"
+        state = "unchanged" if step not in waiting else "resumes" if begun else "runs"
         took = f"{duration(seconds):>12}" if seconds is not None else ""
         say(f"  {step.name:<24}{state:<12}{took}".rstrip())
-    for step in steps[start:]:  # before the first one runs: whatever happens now, they are out of date
+    for step in waiting:  # before the first one runs: whatever happens now, they are out of date
         run.outdate(step.name)
     write_index(run.path, command)
     begin = time.monotonic()
-    for index, step in enumerate(steps[start:], start):
-        title = f"[{index + 1}/{len(steps)}] {step.name}"
+    for number, step in enumerate(waiting, 1):
+        title = f"[{steps.index(step) + 1}/{len(steps)}] {step.name}"
         if not sys.stderr.isatty():
             say(f"{title} ...")
         seconds = execute(step, place, title, [step.name for step in steps])
         elapsed = duration(time.monotonic() - begin)
         write_index(run.path, command)
-        say(f"{title} took {duration(seconds)} (elapsed {elapsed}{time_left(expected[index + 1 :])})")
+        ahead = [expected[steps.index(later)] for later in waiting[number:]]
+        say(f"{title} took {duration(seconds)} (elapsed {elapsed}{time_left(ahead)})")
         write_checksums(run, called)
         after_step()
-    if start == len(steps):
+    if not waiting:
         write_checksums(run, called)
 
 
@@ -290,8 +285,9 @@ def expected_seconds(root: Path, run: Run, steps: list[Step]) -> float | None:
 
 
 def seconds_before(root: Path, steps: list[Step]) -> float | None:
-    """How long the last of `steps` took in the latest run, of a sweep perhaps, that had the parameters of them all."""
-    asked = {step.name: step.parameters | {"run_dir": ""} for step in steps}
+    """How long the last of `steps` took in the latest run, of a sweep perhaps, that had its parameters and those of the
+    steps that it needs."""
+    asked = {step.name: step.parameters | {"run_dir": ""} for step in [*of_needed(steps[-1].name, steps), steps[-1]]}
     latest: dict[str, Any] = {"time": "", "seconds": None}
     for runs in ("*", "*/*"):
         for path in (root / "reports").glob(f"{runs}/.completed/{steps[-1].name}.json"):

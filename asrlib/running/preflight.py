@@ -31,6 +31,16 @@ def check_width(values: dict[str, Any]) -> None:
         raise BadParameter(str(error)) from None
 
 
+def check_whose_width(values: Mapping[str, Any], steps: Iterable[str]) -> None:
+    """Refuse a width of the conversion, among `values` that were given, where a new model is made and none converted:
+    it would do nothing."""
+    if not values.get("architecture") or "01_convert" in steps:
+        return
+    for name in ("latent_dim", "kv_heads"):
+        if values.get(name) is not None:
+            raise BadParameter(f"{name} is the conversion's; the new model's is new_{name}")
+
+
 def model_width(source: str, revision: str | None = None) -> int | None:
     """hidden_size of a model folder, a shipped model, or a hub model that was downloaded before; None where
     only a download would tell."""
@@ -208,8 +218,9 @@ def _new_config(values: Mapping[str, Any]):
     from asrlib.models.scratch import SIZES, new_config, new_processor
 
     features = {name: values[name] for name in ("mel_bins", "frame_shift_ms", "window_seconds") if name in values}
-    sizes = {name: values[name] for name in SIZES if name in values}
+    sizes = {size: values[name] for size, name in SIZES.items() if name in values}
     try:
         return new_config(values["architecture"], new_processor(values["architecture"], **features), **sizes)
     except (ValueError, StrictDataclassError) as error:
-        raise BadParameter(f"no such model can be made: {error}") from None
+        said = re.sub(r"\b(latent_dim|kv_heads)\b", r"new_\1", str(error))  # as the parameters are called
+        raise BadParameter(f"no such model can be made: {said}") from None

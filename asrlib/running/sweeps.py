@@ -18,10 +18,11 @@ from typing import Any
 from asrlib.reporting.numbers import duration
 from asrlib.reporting.pages import write_index
 from asrlib.running.parameters import Schema, known_step, read_assignments, read_params_file
-from asrlib.running.pipeline import Step, expected_seconds, first_to_run, plan, run_steps, time_left
-from asrlib.running.preflight import check_surroundings, check_width
+from asrlib.running.pipeline import Step, expected_seconds, pending, plan, run_steps, time_left
+from asrlib.running.preflight import check_surroundings, check_whose_width, check_width
 from asrlib.running.workplace import StepFailed, Workplace, work_in
-from asrlib.runs import BadParameter, Run, member_names, nearest, own_values, write_json
+from asrlib.runs import BadParameter, Run, member_names, nearest, needed_by, own_values, write_json
+from asrlib.runs.fingerprints import fingerprint
 
 RUN_FOLDERS = {"metrics", "predictions", "tables", "figures", "rejected", "models", "checkpoints", "notebooks"}
 DIFFERS_BY_CHANCE = r"0x[0-9a-f]+|Request ID: [^)]*"  # in the messages of one and the same failure of the network
@@ -41,7 +42,13 @@ class Member:
 
     @property
     def finished(self) -> bool:
-        return first_to_run(self.run, self.steps) == len(self.steps)
+        return not pending(self.run, self.steps)
+
+    def fingerprint_for(self, comparing: Iterable[str]) -> str:
+        """Of what the steps `comparing`, of the sweep as a whole, may read of this run: theirs and what they need."""
+        names = [step.name for step in self.steps]
+        read = {name for step in comparing for name in (step, *needed_by(step, names))}
+        return fingerprint([step.fingerprint for step in self.steps if step.name in read])
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,7 @@ def checked(
     values = schema.check(values, origin)
     check_width(schema.defaults | values)
     names = [step for step in steps if step in chosen]
+    check_whose_width(values, names)
     every = schema.defaults | values
     if names == ["00_baseline"] and not every.get("baseline_epochs"):  # it trains nothing
         every |= {"train_split": None, "validation_split": None}
@@ -227,7 +235,7 @@ def _begin(sweep: Sweep, redo: list[str]) -> None:
             sweep.run.discard(name)
     write_json(sweep.run.path / "params.json", {"sweep": sweep.sweep, **sweep.values})
     comparison = plan_comparison(sweep)
-    for step in comparison[first_to_run(sweep.run, comparison) :]:
+    for step in pending(sweep.run, comparison):
         sweep.run.outdate(step.name)
 
 
@@ -276,8 +284,9 @@ def run_member(
 
 def plan_comparison(sweep: Sweep) -> list[Step]:
     """The steps of the sweep as a whole, over the members that are finished now."""
-    finished = {member.name: member.steps[-1].fingerprint for member in sweep.members if member.finished}
-    return plan(sweep.root, sweep.run, sweep.schema, sweep.values, sweep.comparing, finished)
+    comparing = sweep.comparing
+    finished = {member.name: member.fingerprint_for(comparing) for member in sweep.members if member.finished}
+    return plan(sweep.root, sweep.run, sweep.schema, sweep.values, comparing, finished)
 
 
 def seconds_ahead(sweep: Sweep, members: list[Member], took: list[float], at_once: int = 1) -> list[float | None]:
@@ -288,13 +297,13 @@ def seconds_ahead(sweep: Sweep, members: list[Member], took: list[float], at_onc
     """
     ahead: list[float | None] = []
     for member in members:
-        ends = range(first_to_run(member.run, member.steps) + 1, len(member.steps) + 1)
+        ends = [member.steps.index(step) + 1 for step in pending(member.run, member.steps)]
         known = [expected_seconds(sweep.root, member.run, member.steps[:end]) for end in ends]
         typical = mean(took) if took else None
         if known:
             ahead.append(typical if None in known else sum(known))
     comparison = plan_comparison(sweep)
-    left = comparison if ahead else comparison[first_to_run(sweep.run, comparison) :]
+    left = comparison if ahead else pending(sweep.run, comparison)
     return _delays(ahead, at_once) + [sweep.run.seconds(step.name) for step in left]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from asrlib.running.dependencies import library_files
 from asrlib.runs import find_notebooks, project_root
+from asrlib.runs.dependencies import library_files
 
 ROOT = project_root(Path(__file__).parent)
 

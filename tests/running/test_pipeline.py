@@ -189,6 +189,34 @@ WRITES = dict(
 )  # fmt: skip
 
 
+def test_a_trained_baseline_is_kept_when_only_its_tests_change(project):
+    """A new model: what it is tested on changes, then what it is trained by, then it is told to begin again."""
+    new = dict(
+        architecture="conformer", hidden_size=16, num_layers=1, num_heads=2, subsampling_channels=4, steps=STEPS[:1],
+        depthwise_kernel=5, baseline_samples=8, baseline_epochs=1.0, eval_splits=["test-clean"], eval_samples=4,
+        device="cpu", frame_shift_ms=6.0,
+    )  # fmt: skip
+    (project / "params" / "trained.yaml").write_text(yaml.safe_dump(new), encoding="utf-8")
+    run = project / "reports" / "trained"
+    weights, page = run / "models" / "baseline" / "model.safetensors", run / "00_baseline.html"
+
+    def call(*words: str) -> tuple:
+        """(is the model on disk the same as before?, does the page say that it was kept?, metrics)"""
+        before = weights.stat().st_mtime_ns if weights.is_file() else None
+        done = run_all(project, "trained", *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        kept = "The baseline was kept" in re.sub(r"<pre>.*?</pre>", "", page.read_text(encoding="utf-8"), flags=re.S)
+        return weights.stat().st_mtime_ns == before, kept, read_json(run / "metrics" / "baseline.json")
+
+    same, kept, first = call()
+    assert not same and not kept
+    same, kept, tested = call("--set", "eval_samples=6")
+    assert same and kept and tested["training"] == first["training"]
+    assert (first["splits"]["test-clean"]["utterances"], tested["splits"]["test-clean"]["utterances"]) == (4, 6)
+    assert call("--set", "eval_samples=6", "seed=1")[:2] == (False, False)
+    assert call("--set", "eval_samples=6", "seed=1", "--force")[:2] == (False, False)
+
+
 @pytest.fixture(scope="module")
 def writes(project) -> Path:
     """A run of a Whisper that hears 5 s and, untrained, writes as much as it may: little."""

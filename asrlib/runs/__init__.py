@@ -8,9 +8,7 @@ Nothing here is ever half-written: a file or folder appears under its name when 
 Only a `.completed/<step>.json` marker means that a step is done.
 """
 
-import ast
 import difflib
-import hashlib
 import itertools
 import json
 import os
@@ -32,6 +30,16 @@ STEP_OF_METRICS = {
     "benchmark": "05_benchmark",
     "compare": "06_compare",
 }
+NEEDS = {  # step → the steps whose outputs it reads
+    "00_baseline": (),
+    "01_convert": ("00_baseline",),
+    "02_analyze_svd_error": ("01_convert",),
+    "03_finetune": ("01_convert",),
+    "04_evaluate": ("03_finetune",),
+    "05_benchmark": ("03_finetune",),
+    "06_compare": ("04_evaluate", "05_benchmark"),
+}
+TRAINED = "training.json"  # in a model's folder: of what training it came
 VALUE_CHARACTERS = 60  # of a value in a member's name; of a path its end says more than its beginning
 STEP_OF_MODEL = {"baseline": "00_baseline", "converted": "01_convert", "finetuned": "03_finetune"}
 
@@ -48,6 +56,19 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 class MissingStep(FileNotFoundError):
     """Something an earlier notebook makes is not in the run folder yet; the message says which one to run."""
+
+
+def needed_by(step: str, steps: Iterable[str]) -> list[str]:
+    """Those of `steps` that `step` needs, directly or by way of others, which need not be among them; of a step that
+    is not in NEEDS all before it, by their numbers."""
+    if step not in NEEDS:
+        return [other for other in steps if other < step]
+    needed: set[str] = set()
+    waiting = list(NEEDS[step])
+    while waiting:
+        needed.add(other := waiting.pop())
+        waiting += NEEDS[other]
+    return [other for other in steps if other in needed]
 
 
 def project_root(start: Path | None = None) -> Path:
@@ -119,7 +140,7 @@ def remove_partial(folder: Path) -> None:
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What json cannot write by itself: numpy and torch scalars and arrays, paths."""
     if hasattr(value, "tolist"):
         return value.tolist()
@@ -129,7 +150,7 @@ def _plain(value: Any) -> Any:
 
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:
-    text = json.dumps(obj, indent=2, ensure_ascii=False, default=_plain)
+    text = json.dumps(obj, indent=2, ensure_ascii=False, default=plain)
     with atomic_write(path) as file:
         file.write(text + "\n")
 
@@ -197,10 +218,11 @@ class Run:
 
     def write_metrics(self, name: str, values: dict) -> None:
         """Write metrics/<name>.json. A step that counted as completed, run again by hand, no longer does, nor do those
-        after it: run_all will run them again."""
-        steps = list(STEP_OF_METRICS.values())
-        for step in steps[steps.index(STEP_OF_METRICS[name]) :] if name in STEP_OF_METRICS else ():
-            self.outdate(step)
+        that need it: run_all will run them again."""
+        if written := STEP_OF_METRICS.get(name):
+            for step in NEEDS:
+                if step == written or needed_by(step, [written]):
+                    self.outdate(step)
         write_json(self.path / "metrics" / f"{name}.json", values)
 
     def read_metrics(self, name: str) -> dict:
@@ -245,7 +267,7 @@ class Run:
     def mark_started(self, step: str, fingerprint: str) -> None:
         """`step` begins. Its checkpoints stay only where they come from the very same, unfinished, step."""
         if not (self.resumable(step) and self.started(step)["fingerprint"] == fingerprint):
-            self.discard(step)
+            self._begin_afresh(step)
         marker = {"fingerprint": fingerprint, "seconds": self.seconds(step)}
         write_json(self._marker_path("started", step), marker)
 
@@ -255,10 +277,15 @@ class Run:
     def outdate(self, step: str) -> None:
         """What `step` made no longer counts. Where it was interrupted, it may still be resumed."""
         if self.completed(step) is not None:
-            self.discard(step)
+            self._begin_afresh(step)
 
     def discard(self, step: str) -> None:
-        """`step` must begin afresh. Its outputs stay until they are written again."""
+        """`step` must begin afresh, and train again. Its outputs stay until they are written again."""
+        for model in (model for model, maker in STEP_OF_MODEL.items() if maker == step):
+            (self.path / "models" / model / TRAINED).unlink(missing_ok=True)
+        self._begin_afresh(step)
+
+    def _begin_afresh(self, step: str) -> None:
         write_json(self._marker_path("started", step), {"fingerprint": None, "seconds": self.seconds(step)})
         self._marker_path("completed", step).unlink(missing_ok=True)
         shutil.rmtree(self._checkpoints(step), ignore_errors=True)
@@ -345,30 +372,3 @@ def _done(folder: Path) -> bool:
     """Were all steps completed that a run ever began, as far as its markers tell?"""
     begun, completed = ({path.name for path in (folder / kind).glob("*.json")} for kind in (".started", ".completed"))
     return bool(begun) and begun <= completed
-
-
-# ---- fingerprints ------------------------------------------------------------------------------------------
-
-
-def fingerprint(*parts: Any) -> str:
-    """sha256 over plain data; the order of a mapping's keys does not matter."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=_plain)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def files_fingerprint(files: Iterable[Path], folder: Path) -> str:
-    """Fingerprint of what is in `files`, and of what they are called below `folder`; of Python, of what it does."""
-    digests = {str(path.relative_to(folder)): hashlib.sha256(_substance(path)).hexdigest() for path in files}
-    return fingerprint(digests)
-
-
-def _substance(path: Path) -> bytes:
-    """The bytes of a file; of Python its syntax tree, in which comments, docstrings and layout do not count."""
-    if path.suffix != ".py":
-        return path.read_bytes()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if documented and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:]
-    return ast.dump(tree).encode()
