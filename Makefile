@@ -54,7 +54,7 @@ parameters: ## write docs/parameters.md anew, from the notebooks
 parameters: .venv/.installed
 	.venv/bin/python -m asrlib parameters --write
 
-example: ## keep a run: make example RUN=demo copies its pages, tables and figures to reports/examples
+example: ## keep a run: make example RUN=demo copies it to reports/examples; PAGES=no: without notebooks' pages and figures
 example:
 	@test -f "reports/$(RUN)/index.html" || { echo "no run at reports/$(RUN): make example RUN=demo" >&2; exit 1; }
 	mkdir -p reports/examples/$(RUN)
@@ -64,6 +64,8 @@ example:
 		for part in $$folder/*.html $$folder/*.txt $$folder/params.json $$folder/checksums.sha256 \
 			$$folder/rejected $$folder/tables $$folder/figures $$folder/metrics $$folder/predictions; do \
 			test ! -e $$part || cp -R $$part ../examples/$(RUN)/$$folder; done; done
+	@test "$(PAGES)" != no || cat README.md docs/*.md 2>/dev/null | .venv/bin/python -c "import sys; from pathlib import Path; \
+		from asrlib.running.without_pages import leave_pages_out as without; without(Path('reports/examples/$(RUN)'), sys.stdin.read())"
 	@du -sh reports/examples/$(RUN)
 
 clean: ## remove .venv and caches; reports stay

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 
 import numpy as np
 import pandas as pd
@@ -137,15 +138,19 @@ def _reference(name: str, table: pd.DataFrame) -> str | None:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """conformer_mha_small, conformer_mla_small → conformer_mha, conformer_mla. Names of which too little would be left,
-    latent_dim-8 and latent_dim-16, stay whole."""
+    """Names without the words all share: architecture-conformer_attention-mha, architecture-conformer_attention-gqa
+    → mha, gqa. Names of which too little would be left, latent_dim-8 and latent_dim-16, stay whole."""
     words = {name: re.findall(r"[^_-]+[_-]*|^[_-]+", name) for name in names if not name.startswith(UNCONVERTED)}
     if len(words) < 2:
         return {name: name for name in names}
     fewest = min(map(len, words.values()))
     head = next((i for i in range(fewest) if len({w[i] for w in words.values()}) > 1), fewest - 1)
     tail = next((i for i in range(fewest - head) if len({w[-1 - i] for w in words.values()}) > 1), 0)
-    short = {name: "".join(w[head : len(w) - tail]).rstrip("_-") for name, w in words.items()}
+    words = {name: w[head : len(w) - tail] for name, w in words.items()}
+    if len(set(map(len, words.values()))) == 1:  # word stands under word: what all share in between goes, too
+        differ = [len(set(column)) > 1 for column in zip(*words.values(), strict=True)]
+        words = {name: list(compress(w, differ)) for name, w in words.items()}
+    short = {name: "".join(w).rstrip("_-") for name, w in words.items()}
     if not all(re.search(r"[^\W\d_]", name) for name in short.values()):
         short = {}
     return {name: short.get(name, name) for name in names}

@@ -1,6 +1,6 @@
 """A run folder's copy at a URL that fsspec knows (s3://…, gs://…, file:///…), for machines that share no storage.
 
-    mirror = Mirror(run.path, "s3://bucket/reports/baselines/conformer_mha")
+    mirror = Mirror(run.path, "s3://bucket/reports/baselines/architecture-conformer_attention-mha")
     mirror.fetch()    # the folder becomes what the copy is
     mirror.send()     # the copy becomes what the folder is
 

@@ -1,6 +1,6 @@
 """Sweeps: several runs that one params file asks for, and the steps that compare them.
 
-    sweep: [conformer_mha, conformer_mla]            params files, each a member named by its file
+    sweep: [quick, full]                             params files, each a member named by its file
     sweep: {latent_dim: [16, 32], layout: [joint]}   a member for each combination: latent_dim-16_layout-joint
 
 The file's other values hold for every member and go before those of a member's own file. A member is a run like any

@@ -215,6 +215,9 @@ def test_names_without_what_all_have_in_common():
         "latent_dim-18",
         UNCONVERTED,
     ]
+    encoders = ("conformer", "branchformer")
+    combined = [f"architecture-{encoder}_attention-{kind}" for encoder in encoders for kind in RATES]
+    assert list(short_names(combined).values()) == [name.removesuffix("_tiny") for name in EIGHT]
     assert short_names(["a_mha"]) == {"a_mha": "a_mha"}
 
 

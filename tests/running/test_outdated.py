@@ -154,9 +154,17 @@ def files_of(step: str, values: dict) -> set[str]:
 
 
 def test_a_run_counts_its_own_family_and_opener_and_what_these_need(tmp_path):
-    others = {"models/families/parakeet.py", "models/families/nemotron.py", "models/families/wav2vec2.py", "data/remote.py"}
+    others = {
+        "models/families/parakeet.py",
+        "models/families/nemotron.py",
+        "models/families/wav2vec2.py",
+        "data/remote.py",
+    }
     own = files_of("00_baseline", SHIPPED)
-    assert not own & others and {"models/families/wav2vec2_conformer.py", "data/synthetic.py", "data/librispeech.py"} <= own
+    assert (
+        not own & others
+        and {"models/families/wav2vec2_conformer.py", "data/synthetic.py", "data/librispeech.py"} <= own
+    )
     write_json(tmp_path / "config.json", {"model_type": "nemotron_asr_streaming-mla"})
     streaming = files_of("00_baseline", {"model": str(tmp_path), "corpus": "s3://bucket/speech"})
     assert streaming & others == {"models/families/parakeet.py", "models/families/nemotron.py", "data/remote.py"}

@@ -1,5 +1,6 @@
 """Sweeps, on a tiny project of two notebooks and one that compares what they leave."""
 
+import re
 import signal
 import warnings
 
@@ -180,6 +181,9 @@ def test_every_sweep_of_this_repository_fits_the_notebooks():
             trained = ["model=synthetic-conformer"]  # for one of those that a sweep must train first
             given = trained if str(read_params_file(file).get("model", "")).startswith("reports/") else []
             sweeps.append(read_sweep(ROOT, Run(ROOT / "reports" / file.stem), file, given, schema))
+        if made_by := re.match(r"reports/([^/]+)/([^/]+)/models/", read_params_file(file).get("model") or ""):
+            sweep = read_params_file(ROOT / "params" / f"{made_by[1]}.yaml")["sweep"]
+            assert made_by[2] in member_names(sweep), file.name
     assert sweeps and all(len(sweep.members) > 1 for sweep in sweeps)
 
 

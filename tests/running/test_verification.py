@@ -7,11 +7,12 @@ import time
 
 import pytest
 from test_evaluation import babble
-from test_run_all import call
+from test_run_all import ROOT, call
 
 from asrlib.measuring.significance import compare_errors
 from asrlib.measuring.word_errors import load_predictions, score, write_predictions
 from asrlib.running.verification import CHECKSUMS, as_text, verify, write_checksums
+from asrlib.running.without_pages import leave_pages_out
 from asrlib.runs import Run, read_json, write_json
 
 
@@ -169,3 +170,48 @@ def test_members_of_a_sweep_are_verified_too(tmp_path, capsys):
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     assert call(tmp_path, "--verify", "nowhere") == 2
     assert "nowhere holds no run: give its folder, like reports/demo" in capsys.readouterr().err
+
+
+# ---- reports that are kept ---------------------------------------------------------------------------------
+
+INDEX = """<nav class="pages"><a href="index.html">trial</a>
+<a href="00_baseline.html"><small>00</small> Baseline</a>
+</nav>
+<h2 id="pages">Step by step</h2>
+<li><a href="00_baseline.html">Baseline</a>, <a href="tables/a.csv">table</a></li>
+"""
+
+
+def test_a_report_without_pages_has_no_dead_links_and_is_still_what_the_run_made(run):
+    (run.path / "index.html").write_text(INDEX)
+    (run.path / "00_baseline.html").write_text("<p>")
+    for name in ("shown.png", "other.png"):
+        (run.figures / name).write_bytes(b"png")
+    write_checksums(run)
+    leave_pages_out(run.path, "![](reports/examples/trial/figures/shown.png)")
+    assert [path.name for path in run.figures.iterdir()] == ["shown.png"]
+    page = (run.path / "index.html").read_text()
+    assert not (run.path / "00_baseline.html").exists() and re.findall('href="(.*?)"', page) == [
+        "index.html",
+        "tables/a.csv",
+    ]
+    assert "<li>Baseline, <a" in page and "<code>python run_all.py trial</code> makes them" in page
+    assert problems(run) == []
+    assert not any(" not here" in said for said in verify(run.path)["trial"].checked), (
+        "nobody expects what was left out"
+    )
+    leave_pages_out(run.path, "trial/figures/shown.png")
+    assert (run.path / "index.html").read_text() == page
+
+
+def test_a_changed_report_is_still_found_out_when_its_pages_are_left_out(run):
+    (run.metrics / "evaluate.json").write_text("{}")
+    (run.path / "index.html").write_text(INDEX)
+    leave_pages_out(run.path)
+    assert problems(run)[0] == "changed since: index.html, metrics/evaluate.json"
+
+
+def test_the_kept_reports_link_to_nothing_that_is_not_there():
+    indexes = sorted((ROOT / "reports" / "examples").rglob("index.html"))
+    links = [(page, link) for page in indexes for link in re.findall(r'<a [^>]*href="([^"#:]+)"', page.read_text())]
+    assert links and [(page, link) for page, link in links if not (page.parent / link).exists()] == []
