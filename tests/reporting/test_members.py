@@ -27,6 +27,7 @@ from asrlib.reporting.benchmark_tables import (
     state_table,
 )
 from asrlib.reporting.figure_captions import caption_of, heading_of
+from asrlib.reporting.figures import save_figure
 from asrlib.reporting.member_figures import figures_of, lengths_figure, looks, looks_of_run
 from asrlib.reporting.members import compare_members, pairs_to_test, short_names, varied_parameters
 from asrlib.runs import MissingStep, Run, is_member, is_sweep, write_json
@@ -455,10 +456,10 @@ def test_lengths_of_a_single_run():
 def compare(run: Run, members: list[str]) -> None:
     """What 05_benchmark and 06_compare leave."""
     found = compare_members(run, members)
-    figures = figures_of(found)
-    for name, figure in figures.items():
-        figures.save_figure(figure, run.figures / f"{name}.png")
-    room.write_member_comparison(run, found, figures)
+    drawn = figures_of(found)
+    for name, figure in drawn.items():
+        save_figure(figure, run.figures / f"{name}.png")
+    room.write_member_comparison(run, found, drawn)
     for step in ("05_benchmark", "06_compare"):
         (run.path / f"{step}.html").touch()
         run.mark_started(step, "f")

@@ -153,7 +153,11 @@ def test_values_that_vary_are_combined(project):
         ("sweep: {ticks: [1]}\nticks: 2", [], "'ticks' (in mine.yaml) is given twice: in the sweep and beside it"),
         ("sweep: {ticks: [1]}", ["--set", "ticks=2"], "member ticks-1: 'ticks' is what the sweep varies"),
         ("sweep: {latent_dim: [2]}", ["--set", "cache_cut=0.5"], "member latent_dim-2: 'latent_dim' is what the sweep"),
-        ("sweep: {latent_dim: [16, 17]}\nmodel: tiny", [], "member latent_dim-17: latent_dim 17 is wider than"),
+        (
+            "sweep: {latent_dim: [16, 17]}\nmodel: tiny",
+            [],
+            "member latent_dim-17: latent_dim is 17, but a joint latent",
+        ),
         ("sweep: {model: [tiny, tny]}", [], "member model-tny: "),
         ("sweep: {ticks: [1]}\nmembers: [a]", [], "member ticks-1: 'members' (in mine.yaml) is set by run_all itself"),
         ("sweep: {ticks: [1]}\nsteps: [00_frist]", [], "unknown step '00_frist' (in mine.yaml): did you mean"),
