@@ -27,12 +27,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from asrlib.running.command_line import add_debug, sentence, tell
-from asrlib.running.parameters import Schema, known_step, read_assignments, read_params_file
-from asrlib.running.preflight import check_model
 from asrlib.runs import BadParameter, Run, asked_steps, find_notebooks, progress, write_json
+
+if TYPE_CHECKING:  # functions import what takes long, so that a list or a refused call is answered at once
+    from asrlib.running.parameters import Schema
 
 ROOT = Path(__file__).resolve().parent
 LONGEST_NAME = 200  # bytes of a run folder's name; file systems end at 255
@@ -117,10 +118,13 @@ def starts_something(args: argparse.Namespace) -> bool:
 
 def end(error: Exception, args: argparse.Namespace) -> int:
     """Say what went wrong, in a sentence; the exit status."""
+    if isinstance(error, BadParameter):
+        tell(str(error), error, args.debug)
+        return 2
     from asrlib.running.pipeline import with_advice
     from asrlib.running.workplace import RunLocked, StepFailed
 
-    if isinstance(error, BadParameter | RunLocked):
+    if isinstance(error, RunLocked):
         tell(str(error), error, args.debug)
         return 2
     said = str(error) if isinstance(error, StepFailed) else with_advice(sentence(error))
@@ -132,34 +136,50 @@ def end(error: Exception, args: argparse.Namespace) -> int:
 def run_all(args: argparse.Namespace, root: Path) -> int:
     if args.estimate:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: its profiler says what it cannot see
-    from asrlib.running import cluster, pipeline, sweeps, workplace
-
-    def say(text: str) -> None:
-        workplace.log.info(text)
-        print(text, flush=True)
+    from asrlib.running import parameters
 
     notebooks = find_notebooks(root)
     if not notebooks:
         raise BadParameter(f"{root} is no project folder: it holds no notebooks/NN_*.ipynb, see --root")
-    file = sweeps.find_params(root, args.params)
-    schema = Schema(notebooks)
+    file = parameters.find_params(root, args.params)
+    schema = parameters.Schema(notebooks)
+    if args.start:
+        parameters.known_step(args.start, list(notebooks), "--from")
     run = Run(root / "reports" / run_name(args.name, file))
-    if "sweep" in read_params_file(file):
-        sweep = sweeps.read_sweep(root, run, file, args.set, schema)
-        redo = steps_to_redo(args, sweep.step_names)
-        if args.estimate:
-            return show_estimate(root, schema, sweep.members, redo, sweep)
-        for member in sweep.members:
-            check_model(schema.defaults | member.values, [step.name for step in member.steps])
-        with cluster.engine_of(args.engine, root / "reports", args.cpus, args.gpus, args.storage) as engine:
-            sweeps.run_sweep(sweep, redo, say, command_of(args), engine)
-        return 0
+    if "sweep" in parameters.read_params_file(file):
+        return run_sweep(args, root, run, file, schema)
+    return run_one(args, root, run, file, schema)
+
+
+def run_sweep(args: argparse.Namespace, root: Path, run: Run, file: Path, schema: "Schema") -> int:
+    """Run the members that `file` asks for, and compare them."""
+    from asrlib.running import sweeps
+    from asrlib.running.preflight import check_model
+
+    sweep = sweeps.read_sweep(root, run, file, args.set, schema)
+    redo = steps_to_redo(args, sweep.step_names)
+    if args.estimate:
+        return show_estimate(root, schema, sweep.members, redo, sweep)
+    for member in sweep.members:
+        check_model(schema.defaults | member.values, [step.name for step in member.steps])
+    from asrlib.running import cluster
+
+    with cluster.engine_of(args.engine, root / "reports", args.cpus, args.gpus, args.storage) as engine:
+        sweeps.run_sweep(sweep, redo, say, command_of(args), engine)
+    return 0
+
+
+def run_one(args: argparse.Namespace, root: Path, run: Run, file: Path, schema: "Schema") -> int:
+    """Run the steps that `file` asks for."""
     asked = {"engine": args.engine, "cpus": args.cpus, "gpus": args.gpus, "storage": args.storage}
     for option, value in asked.items():
         if value not in (None, "local"):
             raise BadParameter(f"--{option} {value} is for the members of a sweep, which {file.name} is not")
-    values, names = read_values(file, args.set, schema, list(notebooks))
+    values, names = read_values(file, args.set, schema, list(schema.parameters))
     redo = steps_to_redo(args, names)
+    from asrlib.running import pipeline, sweeps, workplace
+    from asrlib.running.preflight import check_model
+
     steps = pipeline.plan(root, run, schema, values, names)
     if args.estimate:
         return show_estimate(root, schema, [sweeps.Member(run, values, steps)], redo)
@@ -168,11 +188,19 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
         say(f"params {file.name} → {run.path}")
         for name in redo:
             run.discard(name)
-        some = {} if names == list(notebooks) else {"steps": names}
+        some = {} if names == list(schema.parameters) else {"steps": names}
         write_json(run.path / "params.json", values | some)
         pipeline.run_steps(steps, place, say, command_of(args))
         say(str(run.path / "index.html"))
     return 0
+
+
+def say(text: str) -> None:
+    """Print it, and write it to the log of the run at work."""
+    from asrlib.running.workplace import log
+
+    log.info(text)
+    print(text, flush=True)
 
 
 def look_at(args: argparse.Namespace, root: Path) -> int:
@@ -185,6 +213,8 @@ def look_at(args: argparse.Namespace, root: Path) -> int:
         print(verification.as_text(found))
         return int(any(one.problems for one in found.values()))
     if args.diff:
+        from asrlib.running.parameters import Schema
+
         defaults = Schema(find_notebooks(root)).defaults
         print(differences.differences(*(root / folder for folder in args.diff), defaults))
         return 0
@@ -209,6 +239,8 @@ def show_estimate(*planned: Any) -> int:
 
 def steps_to_redo(args: argparse.Namespace, names: list[str]) -> list[str]:
     """Those of the steps `names` that --force and --from ask for, changed or not."""
+    from asrlib.running.parameters import known_step
+
     start = known_step(args.start, names, "--from") if args.start else len(names)
     return names if args.force else names[start:]
 
@@ -222,10 +254,11 @@ def command_of(args: argparse.Namespace) -> str:
 
 
 def read_values(
-    file: Path, assignments: list[str], schema: Schema, steps: list[str]
+    file: Path, assignments: list[str], schema: "Schema", steps: list[str]
 ) -> tuple[dict[str, Any], list[str]]:
     """Checked parameters of the file and --set, and the steps that run (the file's `steps`, or all)."""
-    from asrlib.running.sweeps import checked
+    from asrlib.running.parameters import read_assignments, read_params_file
+    from asrlib.running.preflight import checked
 
     return checked([(file.name, read_params_file(file)), ("--set", read_assignments(assignments))], schema, steps)
 

@@ -4,28 +4,23 @@ Types come from the cells (`epochs: int = 4  # passes over the training data`), 
 A name means the same in every notebook that declares it.
 """
 
-import ast
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from asrlib.running.parameter_cells import Parameter, read_parameters, type_of
 from asrlib.running.parameter_limits import LIMITS
 from asrlib.runs import BadParameter, nearest
-
-TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
-TYPES |= {"List": list, "Dict": dict, "Optional": Optional}
-
 
 SET_BY_RUN_ALL = {"run_dir": "name the run with --name", "members": "name them in `sweep`"}
 BESIDE_PARAMETERS = ("sweep", "steps")  # what a params file may say at its top, though no notebook declares it
 
 
-# ---- YAML --------------------------------------------------------------------------------------------------
+# ---- params files and --set ----------------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
@@ -60,6 +55,18 @@ def read_yaml(text: str, where: str) -> Any:
         raise BadParameter(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
+def find_params(root: Path, name: str) -> Path:
+    """params/NAME.yaml or the YAML file of that path. Raises BadParameter where there is neither."""
+    for path in (root / "params" / f"{name}.yaml", Path(name)):
+        if path.suffix in (".yaml", ".yml") and path.is_file():
+            return path
+    if Path(name).is_file():
+        raise BadParameter(f"{name} is no params file: those end in .yaml")
+    known = sorted(path.stem for path in (root / "params").glob("*.yaml"))
+    proposal = nearest(name, known) or f": there are {', '.join(known)}"
+    raise BadParameter(f"there is no params file {name!r}{proposal}")
+
+
 def read_params_file(path: Path) -> dict[str, Any]:
     """The flat mapping in a params file; an empty file sets nothing."""
     try:
@@ -86,68 +93,6 @@ def read_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     return values
 
 
-# ---- the notebooks' parameters cells -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Parameter:
-    annotation: str  # as written in the notebook
-    default: Any
-    help: str
-
-
-def read_parameters(notebook: Path) -> dict[str, Parameter]:
-    """Parameters of one notebook, as papermill will see them.
-
-    Raises BadParameter where papermill would overlook one (it skips `int | None` and lines with a second
-    `=`), or where a default is no literal.
-    """
-    import papermill
-
-    seen = papermill.inspect_notebook(notebook)
-    for name in _assigned_names(notebook):
-        if name not in seen:
-            raise BadParameter(
-                f"{notebook.name}: papermill does not see parameter {name!r}: write it on one line as "
-                "`name: type = literal  # help`, with Optional[int] for `int | None` and no second `=`"
-            )
-    found = {}
-    for name, facts in seen.items():
-        try:
-            default = ast.literal_eval(facts["default"])
-        except (ValueError, SyntaxError):
-            raise BadParameter(f"{notebook.name}: default of {name!r} is no literal: {facts['default']}") from None
-        _type_of(facts["inferred_type_name"], f"{notebook.name}: parameter {name!r}")
-        found[name] = Parameter(facts["inferred_type_name"], default, facts["help"])
-    return found
-
-
-def _assigned_names(notebook: Path) -> list[str]:
-    import nbformat
-
-    cells = nbformat.read(notebook, as_version=4).cells
-    sources = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
-    names = []
-    for node in ast.parse("\n".join(sources[:1])).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        names += [target.id for target in targets if isinstance(target, ast.Name)]
-    return names
-
-
-def _type_of(annotation: str, where: str) -> Any:
-    def build(node: ast.expr) -> Any:
-        match node:
-            case ast.Name(id=name) if name in TYPES:
-                return TYPES[name]
-            case ast.Subscript(value=outer, slice=ast.Tuple(elts=inner)):
-                return build(outer)[*map(build, inner)]
-            case ast.Subscript(value=outer, slice=inner):
-                return build(outer)[build(inner)]
-        raise BadParameter(f"{where} has type {annotation}: annotate it with {', '.join(TYPES)}")
-
-    return build(ast.parse(annotation, mode="eval").body)
-
-
 # ---- one schema for all notebooks --------------------------------------------------------------------------
 
 
@@ -172,7 +117,7 @@ class Schema:
         self.defaults = {name: parameter.default for name, (_, parameter) in first.items()}
         fields = {}
         for name, (step, parameter) in first.items():
-            kind = _type_of(parameter.annotation, step)
+            kind = type_of(parameter.annotation, step)
             fields[name] = (Annotated[kind, LIMITS[name]] if name in LIMITS else kind, parameter.default)
         config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
         self.model: type[BaseModel] = create_model("Parameters", __config__=config, **fields)

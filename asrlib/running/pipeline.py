@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nbformat
-
 from asrlib.reporting.numbers import duration
 from asrlib.reporting.provenance import commit, machine, versions
+from asrlib.running.parameter_cells import read_cells
 from asrlib.running.parameters import Schema
 from asrlib.running.workplace import StepFailed, Workplace, log
-from asrlib.runs import Run, atomic_write, find_notebooks, needed_by
+from asrlib.runs import Run, atomic_write, find_notebooks, needed_by, user_cache
 from asrlib.runs.dependencies import library_files, unused_files
 from asrlib.runs.fingerprints import file_state, files_fingerprint, fingerprint
 
@@ -72,8 +71,7 @@ def plan(
     steps: list[Step] = []
     for name in names:
         parameters = schema.for_step(name, values)
-        cells = nbformat.read(notebooks[name], as_version=4).cells
-        code = [cell.source for cell in cells if cell.cell_type == "code"]
+        code = [cell.source for cell in read_cells(notebooks[name]) if cell.kind == "code"]
         effective = schema.defaults_of(name) | parameters  # saying a default aloud changes nothing
         files = {key: file_state(root, value) for key, value in effective.items()}
         library = files_fingerprint(library_files("\n".join(code), root / "asrlib", left_out), root)
@@ -113,6 +111,8 @@ def execute(step: Step, place: Workplace, title: str, pages: list[str]) -> float
     `title` labels the progress bar (on a terminal only), the page links to `pages`. Raises StepFailed; a later call
     then resumes here.
     """
+    import nbformat
+
     from asrlib.reporting.notebook_pages import render_notebook
 
     run = place.run
@@ -184,12 +184,21 @@ def _run_papermill(step: Step, output: Path, place: Workplace, title: str) -> No
             kernel=kernel,
             start={
                 "cwd": str(place.root),
-                "env": os.environ | ENVIRONMENT | {"IPYTHONDIR": private},
+                "env": kernel_environment() | {"IPYTHONDIR": private},
                 "pass_fds": list(place.locks),
                 "stdout": place.log_file,  # what is printed past Python: C libraries, crashes
                 "stderr": place.log_file,
             },
         )
+
+
+def kernel_environment() -> dict[str, str]:
+    """The environment variables of a kernel. Where this process writes no bytecode, kernels keep theirs in the user's
+    cache: else each would compile torch again, which takes longer than many a step."""
+    variables = os.environ | ENVIRONMENT
+    if variables.pop("PYTHONDONTWRITEBYTECODE", "") or sys.dont_write_bytecode:
+        variables.setdefault("PYTHONPYCACHEPREFIX", str(user_cache() / "bytecode"))
+    return variables
 
 
 def _register_engine() -> None:

@@ -7,7 +7,46 @@ from typing import Any
 
 from asrlib.attention.widths import check_latent_dim
 from asrlib.conversion.methods import grouping_methods, latent_methods
+from asrlib.running.parameters import Schema, known_step
 from asrlib.runs import BadParameter, nearest, read_json, resolve
+
+
+def merged(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of all `layers` (where given, values), later ones going before, and by name where each was given.
+
+    latent_dim and cache_cut are two ways to say one thing: giving one takes back the other of earlier layers.
+    """
+    values, origin = {}, {}
+    for where, given in layers:
+        for one, other in (("latent_dim", "cache_cut"), ("cache_cut", "latent_dim")):
+            if given.get(one) is not None:
+                values.pop(other, None)
+        values |= given
+        origin |= dict.fromkeys(given, where)
+    return values, origin
+
+
+def checked(
+    layers: Iterable[tuple[str, Mapping[str, Any]]], schema: Schema, steps: list[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Checked parameters of the merged `layers`, and the steps that run (their `steps`, or all).
+
+    Raises BadParameter where one cannot be used, or not with this model or on this machine.
+    """
+    values, origin = merged(layers)
+    only = values.pop("steps", steps)
+    if not isinstance(only, list) or not only:
+        raise BadParameter(f"'steps' (in {origin['steps']}) should be a list of steps: {', '.join(steps)}")
+    chosen = {steps[known_step(step, steps, origin.get("steps", ""))] for step in only}
+    values = schema.check(values, origin)
+    check_width(schema.defaults | values)
+    names = [step for step in steps if step in chosen]
+    check_whose_width(values, names)
+    every = schema.defaults | values
+    if names == ["00_baseline"] and not every.get("baseline_epochs"):  # it trains nothing
+        every |= {"train_split": None, "validation_split": None}
+    check_surroundings(every)
+    return values, names
 
 
 def check_width(values: dict[str, Any]) -> None:

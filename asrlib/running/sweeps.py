@@ -9,19 +9,18 @@ other, in reports/<sweep>/<member>. The steps that declare `members` then run on
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from asrlib.reporting.numbers import duration
-from asrlib.reporting.pages import write_index
-from asrlib.running.parameters import Schema, known_step, read_assignments, read_params_file
+from asrlib.running.parameters import Schema, find_params, read_assignments, read_params_file
 from asrlib.running.pipeline import Step, expected_seconds, pending, plan, run_steps, time_left
-from asrlib.running.preflight import check_surroundings, check_whose_width, check_width
+from asrlib.running.preflight import checked, merged
 from asrlib.running.workplace import StepFailed, Workplace, work_in
-from asrlib.runs import BadParameter, Run, member_names, nearest, needed_by, own_values, write_json
+from asrlib.runs import BadParameter, Run, member_names, needed_by, own_values, write_json
 from asrlib.runs.fingerprints import fingerprint
 
 RUN_FOLDERS = {"metrics", "predictions", "tables", "figures", "rejected", "models", "checkpoints", "notebooks"}
@@ -91,56 +90,6 @@ class Engine:
 # ---- what a params file asks for ---------------------------------------------------------------------------
 
 
-def find_params(root: Path, name: str) -> Path:
-    """params/NAME.yaml or the YAML file of that path. Raises BadParameter where there is neither."""
-    for path in (root / "params" / f"{name}.yaml", Path(name)):
-        if path.suffix in (".yaml", ".yml") and path.is_file():
-            return path
-    if Path(name).is_file():
-        raise BadParameter(f"{name} is no params file: those end in .yaml")
-    known = sorted(path.stem for path in (root / "params").glob("*.yaml"))
-    proposal = nearest(name, known) or f": there are {', '.join(known)}"
-    raise BadParameter(f"there is no params file {name!r}{proposal}")
-
-
-def merged(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values of all `layers` (where given, values), later ones going before, and by name where each was given.
-
-    latent_dim and cache_cut are two ways to say one thing: giving one takes back the other of earlier layers.
-    """
-    values, origin = {}, {}
-    for where, given in layers:
-        for one, other in (("latent_dim", "cache_cut"), ("cache_cut", "latent_dim")):
-            if given.get(one) is not None:
-                values.pop(other, None)
-        values |= given
-        origin |= dict.fromkeys(given, where)
-    return values, origin
-
-
-def checked(
-    layers: Iterable[tuple[str, Mapping[str, Any]]], schema: Schema, steps: list[str]
-) -> tuple[dict[str, Any], list[str]]:
-    """Checked parameters of the merged `layers`, and the steps that run (their `steps`, or all).
-
-    Raises BadParameter where one cannot be used, or not with this model or on this machine.
-    """
-    values, origin = merged(layers)
-    only = values.pop("steps", steps)
-    if not isinstance(only, list) or not only:
-        raise BadParameter(f"'steps' (in {origin['steps']}) should be a list of steps: {', '.join(steps)}")
-    chosen = {steps[known_step(step, steps, origin.get("steps", ""))] for step in only}
-    values = schema.check(values, origin)
-    check_width(schema.defaults | values)
-    names = [step for step in steps if step in chosen]
-    check_whose_width(values, names)
-    every = schema.defaults | values
-    if names == ["00_baseline"] and not every.get("baseline_epochs"):  # it trains nothing
-        every |= {"train_split": None, "validation_split": None}
-    check_surroundings(every)
-    return values, names
-
-
 def read_sweep(root: Path, run: Run, file: Path, assignments: list[str], schema: Schema) -> Sweep:
     """The sweep in `file`, all its members checked and planned. Raises BadParameter, which says of which member."""
     given = read_params_file(file)
@@ -204,6 +153,8 @@ def run_sweep(
     member that fails does not stop the others: StepFailed is raised at the end and names all that failed. Raises
     RunLocked.
     """
+    from asrlib.reporting.pages import write_index
+
     engine = engine or IN_TURN
     with work_in(sweep.root, sweep.run) as place:
         engine.before(sweep)
@@ -240,6 +191,8 @@ def _begin(sweep: Sweep, redo: list[str]) -> None:
 
 
 def _run_in_turn(sweep: Sweep, place: Workplace, say: Callable[[str], None], command: str) -> Failures:
+    from asrlib.reporting.pages import write_index
+
     failures: Failures = []
     took: list[float] = []  # seconds, of members that ran to their end
     begin = time.monotonic()

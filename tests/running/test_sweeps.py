@@ -156,7 +156,7 @@ def test_values_that_vary_are_combined(project):
         (
             "sweep: {latent_dim: [16, 17]}\nmodel: tiny",
             [],
-            "member latent_dim-17: latent_dim is 17, but a joint latent",
+            "member latent_dim-17: latent_dim is 17, but a joint",
         ),
         ("sweep: {model: [tiny, tny]}", [], "member model-tny: "),
         ("sweep: {ticks: [1]}\nmembers: [a]", [], "member ticks-1: 'members' (in mine.yaml) is set by run_all itself"),
