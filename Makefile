@@ -1,4 +1,5 @@
-# Everything runs in .venv, which the first target that needs it makes from pyproject.toml and constraints.txt.
+# Everything runs in .venv, which the first target that needs it makes from pyproject.toml and constraints.txt. Runs and
+# JupyterLab need the notebooks' packages alone; tests and linters need all.
 # pip's own settings (PIP_INDEX_URL, pip.conf, ...) decide where packages come from.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
@@ -20,11 +21,11 @@ full: ## a published model on all of train-clean-100 and both test sets
 smoke: ## the whole pipeline on next to nothing, to see that it runs
 baseline: ## train again the small model that the repository ships
 baselines_small: ## two encoders with four kinds of attention each, from scratch on the embedded corpus
-demo quick full smoke baseline baselines_small: .venv/.installed
+demo quick full smoke baseline baselines_small: .venv/.notebooks
 	.venv/bin/python run_all.py $@ $(ARGS)
 
 lab: ## open JupyterLab on the notebooks
-lab: .venv/.installed
+lab: .venv/.notebooks
 	.venv/bin/python -m jupyterlab --notebook-dir notebooks $(ARGS)
 
 # One process a core, each with one thread; four at most, for each holds its own torch. A file stays in one process, so
@@ -77,10 +78,16 @@ python:
 		"(on Debian and Ubuntu: apt-get install python3 python3-venv)" \
 		"or name one, as in: make demo PYTHON=/path/to/python3.12" >&2; exit 1; }
 
-# The stamp is made last: an installation that was interrupted is taken up again by the next call. --no-compile: Python
-# compiles what is imported when it is imported; compiling all of it here takes half a minute for nothing.
-.venv/.installed: pyproject.toml constraints.txt
+# The stamp is made last: an installation that was interrupted is taken up again by the next call. All includes the
+# notebooks' packages, so it makes and removes their stamp too. --no-compile: Python compiles what is imported when it is
+# imported; compiling all of it here takes half a minute for nothing.
+.venv/.notebooks: EXTRA = notebooks
+.venv/.installed: EXTRA = dev
+.venv/.notebooks .venv/.installed: pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory python
+	@rm -f .venv/.notebooks
 	.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	.venv/bin/python -m pip install --no-compile -c constraints.txt -e ".[dev]"
-	@touch $@
+	.venv/bin/python -m pip install --no-compile -c constraints.txt -e ".[$(EXTRA)]"
+	@touch .venv/.notebooks $@
+
+.NOTPARALLEL:  # two installations into one .venv would spoil it

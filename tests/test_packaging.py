@@ -1,6 +1,5 @@
 """The one set of versions, and that a bare clone can be set up from it."""
 
-import ast
 import glob
 import os
 import re
@@ -11,7 +10,6 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
-import nbformat
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -20,10 +18,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-RUNTIME = [Requirement(line) for line in PROJECT["dependencies"]]
-CLUSTER = [Requirement(line) for line in PROJECT["optional-dependencies"]["cluster"]]
-GRAPHS = [Requirement(line) for line in PROJECT["optional-dependencies"]["onnx"]]
-DEVELOPMENT = [Requirement(line) for line in PROJECT["optional-dependencies"]["dev"]]
+LAYERS = {"": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
+EVERYTHING = [r for lines in LAYERS.values() for r in map(Requirement, lines) if r.name != PROJECT["name"]]
 CUDA = re.compile(r"nvidia-|cuda-|triton$")  # each torch build names its own: see constraints.txt
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
@@ -61,7 +57,7 @@ def installed_closure(requirements: list[Requirement]) -> dict[str, str]:
     return versions
 
 
-@pytest.mark.parametrize("requirement", RUNTIME + DEVELOPMENT, ids=lambda r: r.name)
+@pytest.mark.parametrize("requirement", EVERYTHING, ids=lambda r: r.name)
 def test_each_dependency_has_a_pin_that_satisfies_it(requirement):
     assert read_pins()[canonicalize_name(requirement.name)] in requirement.specifier
 
@@ -70,14 +66,15 @@ def test_all_that_is_installed_for_the_project_is_the_pinned_release():
     pins = read_pins()
     differing = {
         name: f"installed {version}, pinned {pins.get(name)}"
-        for name, version in installed_closure(RUNTIME + DEVELOPMENT).items()
+        for name, version in installed_closure(EVERYTHING).items()
         if name not in pins or Version(Version(version).public) != pins[name]
     }
     assert not differing, "run make test, or pip install -c constraints.txt -e '.[dev]'"
 
 
-def test_what_a_sweep_on_a_cluster_and_a_graph_need_is_there_for_the_tests():
-    assert set(CLUSTER + GRAPHS) <= set(DEVELOPMENT)
+def test_what_notebooks_a_sweep_on_a_cluster_and_a_graph_need_is_there_for_the_tests():
+    [own] = [r for r in map(Requirement, LAYERS["dev"]) if r.name == PROJECT["name"]]
+    assert own.extras == LAYERS.keys() - {"", "dev"}
 
 
 def test_conda_installs_from_the_same_two_files():
@@ -85,7 +82,7 @@ def test_conda_installs_from_the_same_two_files():
     *conda, pip = environment["dependencies"]
     assert environment["name"] == PROJECT["name"]
     assert conda == ["python" + PROJECT["requires-python"], "pip"]
-    assert pip == {"pip": ["-c constraints.txt", "-e .[dev]"]}
+    assert pip == {"pip": ["-c constraints.txt", "-e .[notebooks]"]}
 
 
 def test_package_data_covers_every_file_beside_the_code():
@@ -98,45 +95,6 @@ def test_package_data_covers_every_file_beside_the_code():
         if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts
     }
     assert beside and beside <= packaged
-
-
-def imported_names(path: Path) -> set[str]:
-    """Top-level modules that a Python file or the code cells of a notebook import, wherever in it."""
-    if path.suffix == ".ipynb":
-        cells = nbformat.read(path, as_version=4).cells
-        source = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-        source = re.sub(r"^\s*[%!].*$", "pass", source, flags=re.MULTILINE)
-    else:
-        source = path.read_text()
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.add(node.module.partition(".")[0])
-    return names
-
-
-@pytest.mark.parametrize(
-    ("patterns", "requirements"),
-    [
-        (["asrlib/**/*.py", "run_all.py", "notebooks/*.ipynb"], RUNTIME + CLUSTER + GRAPHS),
-        (["tests/**/*.py"], RUNTIME + DEVELOPMENT),
-    ],
-    ids=["project", "tests"],
-)
-def test_what_is_imported_is_declared(patterns, requirements):
-    declared = {canonicalize_name(r.name) for r in requirements}
-    owners = metadata.packages_distributions()
-    paths = [path for pattern in patterns for path in ROOT.glob(pattern)]
-    local = {"asrlib", "run_all"} | {path.stem for path in (ROOT / "tests").rglob("*.py")}
-    undeclared = {
-        f"{path.relative_to(ROOT)}: {name}"
-        for path in paths
-        for name in imported_names(path) - sys.stdlib_module_names - local
-        if not declared & {canonicalize_name(owner) for owner in owners.get(name, [])}
-    }
-    assert paths and not undeclared
 
 
 @needs_git
@@ -223,14 +181,70 @@ def test_make_says_so_where_no_python_fits(clone, version):
 
 
 @needs_make
+@pytest.mark.parametrize("name", [".installed", ".notebooks"])
 @pytest.mark.parametrize(
     ("changed", "up_to_date"), [(None, True), ("constraints.txt", False), ("pyproject.toml", False)]
 )
-def test_make_installs_again_only_when_the_set_changed(clone, changed, up_to_date):
-    stamp = clone / ".venv" / ".installed"
+def test_make_installs_again_only_when_the_set_changed(clone, changed, up_to_date, name):
+    stamp = clone / ".venv" / name
     stamp.parent.mkdir()
     stamp.touch()
     if changed:
         later = stamp.stat().st_mtime + 10
         os.utime(clone / changed, (later, later))
-    assert call_make(clone, "--question", ".venv/.installed").returncode == (0 if up_to_date else 1)
+    assert call_make(clone, "--question", f".venv/{name}").returncode == (0 if up_to_date else 1)
+
+
+@needs_make
+@pytest.mark.parametrize(
+    ("target", "extra"),
+    [(name, "notebooks") for name in ("demo", "quick", "full", "smoke", "baseline", "baselines_small", "lab")]
+    + [(name, "dev") for name in ("test", "fresh-environment", "lint", "format", "parameters")],
+)
+def test_make_installs_what_the_target_needs(clone, target, extra):
+    python_stub(clone, "python3", (3, 12))
+    planned = call_make(clone, "--dry-run", target)
+    assert re.findall(r"-e \"\.\[(\w+)\]\"", planned.stdout) == [extra]
+
+
+@pytest.fixture
+def pretended_pip(clone):
+    """The clone with a .venv whose Python does nothing, but fails while the file `broken` is there."""
+    for tool in ("sh", "rm", "touch", "make"):
+        (clone / "bin" / tool).symlink_to(shutil.which(tool))
+    python_stub(clone, "python3", (3, 12))
+    python = clone / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\ncase "$*" in *install*) echo "$*" >> installed; test ! -e broken;; esac\n')
+    python.chmod(0o755)
+    return clone
+
+
+def installed(clone: Path, stamp: str) -> list[str]:
+    """The extras that a call for `stamp` installs."""
+    (clone / "installed").unlink(missing_ok=True)
+    call_make(clone, f".venv/{stamp}")
+    return re.findall(r"\[(\w+)\]", (clone / "installed").read_text()) if (clone / "installed").exists() else []
+
+
+@needs_make
+def test_the_notebooks_set_may_come_before_all_or_with_it(pretended_pip):
+    assert [installed(pretended_pip, s) for s in (".notebooks", ".installed")] == [["notebooks"], ["dev"]]
+    assert [installed(pretended_pip, s) for s in (".notebooks", ".installed")] == [[], []]
+    for name in (".notebooks", ".installed"):
+        (pretended_pip / ".venv" / name).unlink()
+    assert [installed(pretended_pip, s) for s in (".installed", ".notebooks")] == [["dev"], []]
+
+
+@needs_make
+@pytest.mark.parametrize(("stamp", "extra"), [(".notebooks", "notebooks"), (".installed", "dev")])
+def test_an_installation_that_was_interrupted_is_taken_up_again(pretended_pip, stamp, extra):
+    assert installed(pretended_pip, ".notebooks") == ["notebooks"]
+    later = (pretended_pip / ".venv" / ".notebooks").stat().st_mtime + 10
+    os.utime(pretended_pip / "pyproject.toml", (later, later))
+    (pretended_pip / "broken").touch()
+    assert installed(pretended_pip, stamp) == [extra]
+    assert not list((pretended_pip / ".venv").glob(".*"))
+    os.utime(pretended_pip / "pyproject.toml", (0, 0))
+    (pretended_pip / "broken").unlink()
+    assert installed(pretended_pip, stamp) == [extra] and installed(pretended_pip, ".notebooks") == []

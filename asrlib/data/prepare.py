@@ -12,41 +12,35 @@ from pathlib import Path
 
 import yaml
 
-from asrlib.data.download import LIBRISPEECH_MD5, LIBRISPEECH_URL, prepare_librispeech
+from asrlib.data.download import HUB_FOLDERS, prepare_librispeech
 from asrlib.data.opening import open_corpus
 
 SPLITS = ["train-clean-100", "dev-clean", "test-clean", "test-other"]  # those of params/quick.yaml and params/full.yaml
-SIZES = (
-    "dev and test 0.3 GB each, train-clean-100 6.4, train-clean-360 23, train-other-500 31; twice that while unpacking"
-)
+SIZES = "dev and test 0.3 GB each, train-clean-100 6.4, train-clean-360 23, train-other-500 31"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m asrlib data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    prepare = parser.add_subparsers(required=True, metavar="prepare").add_parser(
-        "prepare", help="download, verify and unpack a corpus"
-    )
+    prepare = parser.add_subparsers(required=True, metavar="prepare").add_parser("prepare", help="download a corpus")
     add = prepare.add_argument
     add("corpus", choices=["librispeech"])
-    add("--root", required=True, type=Path, metavar="DIR", help="holds the folder LibriSpeech, or will hold it")
+    add("--root", required=True, type=Path, metavar="DIR", help="holds the splits, or will hold them")
     add(
         "--splits",
         nargs="+",
         default=SPLITS,
         metavar="SPLIT",
-        help=f"of {', '.join(LIBRISPEECH_MD5)} (default: {' '.join(SPLITS)}). Archives: {SIZES}",
+        help=f"of {', '.join(HUB_FOLDERS)} (default: {' '.join(SPLITS)}). Sizes: {SIZES}",
     )
-    add("--url", default=LIBRISPEECH_URL, help="of the folder with the archives (default: %(default)s)")
-    add("--keep", action="store_true", help="keep the archives, as DIR/SPLIT.tar.gz; one there already is kept anyway")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     root = args.root.expanduser().absolute()
-    prepare_librispeech(root, args.splits, args.url, args.keep)
+    prepare_librispeech(root, args.splits)
     corpora = [open_corpus(root, split) for split in dict.fromkeys(args.splits)]
     for corpus in corpora:
         rejected = f", {len(corpus.rejected):,} rejected" if corpus.rejected else ""

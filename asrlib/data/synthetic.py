@@ -165,10 +165,13 @@ _RETRIEVAL, _RATE, _PITCH, _UTF8 = 2, 1, 3, 1  # speak_lib.h: AUDIO_OUTPUT_SYNCH
 
 
 class Espeak:
-    """The synthesiser, in its synchronous mode."""
+    """The synthesiser, in its synchronous mode. Raises OSError where it is not installed."""
 
     def __init__(self):
-        import espeakng_loader
+        try:
+            import espeakng_loader
+        except ImportError:
+            raise OSError('the synthetic corpus is spoken by espeak-ng: pip install "asrlib[notebooks]"') from None
 
         self._library = ctypes.CDLL(espeakng_loader.get_library_path())
         data = espeakng_loader.get_data_path().encode()

@@ -13,6 +13,8 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
 
 def sentence(error: BaseException) -> str:
     """What the error says; of one that nobody foresaw its kind too, and how to see where it arose."""
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("asrlib"):
+        return f'{error.name} is not installed: pip install "asrlib[notebooks]"'  # ray and onnx are asked for earlier
     if isinstance(error, FORESEEN) and not isinstance(error, UnicodeError) and str(error):
         return str(error)
     kind = type(error).__name__

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from asrlib.running.parameter_cells import Parameter, read_parameters
 from asrlib.running.parameter_limits import LIMITS, in_words
-from asrlib.running.parameters import SET_BY_RUN_ALL, Parameter, read_parameters
+from asrlib.running.parameters import SET_BY_RUN_ALL
 from asrlib.runs import atomic_write, find_notebooks, needed_by, project_root
 from asrlib.training.baseline import TESTING
 

@@ -9,7 +9,7 @@ other, in reports/<sweep>/<member>. The steps that declare `members` then run on
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean

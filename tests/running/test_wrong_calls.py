@@ -321,7 +321,7 @@ COMMANDS = [
     ("data", [], "the following arguments are required: prepare", 2),
     ("data", ["prepare", "an4", "--root", "."], "argument corpus: invalid choice: 'an4'", 2),
     ("data", ["prepare", "librispeech", "--root", ".", "--splits", "train"], "LibriSpeech has no split 'train'", 1),
-    ("data", ["prepare", "librispeech", "--root", "notes.txt"], "Not a directory", 1),
+    ("data", ["prepare", "librispeech", "--root", "notes.txt"], "cannot be written to: ", 1),
     ("methods", [*MEASURED, "tset"], "corpus speech has no split 'tset': it has", 2),
     ("methods", [*MEASURED, "test", "--cuts", "half"], "--cuts is 'half': give per cents with commas", 2),
     ("methods", [*MEASURED, "test", "--cuts", "150"], "150", 2),
@@ -357,7 +357,7 @@ def test_a_wrong_call_of_a_command_ends_in_a_sentence(project, capsys, command, 
     ("words", "said", "status"),
     [
         ([run_all.__file__, "finished", "--set", "latent_dmi=4"], "did you mean 'latent_dim'?", 2),
-        (["-m", "asrlib", "data", "prepare", "librispeech", "--root", "notes.txt"], "Not a directory", 1),
+        (["-m", "asrlib", "data", "prepare", "librispeech", "--root", "notes.txt"], "cannot be written to: ", 1),
     ],
     ids=["run_all.py", "data"],
 )
