@@ -17,7 +17,8 @@ from transformers.models.nemotron_asr_streaming.modeling_nemotron_asr_streaming 
     NemotronAsrStreamingEncoderAttention,
 )
 
-from asrlib.attention.kinds import KeyValueMemory, LatentMemory, RelativeAttention, heard
+from asrlib.attention.chunks import heard
+from asrlib.attention.kinds import KeyValueMemory, LatentMemory, RelativeAttention
 from asrlib.models.latent_twin import LatentConfig, latent_kv, recast, settings
 from asrlib.models.parakeet import FastConformerNames
 
