@@ -1,6 +1,6 @@
-"""Who hears whom where speech is worked chunk by chunk.
+"""Who hears whom: where speech is worked chunk by chunk, and by the masks that transformers makes.
 
-Shapes: n queries, T keys.
+Shapes: B batch, n queries, T keys.
 """
 
 from dataclasses import dataclass
@@ -38,3 +38,16 @@ class Chunks:
         key_T = torch.arange(frames, device=device)
         visible_nT = key_T < begin_n1 + self.size
         return visible_nT if self.left is None else visible_nT & (key_T >= begin_n1 - self.left)
+
+
+def speech(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """bool [B, T] of a padding mask, given as that or as transformers makes it: [B, 1, T, T], all rows alike."""
+    if mask is None or mask.dim() == 2:
+        return mask if mask is None else mask.bool()
+    row_BT = mask[:, 0, 0]
+    return row_BT if row_BT.dtype == torch.bool else row_BT == 0
+
+
+def heard(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """bool [B, 1, T, T]: who hears whom, of a mask as transformers makes it, for eager attention of 0 and −∞."""
+    return mask if mask is None or mask.dtype == torch.bool else mask == 0

@@ -22,7 +22,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import nn
 
-from asrlib.attention.chunks import Chunks
+from asrlib.attention.chunks import Chunks, speech
 from asrlib.attention.latent import LatentKV
 from asrlib.attention.relative import relative_attention, sinusoids
 
@@ -136,19 +136,6 @@ class RelativeAttention(ABC):
         weight = self.linear_pos.weight
         autocast = torch.is_autocast_enabled(weight.device.type) and torch.get_autocast_dtype(weight.device.type)
         return weight.device, weight.dtype, weight.data_ptr(), weight._version, autocast
-
-
-def speech(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """bool [B, T] of a padding mask, given as that or as transformers makes it: [B, 1, T, T], all rows alike."""
-    if mask is None or mask.dim() == 2:
-        return mask if mask is None else mask.bool()
-    row_BT = mask[:, 0, 0]
-    return row_BT if row_BT.dtype == torch.bool else row_BT == 0
-
-
-def heard(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """bool [B, 1, T, T]: who hears whom, of a mask as transformers makes it, for eager attention of 0 and −∞."""
-    return mask if mask is None or mask.dtype == torch.bool else mask == 0
 
 
 class SelfAttention(RelativeAttention, nn.Module):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from asrlib.attention.kinds import heard
+from asrlib.attention.chunks import heard
 from asrlib.attention.names import attends_across, call_arguments, projections
 from asrlib.models.inference import attention_weights, choose_device, inference
 from asrlib.models.registry import (

@@ -31,7 +31,10 @@ from transformers import PreTrainedModel
 
 import asrlib
 from asrlib.attention.cache import cached_numbers
+from asrlib.attention.names import encoder_config
+from asrlib.conversion.convert import convert, decompose
 from asrlib.conversion.methods import METHODS
+from asrlib.conversion.quality import analyze_compression_quality, by_name
 from asrlib.conversion.statistics import Statistics, collect_statistics
 from asrlib.data.corpus import Corpus
 from asrlib.data.opening import check_splits, open_usable
@@ -63,6 +66,18 @@ NEUTRAL = ("benchmark.py", "recipes.py", "rows.py")  # … but for these: one mo
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------
+
+
+def errors_by_width(model, batch: Mapping, recipe: Recipe, statistics: Statistics, parts=None) -> pd.DataFrame:
+    """`analyze_compression_quality` on `batch` of `recipe` at the widths from d/32 to d, one row a layer and width."""
+    settings = {"layout": recipe.layout, "method": recipe.method, "statistics": statistics, "parts": parts}
+    decomposition = decompose(model, **settings)
+    width = encoder_config(model.config).hidden_size
+    tables = []
+    for share in (32, 16, 8, 4, 2, 4 / 3, 1):
+        latent = convert(model, max(2, int(width / share)), decomposition=decomposition, **settings)
+        tables.append(by_name(analyze_compression_quality(model, latent, batch)))
+    return pd.concat(tables, ignore_index=True).assign(method=recipe.name, layout=recipe.layout)
 
 
 def benchmark(

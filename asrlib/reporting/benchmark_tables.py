@@ -6,6 +6,7 @@ from asrlib.measuring.systems import ATTENTION, AUDIO_SECONDS
 from asrlib.reporting.figures import SYSTEMS
 from asrlib.reporting.members import short_names
 from asrlib.reporting.numbers import size
+from asrlib.reporting.tables import small_print
 
 WRITING_INTRODUCTION = (
     "What `generate` keeps of an utterance while it writes, counted in its cache: of every frame of the window for "
@@ -65,6 +66,36 @@ def speed_table(measured: dict) -> pd.DataFrame:
         for name, row in measured["systems"].items()
     }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("member")
+
+
+def speeds_shown(measured: dict) -> tuple[pd.DataFrame, str, dict]:
+    """What `display_table` shows of speed and memory: of a single run's models, or of the members of a sweep."""
+    circumstances = (
+        f"{measured['utterances']} utterances, {measured['seconds_audio']:.0f} s of audio, {measured['device']}, "
+        f"{measured['threads']} threads, {measured['dtype']}"
+    )
+    if "members" in measured:
+        table = speed_table(measured)
+        return (
+            table,
+            f"{circumstances}; speed against {next(iter(measured['systems']))}",
+            dict.fromkeys(table, small_print),
+        )
+    table = pd.DataFrame(measured["systems"]).T.rename(index=SYSTEMS)
+    shown = pd.DataFrame(
+        {
+            "parameters, M": table["parameters"] / 1e6,
+            "ms per utterance": table["latency_ms_mean"],
+            "95th percentile": table["latency_ms_p95"],
+            "RTFx": table["rtfx"],
+            "speed against MHA": table["speed_ratio"],
+            "its 95 % interval": ["{:.2f} to {:.2f}".format(*ends) for ends in table["speed_ratio_interval"]],
+            "peak memory, MiB": table["peak_memory_bytes"] / 2**20,
+            "cache, KiB per second": table["cache_bytes_per_second"] / 1024,
+        }
+    )
+    formats = dict.fromkeys(shown.columns.drop("its 95 % interval"), ".1f")
+    return shown, circumstances, formats | {"parameters, M": ".2f", "speed against MHA": ".2f"}
 
 
 def lengths_introduction(lengths: dict) -> str:

@@ -16,10 +16,7 @@ from asrlib.reporting.run_figures import cache_comparison, inference_time_compar
 from asrlib.reporting.tables import save_table
 from asrlib.runs import STEP_OF_METRICS, Run, atomic_write, read_json
 
-# Cut of the cache that Sonawane, Gokhale and Tian (2025) stated for a width, of d = 512, and did not measure.
-CLAIMED_CUTS = {"d/4": "cut 87.5 %", "d/2": "cut 75 %", "d": "cut 50 %"}
-
-# What they said of another, larger model at half the cache, and did not measure.
+# What Sonawane, Gokhale and Tian (2025) said of another, larger model at half the cache, and did not measure.
 CLAIMED = pd.DataFrame(
     {
         "claimed WER test-clean": ["2.3 %", "4–5 %", "2.4–2.6 %"],

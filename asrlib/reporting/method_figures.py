@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS = "osD^vPX*<>hd"
+WIDTHS = {0.9375: "d/8", 0.875: "d/4", 0.75: "d/2", 0.625: "3d/4", 0.5: "d"}  # of the joint latent, by the cut
+
+# Cut of the cache that Sonawane, Gokhale and Tian (2025) stated for a width, of d = 512, and did not measure.
+CLAIMED_CUTS = {"d/4": "cut 87.5 %", "d/2": "cut 75 %", "d": "cut 50 %"}
 
 
 def spectrum_figure(spectra: Mapping[int | str, Sequence[float]], latent_dim: int | None = None) -> "Figure":
@@ -267,3 +271,22 @@ def error_against_wer(frame: pd.DataFrame, limits: Sequence[float]) -> "Figure":
         f"a significant change is {highest:.0f} %."
     )
     return fig
+
+
+def by_width(frame: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
+    """Word error rates where the joint latent has a simple share of the width d, and the cut claimed for it."""
+    table = frame[frame["cut"].isin(WIDTHS)].pivot_table(index="recipe", columns="cut", values="wer")
+    table = table.loc[[name for name in methods if name in table.index], ::-1].map("{:.2%}".format)
+    table.loc["claimed"] = [CLAIMED_CUTS.get(WIDTHS[cut], "–") for cut in table]
+    table.columns = [f"{WIDTHS[cut]} (cut {cut:.4g})" for cut in table]
+    return table.rename_axis("method")
+
+
+def errors_sentence(frame: pd.DataFrame, limit: float) -> str:
+    """How many conversions have significantly more word errors, with attention errors below `limit` and above."""
+    worse = (frame["wer_difference"] > 0) & (frame["p"] < SIGNIFICANT)
+    below = frame["output_error"] < limit
+    return (
+        f"Of {below.sum()} conversions with an error below {limit:.0%}, {(worse & below).sum()} had significantly more "
+        f"word errors than the baseline; of the {(~below).sum()} above, {(worse & ~below).sum()}."
+    )

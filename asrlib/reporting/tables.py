@@ -170,3 +170,14 @@ def small_print(text: str) -> Markup:
     """A cell with what stands in brackets below the rest, in small print."""
     value, _, note = unbroken(text).partition(" (")
     return Markup("{} <small>{}</small>").format(value, note.removesuffix(")"))
+
+
+def sizes_shown(models: Mapping[str, Any], numbers: Mapping[str, float], title: str) -> tuple:
+    """What `display_table` shows of the cache and the parameters of models; `numbers` cached per frame and layer."""
+    from asrlib.attention.cache import kv_cache_bytes
+
+    caches = {name: kv_cache_bytes(model.config, frames=1000) / 1024 for name, model in models.items()}
+    parameters = {name: sum(p.numel() for p in model.parameters()) / 1e6 for name, model in models.items()}
+    columns = ["cached numbers per frame and layer", "cache of 1000 frames, float32, KiB", "parameters, M"]
+    table = pd.DataFrame(dict(zip(columns, (numbers, caches, parameters), strict=True)))
+    return table, title, dict(zip(columns, (",.0f", ",.0f", ".2f"), strict=True))

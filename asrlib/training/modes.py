@@ -1,4 +1,4 @@
-"""What holds of a model while it is trained, and no longer."""
+"""What of a model is trained, and what holds of it meanwhile."""
 
 import math
 from collections.abc import Iterator
@@ -6,6 +6,9 @@ from contextlib import contextmanager
 
 from torch import nn
 from transformers import Trainer
+
+from asrlib.attention.latent import LatentKV
+from asrlib.models.registry import attention_modules
 
 
 @contextmanager
@@ -72,3 +75,27 @@ def updated_once(model) -> Iterator[None]:
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+
+
+def select_trainable(model, which: str) -> int:
+    """Freezes all but the chosen parameters; returns how many numbers are left to train.
+
+    `attention` is every parameter of the attention modules, `latent` only the factors behind keys and
+    values, `all` everything.
+    """
+    chosen = {
+        "all": lambda: [model],
+        "attention": lambda: attention_modules(model),
+        "latent": lambda: [m for m in model.modules() if isinstance(m, LatentKV)],
+    }
+    if which not in chosen:
+        raise ValueError(f"trainable is {which!r}: choose one of {', '.join(chosen)}")
+    modules = chosen[which]()
+    if not modules:
+        raise ValueError(f"trainable={which!r}, but {type(model).__name__} has no such parameters: convert it first")
+    model.requires_grad_(False)
+    if hasattr(model, "freeze_feature_encoder"):
+        model.freeze_feature_encoder()  # else transformers asks for the gradient of the audio, through all convolutions
+    for module in modules:
+        module.requires_grad_(True)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -16,16 +16,15 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, ProgressCallback
 
-from asrlib.attention.latent import LatentKV
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus
 from asrlib.data.text import folded
 from asrlib.models.inference import inference, padding_silenced
 from asrlib.models.out_of_memory import in_words, out_of_memory_explained
-from asrlib.models.registry import attention_modules, family_of, frame_counts, layer_frame_counts
+from asrlib.models.registry import family_of, frame_counts, layer_frame_counts
 from asrlib.runs import read_json, resolve, write_json
 from asrlib.training.distributed import average_batch_norm, process_count, rows_of_all, strategy_arguments, wait_for_all
-from asrlib.training.modes import every_layer, frozen_batch_norm, own_precision, updated_once
+from asrlib.training.modes import every_layer, frozen_batch_norm, own_precision, select_trainable, updated_once
 
 # Of the scheduler reduce_lr_on_plateau: the learning rate is halved by the second evaluation running whose WER is no
 # lower than the lowest before. EarlyStoppingCallback counts on, so that `patience` should be larger.
@@ -73,30 +72,6 @@ class TrainingResult:
 
     def as_metrics(self) -> dict:
         return {**self.__dict__, "settings": self.settings.__dict__}
-
-
-def select_trainable(model, which: str) -> int:
-    """Freezes all but the chosen parameters; returns how many numbers are left to train.
-
-    `attention` is every parameter of the attention modules, `latent` only the factors behind keys and
-    values, `all` everything.
-    """
-    chosen = {
-        "all": lambda: [model],
-        "attention": lambda: attention_modules(model),
-        "latent": lambda: [m for m in model.modules() if isinstance(m, LatentKV)],
-    }
-    if which not in chosen:
-        raise ValueError(f"trainable is {which!r}: choose one of {', '.join(chosen)}")
-    modules = chosen[which]()
-    if not modules:
-        raise ValueError(f"trainable={which!r}, but {type(model).__name__} has no such parameters: convert it first")
-    model.requires_grad_(False)
-    if hasattr(model, "freeze_feature_encoder"):
-        model.freeze_feature_encoder()  # else transformers asks for the gradient of the audio, through all convolutions
-    for module in modules:
-        module.requires_grad_(True)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 class SpeechTrainer(Trainer):

@@ -11,7 +11,7 @@ from transformers.models.nemotron_asr_streaming.modeling_nemotron_asr_streaming 
     NemotronAsrStreamingEncoderAttention,
 )
 
-from asrlib.attention.kinds import heard
+from asrlib.attention.chunks import heard
 
 
 def _reading_its_mask(forward):
