@@ -17,8 +17,9 @@ from transformers import (
 
 from asrlib.data.audio import SAMPLE_RATE
 from asrlib.data.corpus import Corpus, Utterance
-from asrlib.measuring import speed as room
-from asrlib.measuring.speed import benchmark, peak_memory_bytes, spread_over_durations
+from asrlib.measuring import timing
+from asrlib.measuring.speed import benchmark, spread_over_durations
+from asrlib.measuring.timing import peak_memory_bytes
 from asrlib.models.scratch import new_processor
 
 CPU = torch.device("cpu")
@@ -160,7 +161,7 @@ def test_numbers_against_an_explicit_loop(processor, monkeypatch):
     durations = [0.5, 1.0, 0.75, 0.6, 0.9]
     clock = np.random.default_rng(7).uniform(5, 50, size=(3, 5, 2))  # ms: repeat, utterance, turn
     ticks = iter(clock.flatten())
-    monkeypatch.setattr(room, "_milliseconds", lambda work, device: next(ticks))
+    monkeypatch.setattr(timing, "milliseconds", lambda work, device: next(ticks))
     systems = {"slow": conformer(), "quick": conformer(layers=1)}
     result = benchmark(systems, processor, corpus_of(durations), warmup=0, repeats=3)
 
