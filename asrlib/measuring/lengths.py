@@ -12,6 +12,7 @@ import argparse
 import itertools
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -83,7 +84,8 @@ def benchmark_lengths(
         for turn, length in enumerate(tqdm(lengths, desc="benchmark", unit="length")):
             running = {name: model for name, model in systems.items() if rows[name]["stopped"] is None}
             inputs = inputs_of_each(running, processors, audio_S[: round(length * SAMPLE_RATE)], device)
-            measured = _measure(running, processors, inputs, length, turn, repeats, device)
+            passes = {name: partial(best_symbols, running[name], processors[name], inputs[name]) for name in running}
+            measured = _measure(passes, length, turn, repeats, device)
             for name, row in rows.items():
                 ms, peak = measured.get(name, (None, None))
                 row["ms"].append(ms)
@@ -113,13 +115,7 @@ def joined(corpus: Corpus, seconds: float) -> np.ndarray:
 
 
 def _measure(
-    systems: dict[str, nn.Module],
-    processors: dict,
-    inputs: dict[str, torch.Tensor],
-    length: float,
-    turn: int,
-    repeats: int,
-    device: torch.device,
+    work: dict[str, Callable[[], object]], length: float, turn: int, repeats: int, device: torch.device
 ) -> dict[str, tuple[float, int | None]]:
     """{name: (milliseconds, bytes)} at one length; those that ran out of memory are not among them."""
     exhausted: set[str] = set()
@@ -128,13 +124,13 @@ def _measure(
         if name in exhausted:
             return
         try:
-            best_symbols(systems[name], processors[name], inputs[name])
+            work[name]()
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not is_out_of_memory(error):
                 raise
             exhausted.add(name)
 
-    passes = {name: partial(attempt, name) for name in systems}
+    passes = {name: partial(attempt, name) for name in work}
     times = take_turns(passes, turn, device)
     short = [name for name, ms in times.items() if ms <= 1000 * LONG_PASS and name not in exhausted]
     repeated = interleaved([{name: passes[name] for name in short}], repeats, device, turn + 1)
@@ -157,11 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="a .json")
-    sys.stdout.write(_report(parser.parse_args(argv)))
-    return 0
-
-
-def _report(args: argparse.Namespace) -> str:
+    args = parser.parse_args(argv)
     systems = random_recognisers(args.size, args.latents)
     corpus = noise(max(args.seconds))
     processor = load("synthetic-conformer")[1]
@@ -180,4 +172,5 @@ def _report(args: argparse.Namespace) -> str:
         for name, row in measured["systems"].items()
     ]
     table = pd.DataFrame(rows).to_string(index=False, float_format="{:.2f}".format)
-    return f"{args.size}, {measured['device']}, {measured['threads']} threads\n{table}\n"
+    sys.stdout.write(f"{args.size}, {measured['device']}, {measured['threads']} threads\n{table}\n")
+    return 0

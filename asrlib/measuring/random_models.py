@@ -85,12 +85,8 @@ def random_recognisers(size: str, shares: Sequence[int] = (2, 4, 8)) -> dict[str
 
 def in_blocks(model: nn.Module) -> nn.Module:
     """`model` worked by `attention.relative`, sharing its parameters: what the blocks bring without any latent."""
-    return family_of(model.config).work_in_blocks(_sharing(model))
-
-
-def _sharing(model: nn.Module) -> nn.Module:
-    """A copy of the modules, with the same parameters."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    sharing = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    return family_of(model.config).work_in_blocks(sharing)
 
 
 # ---- encoders of streams -----------------------------------------------------------------------------------
@@ -123,12 +119,7 @@ def kinds_of(width: int, heads: int) -> dict[str, dict]:
 
 
 def random_encoders(
-    hidden_size: int,
-    num_hidden_layers: int,
-    num_attention_heads: int,
-    conv_depthwise_kernel_size: int,
-    hop_length: int = HOP,
-    **others,
+    hidden_size: int, num_hidden_layers: int, num_attention_heads: int, hop_length: int = HOP, **others
 ) -> dict[str, SpeechEncoderForCTC]:
     """{name: Conformer in evaluation mode}, which share all weights but those of attention."""
     torch.manual_seed(0)
@@ -140,7 +131,6 @@ def random_encoders(
             num_hidden_layers=num_hidden_layers,
             num_attention_heads=num_attention_heads,
             intermediate_size=4 * hidden_size,
-            conv_depthwise_kernel_size=conv_depthwise_kernel_size,
             causal=True,
             subsampling_channels=8,  # not measured
             hop_length=hop_length,
@@ -160,7 +150,7 @@ def window_models(latent_dims: Sequence[int] = (1024, 512, 128), **encoder) -> d
     standard, family = NemotronAsrStreamingForRNNT(config), family_of(config)
     blocked = family.work_in_blocks(copy.deepcopy(standard))
     latents = {f"MLA {dim}": family.latent_model(family.to_latent(config, latent_dim=[dim])) for dim in latent_dims}
-    return {"MHA": standard, "MHA in blocks": blocked, **latents}
+    return {"MHA": standard, IN_BLOCKS: blocked, **latents}
 
 
 # ---- decoders ----------------------------------------------------------------------------------------------
@@ -200,14 +190,14 @@ def random_writers(
     They share all weights but those of latents; these, and so what is kept, are fp32, bf16 or fp16."""
     family, weights = FAMILIES[config.model_type], {}
 
-    def made(kind: type, of: WhisperConfig) -> WhisperForConditionalGeneration:
-        return _filled(kind, of, weights, PRECISIONS[precision])
+    dtype = PRECISIONS[precision]
 
     def latent(width: int, shared: bool = False) -> WhisperForConditionalGeneration:
-        of = {"latent_dim": [width] * len(parts) * config.decoder_layers, "latent_shared": shared}
-        return made(family.latent_model, family.to_latent(config, latent_parts=list(parts), **of))
+        settings = {"latent_dim": [width] * len(parts) * config.decoder_layers, "latent_shared": shared}
+        latent_config = family.to_latent(config, latent_parts=list(parts), **settings)
+        return _filled(family.latent_model, latent_config, weights, dtype)
 
-    writers = {STANDARD: Writer(made(family.standard_model, config))}
+    writers = {STANDARD: Writer(_filled(family.standard_model, config, weights, dtype))}
     for cut in cuts:
         model = latent(latent_dim_for(cut, config.d_model))
         for form in ("absorbed", "expanded"):

@@ -43,7 +43,7 @@ def spread_over_durations(corpus: Corpus, n: int | None) -> Corpus:
     return replace(corpus, utterances=tuple(by_duration[i] for i in from_longest[::-1]))
 
 
-def benchmark(
+def benchmark_speed(
     systems: dict[str, nn.Module],
     processor,
     corpus: Corpus,
@@ -103,7 +103,8 @@ def benchmark(
                 **_latency(latencies[name], seconds_audio),
                 **_speed_ratio(baseline, latencies[name]),
                 "peak_memory_bytes": peaks[name],
-                **_cache(model.config, DTYPES[precision]),
+                "cache_bytes_per_second": cache_bytes_per_second(model.config, DTYPES[precision]),
+                "cache_bytes_1000_frames": kv_cache_bytes(model.config, 1000, DTYPES[precision]),
             }
             for name, model in systems.items()
         },
@@ -135,11 +136,3 @@ def cache_bytes_per_second(config, dtype: str = "float32") -> int:
     """By which the key/value state of a stream grows with each second of audio; 0 where its size is fixed."""
     growth = kv_cache_bytes(config, 2000, dtype) - kv_cache_bytes(config, 1000, dtype)
     return round(growth * frames_per_second(config) / 1000)
-
-
-def _cache(config, dtype: str) -> dict:
-    """Key/value state under streaming: growth per second of audio, and size."""
-    return {
-        "cache_bytes_per_second": cache_bytes_per_second(config, dtype),
-        "cache_bytes_1000_frames": kv_cache_bytes(config, 1000, dtype),
-    }

@@ -320,27 +320,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--forms", action="store_true", help="time absorbed and expanded latents instead")
     parser.add_argument("--windows", action="store_true", help="time a layer of Nemotron, with its window, instead")
     parser.add_argument("--out", type=Path, help="a .csv")
-    sys.stdout.write(_report(parser.parse_args(argv)))
-    return 0
-
-
-def _report(args: argparse.Namespace) -> str:
-    if args.forms or args.windows:
-        how = {"repeats": args.repeats, "device": args.device}
-        table = (
-            benchmark_forms(**ENCODER_SIZES[args.size], **how)
-            if args.forms
-            else benchmark_windows(window_models(), **how)
-        )
-        if args.out:
-            table.to_csv(args.out, index=False)
-        return f"{table.to_string(index=False, float_format='{:.3f}'.format)}\n"
-    systems = random_encoders(**ENCODER_SIZES[args.size])
-    how = {"recompute_seconds": args.recompute, "lookahead_ms": args.lookahead, "precision": args.precision}
-    table = benchmark_steps(systems, args.chunk, args.left, args.repeats, args.device, args.cache, **how)
+    args = parser.parse_args(argv)
+    size, settings = ENCODER_SIZES[args.size], {"repeats": args.repeats, "device": args.device}
+    if args.forms:
+        table = benchmark_forms(**size, **settings)
+    elif args.windows:
+        table = benchmark_windows(window_models(), **settings)
+    else:
+        settings |= {"cache": args.cache, "precision": args.precision}
+        settings |= {"recompute_seconds": args.recompute, "lookahead_ms": args.lookahead}
+        table = benchmark_steps(random_encoders(**size), args.chunk, args.left, **settings)
     if args.out:
         table.to_csv(args.out, index=False)
+    if args.forms or args.windows:
+        sys.stdout.write(table.to_string(index=False, float_format="{:.3f}".format) + "\n")
+        return 0
     table["millions"] = table["multiplications"] / 1e6
     columns = ["chunk_ms", "left_seconds", "system", "ms", "ms_low", "ms_high", "rtfx", "millions", "cache_bytes"]
     shown = table[[*columns, "position_bytes", "peak_memory_bytes"]]
-    return f"{args.size}, {table.attrs}\n{shown.to_string(index=False, float_format='{:.1f}'.format)}\n"
+    sys.stdout.write(f"{args.size}, {table.attrs}\n{shown.to_string(index=False, float_format='{:.1f}'.format)}\n")
+    return 0

@@ -95,9 +95,8 @@ def rounds_of(
 ) -> pd.DataFrame:
     """Milliseconds of steps that take turns, a row a round and a column a system, after one round to warm up."""
     take_turns(steps, turn, device)
-    return pd.DataFrame(
-        {name: ms_R1[:, 0] for name, ms_R1 in interleaved([steps], repeats, device, turn, **progress).items()}
-    )
+    ms = interleaved([steps], repeats, device, turn, **progress)
+    return pd.DataFrame({name: ms_R1[:, 0] for name, ms_R1 in ms.items()})
 
 
 def quartiles(ms: pd.Series) -> dict[str, float]:

@@ -143,11 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="a .csv")
-    sys.stdout.write(_report(parser.parse_args(argv)))
-    return 0
-
-
-def _report(args: argparse.Namespace) -> str:
+    args = parser.parse_args(argv)
     logging.set_verbosity_error()  # how many tokens are written is said twice, as random weights never stop
     torch.manual_seed(0)
     writers = random_writers(writer_config(args.size), args.cut, args.parts, args.precision)
@@ -157,4 +153,5 @@ def _report(args: argparse.Namespace) -> str:
     if args.out:
         table.to_csv(args.out, index=False)
     formats = {name: "{:.2f}".format for name in ("bytes_ratio", "ms", "ms_low", "ms_high", "time_ratio")}
-    return f"{args.size}, {tables[0].attrs}\n{table.to_string(index=False, formatters=formats)}\n"
+    sys.stdout.write(f"{args.size}, {tables[0].attrs}\n{table.to_string(index=False, formatters=formats)}\n")
+    return 0
