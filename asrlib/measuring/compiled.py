@@ -12,17 +12,10 @@ from time import perf_counter
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from asrlib.data.corpus import Corpus
-from asrlib.measuring.speed import (
-    best_symbols,
-    inputs_of_each,
-    measured_on,
-    processor_of_each,
-    spread_over_durations,
-    take_turns,
-)
+from asrlib.measuring.speed import spread_over_durations
+from asrlib.measuring.timing import best_symbols, inputs_of_each, interleaved, measured_on, processor_of_each
 from asrlib.models.inference import choose_device, inference
 from asrlib.models.registry import family_of
 
@@ -71,15 +64,12 @@ def compiled_beside_eager(
             pairs = zip(said, wanted, strict=True)
             found[name]["largest_difference"] = max((ours - theirs).abs().max().item() for ours, theirs in pairs)
         every = systems | {name + COMPILED: model for name, model in compiled.items()}
-        ms = {name: np.empty((rounds, len(inputs))) for name in every}
-        for turn in tqdm(range(rounds), desc="compiled", unit="round"):
-            for place, one in enumerate(inputs):
-                passes = {}
-                for name, of in every.items():
-                    plain = name.removesuffix(COMPILED)
-                    passes[name] = partial(best_symbols, of, processors[plain], one[plain])
-                for name, value in take_turns(passes, turn + place, device).items():
-                    ms[name][turn, place] = value
+        plain = {name: name.removesuffix(COMPILED) for name in every}
+        passes_L = [
+            {name: partial(best_symbols, every[name], processors[of], read[of]) for name, of in plain.items()}
+            for read in inputs
+        ]
+        ms = interleaved(passes_L, rounds, device, desc="compiled", unit="utt")
     for name, row in found.items():
         row |= _beside(ms[name], ms[name + COMPILED])
     seconds = [utterance.seconds for utterance in speech]

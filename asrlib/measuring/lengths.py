@@ -9,42 +9,37 @@ Shapes: S samples of audio, or what a system reads of them.
 """
 
 import argparse
-import copy
-import io
 import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import soundfile
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
 
 from asrlib.attention.names import attends_across
 from asrlib.data.audio import SAMPLE_RATE
-from asrlib.data.corpus import Corpus, Utterance
-from asrlib.measuring.speed import (
+from asrlib.data.corpus import Corpus
+from asrlib.measuring.random_models import RECOGNISER_SIZES, noise, random_recognisers
+from asrlib.measuring.timing import (
     best_symbols,
     inputs_of_each,
+    interleaved,
     measured_on,
     peak_memory_bytes,
     processor_of_each,
     take_turns,
 )
-from asrlib.models.families.wav2vec2_conformer import LatentSelfAttention
 from asrlib.models.inference import choose_device, inference
 from asrlib.models.loading import load
 from asrlib.models.out_of_memory import is_out_of_memory
-from asrlib.models.registry import family_of
 from asrlib.runs import write_json
 
-IN_BLOCKS = "MHA in blocks"  # the baseline, worked by attention.relative
 LONG_PASS = 5.0  # seconds: one such pass is enough, whatever disturbs it weighs little
 PROFILED_AUDIO = 60.0  # seconds: the memory of longer audio is not worth another long pass, under the CPU's profiler
 
@@ -89,7 +84,8 @@ def benchmark_lengths(
         for turn, length in enumerate(tqdm(lengths, desc="benchmark", unit="length")):
             running = {name: model for name, model in systems.items() if rows[name]["stopped"] is None}
             inputs = inputs_of_each(running, processors, audio_S[: round(length * SAMPLE_RATE)], device)
-            measured = _measure(running, processors, inputs, length, turn, repeats, device)
+            passes = {name: partial(best_symbols, running[name], processors[name], inputs[name]) for name in running}
+            measured = _measure(passes, length, turn, repeats, device)
             for name, row in rows.items():
                 ms, peak = measured.get(name, (None, None))
                 row["ms"].append(ms)
@@ -119,103 +115,45 @@ def joined(corpus: Corpus, seconds: float) -> np.ndarray:
 
 
 def _measure(
-    systems: dict[str, nn.Module],
-    processors: dict,
-    inputs: dict[str, torch.Tensor],
-    length: float,
-    turn: int,
-    repeats: int,
-    device: torch.device,
+    work: dict[str, Callable[[], object]], length: float, turn: int, repeats: int, device: torch.device
 ) -> dict[str, tuple[float, int | None]]:
     """{name: (milliseconds, bytes)} at one length; those that ran out of memory are not among them."""
     exhausted: set[str] = set()
 
     def attempt(name: str) -> None:
+        if name in exhausted:
+            return
         try:
-            best_symbols(systems[name], processors[name], inputs[name])
+            work[name]()
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not is_out_of_memory(error):
                 raise
             exhausted.add(name)
 
-    def round_of(names: list[str], turn: int) -> dict[str, float]:
-        passes = {name: partial(attempt, name) for name in names if name not in exhausted}
-        times = take_turns(passes, turn, device) if passes else {}
-        return {name: ms for name, ms in times.items() if name not in exhausted}
-
-    times = round_of(list(systems), turn)
-    short = [name for name, ms in times.items() if ms <= 1000 * LONG_PASS]
-    rounds = [round_of(short, turn + 1 + repeat) for repeat in range(repeats)]
-    times |= {name: float(np.median([one[name] for one in rounds])) for name in short if name not in exhausted}
+    passes = {name: partial(attempt, name) for name in work}
+    times = take_turns(passes, turn, device)
+    short = [name for name, ms in times.items() if ms <= 1000 * LONG_PASS and name not in exhausted]
+    repeated = interleaved([{name: passes[name] for name in short}], repeats, device, turn + 1)
+    times |= {name: float(np.median(ms_R1)) for name, ms_R1 in repeated.items()}
 
     peaks: dict[str, int | None] = {}
     for name in times:
         told = device.type != "cpu" or length <= PROFILED_AUDIO or name in short
-        peaks[name] = peak_memory_bytes(partial(attempt, name), device) if told and name not in exhausted else None
+        peaks[name] = peak_memory_bytes(passes[name], device) if told and name not in exhausted else None
     return {name: (ms, peaks[name]) for name, ms in times.items() if name not in exhausted}
-
-
-# ---- random weights ----------------------------------------------------------------------------------------
-
-PUBLISHED = dict(
-    vocab_size=32,
-    hidden_size=1024,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    intermediate_size=4096,
-    conv_bias=True,
-    feat_extract_norm="layer",
-    position_embeddings_type="relative",
-)  # facebook/wav2vec2-conformer-rel-pos-large-960h-ft, 618.6 M parameters
-SIZES = {"shipped": "synthetic-conformer", "published": PUBLISHED}
-
-
-def random_recognisers(size: str, shares: Sequence[int] = (2, 4, 8)) -> dict[str, nn.Module]:
-    """{name: wav2vec2-conformer in evaluation mode}, which share all weights but those of keys and values.
-
-    Multi-head attention twice, and latents of a half, a fourth, … of the width, as `shares` says."""
-    torch.manual_seed(0)
-    sizes = SIZES[size]
-    config = Wav2Vec2ConformerConfig(**sizes) if isinstance(sizes, dict) else load(sizes)[0].config
-    standard = Wav2Vec2ConformerForCTC(config).eval()
-    made = {"MHA by transformers": standard, IN_BLOCKS: in_blocks(standard)}
-    for rank in (config.hidden_size // share for share in shares):
-        latent = in_blocks(standard)
-        latent_config = family_of(config).to_latent(config, latent_dim=[rank] * config.num_hidden_layers)
-        for index, layer in enumerate(family_of(config).layers(latent)):
-            attention = LatentSelfAttention(latent_config, index)
-            attention.load_state_dict(layer.self_attn.state_dict(keep_vars=True), strict=False, assign=True)
-            layer.self_attn = attention
-        latent.config = latent_config
-        made[f"MLA {rank}"] = latent.eval()
-    return made
-
-
-def in_blocks(model: nn.Module) -> nn.Module:
-    """`model` worked by `attention.relative`, sharing its parameters: what the blocks bring without any latent."""
-    return family_of(model.config).work_in_blocks(_sharing(model))
-
-
-def _sharing(model: nn.Module) -> nn.Module:
-    """A copy of the modules, with the same parameters."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m asrlib lengths", description="Times full passes of recognisers with random weights."
     )
-    parser.add_argument("--size", choices=SIZES, default="shipped")
+    parser.add_argument("--size", choices=RECOGNISER_SIZES, default="shipped")
     parser.add_argument("--latents", type=int, nargs="*", default=[2, 4, 8], help="a half, a fourth, … of the width")
     parser.add_argument("--seconds", type=float, nargs="+", default=[10, 30, 60], help="lengths of audio")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="a .json")
-    sys.stdout.write(_report(parser.parse_args(argv)))
-    return 0
-
-
-def _report(args: argparse.Namespace) -> str:
+    args = parser.parse_args(argv)
     systems = random_recognisers(args.size, args.latents)
     corpus = noise(max(args.seconds))
     processor = load("synthetic-conformer")[1]
@@ -234,19 +172,5 @@ def _report(args: argparse.Namespace) -> str:
         for name, row in measured["systems"].items()
     ]
     table = pd.DataFrame(rows).to_string(index=False, float_format="{:.2f}".format)
-    return f"{args.size}, {measured['device']}, {measured['threads']} threads\n{table}\n"
-
-
-def noise(seconds: float, count: int = 1, split: str = "all") -> Corpus:
-    """So many utterances, so long, in place of speech: what is in the audio makes a model no slower."""
-    samples_S = np.random.default_rng(0).normal(scale=0.1, size=round(seconds * SAMPLE_RATE)).astype(np.float32)
-    source = partial(_as_file, samples_S)
-    rows = [Utterance(f"noise-{i}", "A", "", len(samples_S) / SAMPLE_RATE, "memory", source) for i in range(count)]
-    return Corpus("noise", split, tuple(rows))
-
-
-def _as_file(samples_S: np.ndarray) -> io.BytesIO:
-    file = io.BytesIO()
-    soundfile.write(file, samples_S, SAMPLE_RATE, format="WAV", subtype="FLOAT")
-    file.seek(0)
-    return file
+    sys.stdout.write(f"{args.size}, {measured['device']}, {measured['threads']} threads\n{table}\n")
+    return 0

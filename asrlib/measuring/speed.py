@@ -4,28 +4,29 @@ Systems are measured in one interleaved run, so that whatever else the machine d
 Shapes: N utterances, R resamples, S what a system reads of an utterance (samples of audio, or frames of features).
 """
 
-import functools
-import os
-from collections.abc import Callable
 from dataclasses import replace
-from time import perf_counter
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from asrlib.attention.cache import kv_cache_bytes
 from asrlib.data.audio import SAMPLE_RATE
 from asrlib.data.corpus import Corpus
 from asrlib.measuring.resampling import interval, resample_sums
+from asrlib.measuring.timing import (
+    DTYPES,
+    best_symbols,
+    inputs_of_each,
+    interleaved,
+    measured_on,
+    peak_memory_bytes,
+    processor_of_each,
+)
 from asrlib.models.inference import choose_device, inference
 from asrlib.models.out_of_memory import out_of_memory_explained
-from asrlib.models.registry import family_of, frame_counts, frames_per_second
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+from asrlib.models.registry import frames_per_second
 
 
 def spread_over_durations(corpus: Corpus, n: int | None) -> Corpus:
@@ -42,7 +43,7 @@ def spread_over_durations(corpus: Corpus, n: int | None) -> Corpus:
     return replace(corpus, utterances=tuple(by_duration[i] for i in from_longest[::-1]))
 
 
-def benchmark(
+def benchmark_speed(
     systems: dict[str, nn.Module],
     processor,
     corpus: Corpus,
@@ -85,8 +86,10 @@ def benchmark(
     with inference(*systems.values(), device=device, precision=precision):
         for name in list(systems) * warmup:
             transcribe(name, longest)
-        latencies = _interleaved(transcribe, list(systems), len(corpus), repeats, device)
-        peaks = {name: peak_memory_bytes(lambda: transcribe(name, longest), device) for name in systems}  # noqa: B023
+        passes_N = [{name: partial(transcribe, name, i) for name in systems} for i in range(len(corpus))]
+        ms = interleaved(passes_N, repeats, device, desc="benchmark", unit="utt")
+        latencies = {name: np.median(ms_RN, axis=0) for name, ms_RN in ms.items()}
+        peaks = {name: peak_memory_bytes(partial(transcribe, name, longest), device) for name in systems}
 
     baseline = next(iter(latencies.values()))
     return {
@@ -100,104 +103,13 @@ def benchmark(
                 **_latency(latencies[name], seconds_audio),
                 **_speed_ratio(baseline, latencies[name]),
                 "peak_memory_bytes": peaks[name],
-                **_cache(model.config, DTYPES[precision]),
+                "cache_bytes_per_second": cache_bytes_per_second(model.config, DTYPES[precision]),
+                "cache_bytes_1000_frames": kv_cache_bytes(model.config, 1000, DTYPES[precision]),
             }
             for name, model in systems.items()
         },
         "latencies": {name: ms_N.tolist() for name, ms_N in latencies.items()},
     }
-
-
-def best_symbols(model: nn.Module, processor, inputs_1S: torch.Tensor) -> torch.Tensor:
-    """The work that is timed: what a model reads [1, S, ...] → token ids, of its frames [1, T] or as it writes them."""
-    head, inputs_1S = family_of(model.config).head, inputs_1S.to(model.dtype)
-    if not head.reads_labels:
-        return model(inputs_1S).logits.argmax(-1)
-    frames_1 = frame_counts(model, torch.tensor([inputs_1S.shape[1]], device=inputs_1S.device))
-    return head.recognised(model, processor, {model.main_input_name: inputs_1S}, None, frames_1)
-
-
-def processor_of_each(systems: dict[str, nn.Module], processor) -> dict:
-    """{name: its processor}. `processor` is everyone's, or {name: processor}; ValueError where one is missing."""
-    processors = processor if isinstance(processor, dict) else dict.fromkeys(systems, processor)
-    if missing := systems.keys() - processors.keys():
-        raise ValueError(f"no processor for {', '.join(sorted(missing))}: give one to each system")
-    return processors
-
-
-def inputs_of_each(
-    systems: dict[str, nn.Module], processor, samples_S: np.ndarray, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """{name: what that system reads [1, S, ...]} of 16 kHz audio, on `device`; made once for each processor.
-
-    `processor` is everyone's, or {name: processor}; ValueError where one is missing.
-    """
-    processors = processor_of_each(systems, processor)
-    distinct = {id(processors[name]): processors[name] for name in systems}
-    made = {
-        key: one(samples_S, sampling_rate=SAMPLE_RATE, return_tensors="pt").to(device) for key, one in distinct.items()
-    }
-    return {name: made[id(processors[name])][model.main_input_name] for name, model in systems.items()}
-
-
-def measured_on(device: torch.device, precision: str) -> dict:
-    """What a result says of the circumstances: {device, threads, dtype}."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-        "dtype": DTYPES[precision],
-    }
-
-
-# ---- time --------------------------------------------------------------------------------------------------
-
-
-def take_turns(passes: dict[str, Callable[[], object]], turn: int, device: torch.device) -> dict[str, float]:
-    """{name: milliseconds of one pass}. Who goes first changes with `turn`, so that what one system leaves in the
-    processor's caches for the next evens out."""
-    names = list(passes)
-    first = turn % len(names)
-    return {name: _milliseconds(passes[name], device) for name in names[first:] + names[:first]}
-
-
-def _interleaved(
-    transcribe: Callable[[str, int], torch.Tensor],
-    names: list[str],
-    utterances: int,
-    repeats: int,
-    device: torch.device,
-) -> dict[str, np.ndarray]:
-    """Milliseconds of each system for each utterance [N], the median over `repeats`."""
-    ms = {name: np.empty((repeats, utterances)) for name in names}
-    with tqdm(total=repeats * utterances, desc="benchmark", unit="utt") as progress:
-        for repeat in range(repeats):
-            for i in range(utterances):
-                passes = {name: functools.partial(transcribe, name, i) for name in names}
-                for name, value in take_turns(passes, repeat + i, device).items():
-                    ms[name][repeat, i] = value
-                progress.update()
-    return {name: np.median(values, axis=0) for name, values in ms.items()}
-
-
-def _milliseconds(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record(torch.cuda.current_stream(device))
-        work()
-        end.record(torch.cuda.current_stream(device))
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end)
-    _synchronize(device)
-    started = perf_counter()
-    work()
-    _synchronize(device)
-    return 1000 * (perf_counter() - started)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _latency(ms_N: np.ndarray, seconds_audio: float) -> dict:
@@ -220,50 +132,7 @@ def _speed_ratio(baseline_ms_N: np.ndarray, ms_N: np.ndarray) -> dict:
     }
 
 
-def multiplications(work: Callable[[], object]) -> int:
-    """Of matrices, each with its addition. Fused attention is counted as the two products that it is."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops() // 2
-
-
-# ---- memory ------------------------------------------------------------------------------------------------
-
-
-def peak_memory_bytes(work: Callable[[], object], device: torch.device) -> int | None:
-    """The most bytes of the tensors made by `work` alive at once; None on devices that cannot tell.
-
-    On the CPU it is counted from torch's own allocations as its profiler reports them: exact and the same
-    every time, unlike the resident size of the process. Scratch space inside BLAS and oneDNN is not among
-    them.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    if device.type != "cpu":
-        return None
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler tells stderr that it starts and stops
-    cpu_only = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu_only, profile_memory=True) as profile:
-        work()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return int(max(np.cumsum([0] + [event.nbytes() for event in events])))
-
-
 def cache_bytes_per_second(config, dtype: str = "float32") -> int:
     """By which the key/value state of a stream grows with each second of audio; 0 where its size is fixed."""
     growth = kv_cache_bytes(config, 2000, dtype) - kv_cache_bytes(config, 1000, dtype)
     return round(growth * frames_per_second(config) / 1000)
-
-
-def _cache(config, dtype: str) -> dict:
-    """Key/value state under streaming: growth per second of audio, and size."""
-    return {
-        "cache_bytes_per_second": cache_bytes_per_second(config, dtype),
-        "cache_bytes_1000_frames": kv_cache_bytes(config, 1000, dtype),
-    }

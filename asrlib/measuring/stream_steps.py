@@ -12,7 +12,7 @@ Shapes: B streams, n frames of a chunk, t frames kept, D width, N numbers of a f
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,87 +20,22 @@ import pandas as pd
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedModel
 
+from asrlib.attention.cache import held_bytes, kv_cache_bytes
 from asrlib.attention.chunks import Chunks
 from asrlib.attention.formats import cache_format
 from asrlib.attention.kinds import KINDS, LinearAttention, absorbing_pays
 from asrlib.attention.relative import sinusoids
-from asrlib.measuring.speed import measured_on, multiplications, peak_memory_bytes, take_turns
-from asrlib.measuring.windows import benchmark_windows, window_models
-from asrlib.models.encoder import SpeechEncoderConfig, SpeechEncoderForCTC
+from asrlib.measuring.random_models import ENCODER_SIZES, random_encoders, window_models
+from asrlib.measuring.timing import measured_on, multiplications, peak_memory_bytes, quartiles, rounds_of
+from asrlib.models.encoder import SpeechEncoderConfig
 from asrlib.models.inference import choose_device, inference
 from asrlib.models.registry import attention_modules, family_of, frames_per_second
 from asrlib.streaming.memory import StreamMemory
 from asrlib.streaming.streams import Streams, chunks_of
 
-HOP = 80  # samples: 50 encoder frames a second, as wav2vec2 has
-SIZES = {
-    "shipped": dict(hidden_size=144, num_hidden_layers=4, num_attention_heads=4, conv_depthwise_kernel_size=15),
-    "published": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, conv_depthwise_kernel_size=31),
-}
 RECOMPUTED = "MHA, recomputed"  # by whom has no cache: the past is worked again with every chunk
-
-
-def size_of(config) -> dict[str, int]:
-    """Of a model's encoder, by the names of SpeechEncoderConfig, with as many frames a second.
-
-    Raises ValueError where it has none of these.
-    """
-    if not all(hasattr(config, name) for name in (*SIZES["shipped"], "inputs_to_logits_ratio")):
-        raise ValueError(
-            f"benchmark_left_seconds times an encoder of this model's size, and a {config.model_type} is built "
-            "otherwise: say benchmark_stream_size (shipped or published), or leave it out"
-        )
-    return {name: getattr(config, name) for name in SIZES["shipped"]} | {
-        "hop_length": config.inputs_to_logits_ratio // 4  # the subsampling of SpeechEncoder's
-    }
-
-
-def kinds_of(width: int, heads: int) -> dict[str, dict]:
-    """{name: settings of SpeechEncoderConfig}: standard attention first, then by falling cache."""
-    ranks = [width // 2, width // 4, width // 8]
-    return {
-        "MHA": {"attention": "mha"},
-        "GQA": {"attention": "gqa", "num_key_value_heads": max(1, heads // 4)},
-        **{f"MLA {rank}": {"attention": "mla_simple", "latent_dim": rank} for rank in ranks},
-        "linear": {"attention": "linear"},
-    }
-
-
-def random_encoders(
-    hidden_size: int,
-    num_hidden_layers: int,
-    num_attention_heads: int,
-    conv_depthwise_kernel_size: int,
-    hop_length: int = HOP,
-    **others,
-) -> dict[str, SpeechEncoderForCTC]:
-    """{name: Conformer in evaluation mode}, which share all weights but those of attention."""
-    torch.manual_seed(0)
-    made, shared = {}, {}
-    for name, kind in kinds_of(hidden_size, num_attention_heads).items():
-        latent = {"latent_dim": [kind["latent_dim"]] * num_hidden_layers} if "latent_dim" in kind else {}
-        config = SpeechEncoderConfig(
-            hidden_size=hidden_size,
-            num_hidden_layers=num_hidden_layers,
-            num_attention_heads=num_attention_heads,
-            intermediate_size=4 * hidden_size,
-            conv_depthwise_kernel_size=conv_depthwise_kernel_size,
-            causal=True,
-            subsampling_channels=8,  # not measured
-            hop_length=hop_length,
-            **kind | latent | others,
-        )
-        with torch.device("meta"):
-            model = SpeechEncoderForCTC(config)
-        for key, tensor in model.state_dict().items():
-            if key not in shared or shared[key].shape != tensor.shape:
-                shared[key] = torch.randn(tensor.shape) / max(1, tensor.shape[-1] if tensor.dim() > 1 else 1) ** 0.5
-            if key.endswith(("running_var", "feature_std")):
-                shared[key].fill_(1.0)
-        model.load_state_dict({key: shared[key] for key in model.state_dict()}, assign=True)
-        made[name] = model.eval()
-    return made
 
 
 # ---- one chunk ---------------------------------------------------------------------------------------------
@@ -174,8 +109,7 @@ def benchmark_steps(
             if chunks.left <= recompute_seconds * frames_per_second(first.config):
                 window_BTD = torch.randn(streams, chunks.left + chunks.block, x_BnD.shape[2], device=device)
                 steps[RECOMPUTED] = partial(recomputed, first, window_BTD)
-            take_turns(steps, turn, device)  # to warm up
-            rounds = pd.DataFrame([take_turns(steps, turn + repeat, device) for repeat in range(repeats)])
+            rounds = rounds_of(steps, repeats, device, turn)
             for name, step in steps.items():
                 row = _row(running.get(name), chunks, first, streams, rounds[name])
                 peak = peak_memory_bytes(step, device)
@@ -196,9 +130,7 @@ def _row(running: Streams | None, chunks: Chunks, model: nn.Module, streams: int
         "chunk_ms": 1000 * chunks.size / rate,
         "left_seconds": chunks.left / rate,
         "lookahead_ms": 1000 * chunks.lookahead / rate,
-        "ms": float(ms.median()),
-        "ms_low": float(ms.quantile(0.25)),
-        "ms_high": float(ms.quantile(0.75)),
+        **quartiles(ms),
         "rtfx": streams * 1000 * chunks.size / rate / float(ms.median()),
         "cache_bytes": kept,
         "formula_bytes": running.formula_bytes if running else 0,
@@ -290,8 +222,7 @@ def _forms_row(attention: nn.Module, memory: StreamMemory, rank: int, repeats: i
         attention(x_1nD, past=memory)
 
     steps = {form: partial(run, form) for form in ("expanded", "absorbed")}
-    take_turns(steps, 0, device)
-    ms = pd.DataFrame([take_turns(steps, turn, device) for turn in range(repeats)]).median()
+    ms = rounds_of(steps, repeats, device).median()
     heads, width, total = attention.num_heads, attention.config.hidden_size, kept + count
     absorbed, expanded = 2 * rank * count * (width + total * heads), total * width * 2 * (rank + count)
     chosen = absorbing_pays(count, total, heads, attention.head_size, (rank, rank))
@@ -307,11 +238,75 @@ def _forms_row(attention: nn.Module, memory: StreamMemory, rank: int, repeats: i
     }
 
 
+# ---- a window, as Nemotron keeps it ------------------------------------------------------------------------
+
+
+def benchmark_windows(
+    models: dict[str, PreTrainedModel],
+    lookaheads: Sequence[int] = (0, 1, 6, 13),
+    repeats: int = 15,
+    device: str | None = None,
+) -> pd.DataFrame:
+    """One row per lookahead, in encoder frames, and model, the models taking turns, once their windows are full.
+
+    lookahead, chunk_ms, system, window_bytes (counted, of one stream), formula_bytes, reserved_bytes (with the last
+    chunk, which the window was cut from and which goes with the next), millions (of multiplications of one chunk in the
+    first layer, all of it), ms (the same, median), ratio (of ms to that of the first model in the same round, median).
+    """
+    device = choose_device(device, next(iter(models.values())))
+    rows = []
+    with inference(*models.values(), device=device):
+        for turn, ahead in enumerate(lookaheads):
+            streams = {name: full_window(model, ahead) for name, model in models.items()}
+            steps = {name: step for name, (step, _) in streams.items()}
+            rounds = rounds_of(steps, repeats, device, turn)
+            for name, model in models.items():
+                window = streams[name][1]
+                tensors = [tensor for layer in window.layers for tensor in (layer.keys, layer.values)]
+                rows.append(
+                    {
+                        "lookahead": ahead,
+                        "chunk_ms": 1000 * (ahead + 1) / frames_per_second(model.config),
+                        "system": name,
+                        "window_bytes": held_bytes(window),
+                        "formula_bytes": kv_cache_bytes(model.config, model.config.encoder_config.sliding_window - 1),
+                        "reserved_bytes": sum(tensor.untyped_storage().nbytes() for tensor in tensors),
+                        "millions": multiplications(steps[name]) / 1e6,
+                        "ms": rounds[name].median(),
+                        "ratio": (rounds[name] / rounds[next(iter(models))]).median(),
+                    }
+                )
+    table = pd.DataFrame(rows)
+    table.attrs.update(measured_on(device, "fp32"))
+    return table
+
+
+@torch.no_grad()
+def full_window(model: PreTrainedModel, ahead: int) -> tuple[Callable[[], object], DynamicCache]:
+    """(a chunk's pass through the first layer of a stream that heard noise until its window was full, the window)"""
+    encoder, config, call = model.encoder, model.config.encoder_config, {}
+    hook = encoder.layers[0].register_forward_pre_hook(
+        lambda layer, args, arguments: call.update(args=args, arguments=arguments), with_kwargs=True
+    )
+    caches = {"past_key_values": None, "padding_cache": None}
+    frames = 1 + config.subsampling_factor * ahead  # of features: the first chunk is shorter
+    full = config.sliding_window + ahead + 1  # before the last chunk already
+    try:
+        while caches["past_key_values"] is None or caches["past_key_values"].get_seq_length() < full:
+            noise_1SF = torch.randn(1, frames, config.num_mel_bins, device=model.device)
+            output = encoder(noise_1SF, use_cache=True, num_lookahead_tokens=ahead, **caches)
+            caches = {name: output[name] for name in caches}
+            frames = config.subsampling_factor * (ahead + 1)
+    finally:
+        hook.remove()
+    return partial(encoder.layers[0], *call["args"], **call["arguments"]), caches["past_key_values"]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m asrlib steps", description="Times a chunk of a stream, for kinds of attention."
     )
-    parser.add_argument("--size", choices=SIZES, default="shipped")
+    parser.add_argument("--size", choices=ENCODER_SIZES, default="shipped")
     parser.add_argument("--chunk", type=float, nargs="+", default=[160, 640], metavar="MS")
     parser.add_argument("--left", type=float, nargs="+", default=[10, 60], metavar="SECONDS")
     parser.add_argument("--lookahead", type=float, default=0.0, metavar="MS")
@@ -325,23 +320,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--forms", action="store_true", help="time absorbed and expanded latents instead")
     parser.add_argument("--windows", action="store_true", help="time a layer of Nemotron, with its window, instead")
     parser.add_argument("--out", type=Path, help="a .csv")
-    sys.stdout.write(_report(parser.parse_args(argv)))
-    return 0
-
-
-def _report(args: argparse.Namespace) -> str:
-    if args.forms or args.windows:
-        how = {"repeats": args.repeats, "device": args.device}
-        table = benchmark_forms(**SIZES[args.size], **how) if args.forms else benchmark_windows(window_models(), **how)
-        if args.out:
-            table.to_csv(args.out, index=False)
-        return f"{table.to_string(index=False, float_format='{:.3f}'.format)}\n"
-    systems = random_encoders(**SIZES[args.size])
-    how = {"recompute_seconds": args.recompute, "lookahead_ms": args.lookahead, "precision": args.precision}
-    table = benchmark_steps(systems, args.chunk, args.left, args.repeats, args.device, args.cache, **how)
+    args = parser.parse_args(argv)
+    size, settings = ENCODER_SIZES[args.size], {"repeats": args.repeats, "device": args.device}
+    if args.forms:
+        table = benchmark_forms(**size, **settings)
+    elif args.windows:
+        table = benchmark_windows(window_models(), **settings)
+    else:
+        settings |= {"cache": args.cache, "precision": args.precision}
+        settings |= {"recompute_seconds": args.recompute, "lookahead_ms": args.lookahead}
+        table = benchmark_steps(random_encoders(**size), args.chunk, args.left, **settings)
     if args.out:
         table.to_csv(args.out, index=False)
+    if args.forms or args.windows:
+        sys.stdout.write(table.to_string(index=False, float_format="{:.3f}".format) + "\n")
+        return 0
     table["millions"] = table["multiplications"] / 1e6
     columns = ["chunk_ms", "left_seconds", "system", "ms", "ms_low", "ms_high", "rtfx", "millions", "cache_bytes"]
     shown = table[[*columns, "position_bytes", "peak_memory_bytes"]]
-    return f"{args.size}, {table.attrs}\n{shown.to_string(index=False, float_format='{:.1f}'.format)}\n"
+    sys.stdout.write(f"{args.size}, {table.attrs}\n{shown.to_string(index=False, float_format='{:.1f}'.format)}\n")
+    return 0

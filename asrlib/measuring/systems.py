@@ -87,7 +87,7 @@ def describe(model, processor, corpus, precision: str = "fp32") -> dict:
     from asrlib.attention.cache import kv_cache_bytes
     from asrlib.attention.names import encoder_config
     from asrlib.measuring.lengths import joined
-    from asrlib.measuring.speed import DTYPES
+    from asrlib.measuring.timing import DTYPES
     from asrlib.models.registry import family_of, is_latent
     from asrlib.streaming.streams import what_is_kept
 

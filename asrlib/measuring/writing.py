@@ -11,89 +11,26 @@ Shapes: B utterances, T frames, D width, n tokens.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
 from tqdm import tqdm
-from transformers import WhisperConfig, WhisperForConditionalGeneration
+from transformers import WhisperForConditionalGeneration
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from asrlib.attention.cache import held_bytes, kv_cache_bytes
-from asrlib.conversion.convert import latent_dim_for
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus
-from asrlib.measuring.speed import measured_on, take_turns
+from asrlib.measuring.random_models import PRECISIONS, WRITER_SIZES, Writer, random_writers, writer_config
+from asrlib.measuring.timing import measured_on, quartiles, rounds_of
 from asrlib.models.families.whisper import CACHED, generate_and_keep
 from asrlib.models.inference import choose_device, inference
-from asrlib.models.registry import FAMILIES, family_of, latent_modules
-
-SIZES = {  # d_model, decoder_layers, decoder_attention_heads
-    "tiny": (384, 4, 6),
-    "small": (768, 12, 12),
-    "large": (1280, 32, 20),
-    "turbo": (1280, 4, 20),
-}
-STANDARD, SHARED = "MHA", "MLA shared, absorbed"
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Writer:
-    """A decoder, and the form of its latents: absorbed or expanded; "auto" also of one that has none."""
-
-    model: WhisperForConditionalGeneration
-    form: str = "auto"
-
-    def set_form(self) -> None:
-        for attention in latent_modules(self.model) if self.form != "auto" else []:
-            attention.form = self.form
-
-
-def random_writers(
-    config: WhisperConfig, cuts: Sequence[float], parts: Sequence[str] = CACHED, precision: str = "fp32"
-) -> dict[str, Writer]:
-    """{name: writer}: standard attention first, then latents in `parts` that cut what they keep by `cuts`, each in both
-    forms, and at last as wide ones as the model, which are exact, of which all layers share that of cross-attention.
-    They share all weights but those of latents; these, and so what is kept, are fp32, bf16 or fp16."""
-    family, weights = FAMILIES[config.model_type], {}
-
-    def made(kind: type, of: WhisperConfig) -> WhisperForConditionalGeneration:
-        return _random(kind, of, weights, PRECISIONS[precision])
-
-    def latent(width: int, shared: bool = False) -> WhisperForConditionalGeneration:
-        of = {"latent_dim": [width] * len(parts) * config.decoder_layers, "latent_shared": shared}
-        return made(family.latent_model, family.to_latent(config, latent_parts=list(parts), **of))
-
-    writers = {STANDARD: Writer(made(family.standard_model, config))}
-    for cut in cuts:
-        model = latent(latent_dim_for(cut, config.d_model))
-        for form in ("absorbed", "expanded"):
-            writers[f"MLA −{100 * cut:g} %, {form}"] = Writer(model, form)
-    if "cross" in parts:
-        writers[SHARED] = Writer(latent(config.d_model, shared=True), "absorbed")
-    return writers
-
-
-def _random(
-    kind: type, config: WhisperConfig, shared: dict[str, torch.Tensor], dtype: torch.dtype
-) -> WhisperForConditionalGeneration:
-    """`shared` has the weights that others have already, and takes those that they have not."""
-    with torch.device("meta"):
-        model = kind(config)
-    weights = {}
-    for key, like in model.state_dict().items():
-        if "latent_kv" in key or key not in shared:
-            shared[key] = (torch.randn(like.shape) / (like.shape[-1] if like.dim() > 1 else 1) ** 0.5).to(dtype)
-        weights[key] = shared[key]
-    model.load_state_dict(weights, assign=True)
-    model.tie_weights()
-    return model.eval()
+from asrlib.models.registry import family_of
 
 
 def benchmark_writing(
@@ -120,9 +57,8 @@ def benchmark_writing(
         heard = BaseModelOutput(last_hidden_state=frames)
         kept = {name: _kept(writer, heard, tokens) for name, writer in writers.items()}
         steps = {name: _step(writer, heard, tokens) for name, writer in writers.items()}
-        take_turns(steps, 0, device)  # to warm up
-        turns = tqdm(range(repeats), desc=f"{batch} utterances", unit="token", leave=False)
-        rounds = pd.DataFrame([take_turns(steps, turn, device) for turn in turns])
+        progress = {"desc": f"{batch} utterances", "unit": "token", "leave": False}
+        rounds = rounds_of(steps, repeats, device, **progress)
     standard = next(iter(writers))
     rows = []
     for name, writer in writers.items():
@@ -135,9 +71,7 @@ def benchmark_writing(
                 "cache_bytes": kept[name] // batch,
                 "formula_bytes": formula,
                 "bytes_ratio": kept[standard] / kept[name],
-                "ms": float(ms.median()),
-                "ms_low": float(ms.quantile(0.25)),
-                "ms_high": float(ms.quantile(0.75)),
+                **quartiles(ms),
                 "time_ratio": float(ms.median() / rounds[standard].median()),
             }
         )
@@ -196,25 +130,11 @@ def _step(writer: Writer, heard: BaseModelOutput, tokens: int) -> Callable[[], N
     return step
 
 
-def size_of(name: str) -> WhisperConfig:
-    """Of Whisper's decoder; its encoder is not measured, and has one layer."""
-    width, layers, heads = SIZES[name]
-    return WhisperConfig(
-        d_model=width,
-        encoder_layers=1,
-        decoder_layers=layers,
-        encoder_attention_heads=heads,
-        decoder_attention_heads=heads,
-        encoder_ffn_dim=4 * width,
-        decoder_ffn_dim=4 * width,
-    )
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m asrlib tokens", description="Times a token of a decoder, and counts what it keeps."
     )
-    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--size", choices=WRITER_SIZES, default="tiny")
     parser.add_argument("--cut", type=float, nargs="+", default=[0.5, 0.75, 0.9375], metavar="SHARE")
     parser.add_argument("--parts", nargs="+", choices=CACHED, default=CACHED, help="what is latent")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="UTTERANCES")
@@ -223,18 +143,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="a .csv")
-    sys.stdout.write(_report(parser.parse_args(argv)))
-    return 0
-
-
-def _report(args: argparse.Namespace) -> str:
+    args = parser.parse_args(argv)
     logging.set_verbosity_error()  # how many tokens are written is said twice, as random weights never stop
     torch.manual_seed(0)
-    writers = random_writers(size_of(args.size), args.cut, args.parts, args.precision)
+    writers = random_writers(writer_config(args.size), args.cut, args.parts, args.precision)
     how = {"tokens": args.tokens, "repeats": args.repeats, "device": args.device}
     tables = [benchmark_writing(writers, batch, **how) for batch in args.batch]
     table = pd.concat(tables, ignore_index=True)
     if args.out:
         table.to_csv(args.out, index=False)
     formats = {name: "{:.2f}".format for name in ("bytes_ratio", "ms", "ms_low", "ms_high", "time_ratio")}
-    return f"{args.size}, {tables[0].attrs}\n{table.to_string(index=False, formatters=formats)}\n"
+    sys.stdout.write(f"{args.size}, {tables[0].attrs}\n{table.to_string(index=False, formatters=formats)}\n")
+    return 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from asrlib.measuring.lengths import IN_BLOCKS
+from asrlib.measuring.random_models import IN_BLOCKS
 from asrlib.measuring.systems import ATTENTION, AUDIO_SECONDS, UNCONVERTED
 from asrlib.reporting.figures import GREY, SYSTEMS, _colours, _figure, _style
 from asrlib.reporting.members import Comparison, varied_parameters

@@ -26,7 +26,7 @@ from asrlib.conversion.statistics import collect_statistics
 from asrlib.data.batches import BucketBatchSampler
 from asrlib.data.corpus import Corpus
 from asrlib.measuring.lengths import benchmark_lengths
-from asrlib.measuring.speed import peak_memory_bytes
+from asrlib.measuring.timing import peak_memory_bytes
 from asrlib.measuring.transcribing import transcribe
 from asrlib.models.inference import choose_device
 from asrlib.models.registry import family_of, frames_of, frames_per_second

@@ -32,9 +32,11 @@ from asrlib.conversion.ranks import PROBED_SHARES
 from asrlib.conversion.statistics import SAMPLE_FRAMES
 from asrlib.data.corpus import HUB_ID, Corpus
 from asrlib.data.opening import open_corpus
-from asrlib.measuring.lengths import LONG_PASS, PUBLISHED, noise
+from asrlib.measuring.lengths import LONG_PASS
+from asrlib.measuring.random_models import PUBLISHED, noise
 from asrlib.measuring.recipes import RECIPES
-from asrlib.measuring.speed import DTYPES, measured_on, spread_over_durations
+from asrlib.measuring.speed import spread_over_durations
+from asrlib.measuring.timing import DTYPES, measured_on
 from asrlib.models.inference import choose_device
 from asrlib.models.loading import load, resolve_model
 from asrlib.models.registry import FAMILIES, family_of, frames_of, frames_per_second

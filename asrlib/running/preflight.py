@@ -216,7 +216,7 @@ def _check_conversion(values: Mapping[str, Any], config, named: str) -> None:
 def _check_benchmark(values: Mapping[str, Any], config) -> None:
     from asrlib.measuring.compiled import check_compiled
     from asrlib.measuring.lengths import check_lengths
-    from asrlib.measuring.stream_steps import size_of
+    from asrlib.measuring.random_models import size_of
 
     if values.get("benchmark_seconds"):
         check_lengths(config)

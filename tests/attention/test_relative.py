@@ -13,7 +13,7 @@ from written_out import relative_scores
 
 from asrlib.attention import relative
 from asrlib.attention.relative import position_scores, queries_per_block, relative_attention, sinusoids
-from asrlib.measuring.speed import peak_memory_bytes
+from asrlib.measuring.timing import peak_memory_bytes
 from asrlib.models.families.wav2vec2_conformer import BlockedFeatureEncoder
 
 HEADS, SIZE = 2, 4

@@ -17,8 +17,9 @@ from transformers import (
 
 from asrlib.data.audio import SAMPLE_RATE
 from asrlib.data.corpus import Corpus, Utterance
-from asrlib.measuring import speed as room
-from asrlib.measuring.speed import benchmark, peak_memory_bytes, spread_over_durations
+from asrlib.measuring import timing
+from asrlib.measuring.speed import benchmark_speed, spread_over_durations
+from asrlib.measuring.timing import peak_memory_bytes
 from asrlib.models.scratch import new_processor
 
 CPU = torch.device("cpu")
@@ -132,7 +133,7 @@ def test_every_system_meets_every_utterance_and_they_take_turns(processor):
     for name, model in systems.items():
         record = lambda module, inputs, name=name: passes.append((name, inputs[0].shape[1] / SAMPLE_RATE))  # noqa: E731
         hooks.append(model.register_forward_pre_hook(record))
-    result = benchmark(systems, processor, corpus_of([0.5, 1.5, 1.0, 0.75]), warmup=2, repeats=3)
+    result = benchmark_speed(systems, processor, corpus_of([0.5, 1.5, 1.0, 0.75]), warmup=2, repeats=3)
     for hook in hooks:
         hook.remove()
 
@@ -160,9 +161,9 @@ def test_numbers_against_an_explicit_loop(processor, monkeypatch):
     durations = [0.5, 1.0, 0.75, 0.6, 0.9]
     clock = np.random.default_rng(7).uniform(5, 50, size=(3, 5, 2))  # ms: repeat, utterance, turn
     ticks = iter(clock.flatten())
-    monkeypatch.setattr(room, "_milliseconds", lambda work, device: next(ticks))
+    monkeypatch.setattr(timing, "milliseconds", lambda work, device: next(ticks))
     systems = {"slow": conformer(), "quick": conformer(layers=1)}
-    result = benchmark(systems, processor, corpus_of(durations), warmup=0, repeats=3)
+    result = benchmark_speed(systems, processor, corpus_of(durations), warmup=0, repeats=3)
 
     measured = {"slow": [], "quick": []}
     for i in range(5):
@@ -193,7 +194,7 @@ def test_numbers_against_an_explicit_loop(processor, monkeypatch):
 def test_size_and_memory_of_each_system(processor):
     systems = {"two layers": conformer(), "four layers": conformer(layers=4)}
     reports = [
-        benchmark(systems, processor, corpus_of(durations), warmup=1, repeats=1)["systems"]
+        benchmark_speed(systems, processor, corpus_of(durations), warmup=1, repeats=1)["systems"]
         for durations in ([1.0], [0.5, 1.0], [2.0])
     ]
     again, longer = reports[1:]
@@ -216,16 +217,16 @@ def test_each_system_reads_what_its_own_processor_makes(processor):
         model.register_forward_pre_hook(lambda module, inputs, name=name: heard[name].append(inputs[0]))
     loud = Utterance("u", "a", "s", 0.5, "memory", lambda: tiny.wave(np.tile([0.5, 0.0], 4000)))
     speech = Corpus("square wave", "test", (loud,))
-    benchmark(systems, {"normalised": processor, "raw": raw}, speech, warmup=0, repeats=1)
+    benchmark_speed(systems, {"normalised": processor, "raw": raw}, speech, warmup=0, repeats=1)
     assert all(inputs_1S.mean().abs() < 1e-3 for inputs_1S in heard["normalised"])
     assert all(inputs_1S.mean() == 0.25 for inputs_1S in heard["raw"])
     with pytest.raises(ValueError, match="no processor for raw: give one to each system"):
-        benchmark(systems, {"normalised": processor}, speech)
+        benchmark_speed(systems, {"normalised": processor}, speech)
 
 
 def test_half_precision_halves_the_cache(processor):
     model = conformer()
-    result = benchmark({"model": model}, processor, corpus_of([0.5]), warmup=0, repeats=1, precision="bf16")
+    result = benchmark_speed({"model": model}, processor, corpus_of([0.5]), warmup=0, repeats=1, precision="bf16")
     assert result["dtype"] == "bfloat16"
     assert result["systems"]["model"]["cache_bytes_1000_frames"] == 1000 * 2 * 16 * 2 * 2
     assert model.dtype == torch.float32
@@ -236,4 +237,4 @@ def test_half_precision_halves_the_cache(processor):
 )
 def test_nothing_to_measure_is_refused(processor, systems, durations, repeats):
     with pytest.raises(ValueError, match="at least one system, one utterance and one repeat"):
-        benchmark(systems, processor, corpus_of(durations), repeats=repeats)
+        benchmark_speed(systems, processor, corpus_of(durations), repeats=repeats)

@@ -9,14 +9,8 @@ from family_models import LAYERS, WIDTH
 
 import asrlib
 from asrlib.attention.kinds import LatentMemory
-from asrlib.measuring.writing import (
-    SHARED,
-    SIZES,
-    STANDARD,
-    benchmark_writing,
-    kept_while_writing,
-    random_writers,
-)
+from asrlib.measuring.random_models import SHARED, STANDARD, WRITER_SIZES, random_writers
+from asrlib.measuring.writing import benchmark_writing, kept_while_writing
 from asrlib.models.registry import latent_modules
 
 main = command("tokens")
@@ -86,7 +80,7 @@ def test_both_forms_of_one_latent_are_timed(writers):
 
 
 def test_published_sizes_have_heads_of_64():
-    assert all(width == 64 * heads for width, _, heads in SIZES.values()) and WIDTH < 64
+    assert all(width == 64 * heads for width, _, heads in WRITER_SIZES.values()) and WIDTH < 64
 
 
 def test_nothing_to_measure_is_a_sentence(writers, capsys):

@@ -15,8 +15,9 @@ from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import W
 from asrlib.data.audio import SAMPLE_RATE
 from asrlib.data.features import log_mel
 from asrlib.measuring import lengths as room
-from asrlib.measuring import speed as timing
-from asrlib.measuring.lengths import IN_BLOCKS, PUBLISHED, SIZES, benchmark_lengths, joined, random_recognisers
+from asrlib.measuring import timing
+from asrlib.measuring.lengths import benchmark_lengths, joined
+from asrlib.measuring.random_models import IN_BLOCKS, PUBLISHED, RECOGNISER_SIZES, random_recognisers
 from asrlib.models.registry import attention_modules
 from asrlib.runs import read_json
 
@@ -59,7 +60,7 @@ def clock(monkeypatch):
         return 100 * clock.heard[-1][1]
 
     clock.heard = []
-    monkeypatch.setattr(timing, "_milliseconds", milliseconds)
+    monkeypatch.setattr(timing, "milliseconds", milliseconds)
     monkeypatch.setattr(room, "peak_memory_bytes", peak)
     return clock
 
@@ -203,7 +204,7 @@ def test_real_models_are_measured_without_a_stand_in(processor):
 
 
 def test_recognisers_share_all_but_keys_and_values(monkeypatch):
-    monkeypatch.setitem(SIZES, "published", tiny.conformer().config.to_dict())
+    monkeypatch.setitem(RECOGNISER_SIZES, "published", tiny.conformer().config.to_dict())
     systems = random_recognisers("published", [2, 4])
     assert list(systems) == ["MHA by transformers", IN_BLOCKS, "MLA 8", "MLA 4"]
     first, *others = systems.values()
@@ -220,7 +221,7 @@ def test_recognisers_share_all_but_keys_and_values(monkeypatch):
 
 
 def test_the_command_prints_and_writes(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(SIZES, "published", tiny.conformer().config.to_dict())
+    monkeypatch.setitem(RECOGNISER_SIZES, "published", tiny.conformer().config.to_dict())
     out = tmp_path / "lengths.json"
     assert main(["--size", "published", "--seconds", "0.5", "--latents", "4", "--repeats", "1", "--out", str(out)]) == 0
     printed = capsys.readouterr().out

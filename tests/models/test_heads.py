@@ -22,7 +22,7 @@ from asrlib.data.corpus import Corpus, Utterance
 from asrlib.data.text import label_ids, normalise_text, unknown_characters
 from asrlib.measuring.compiled import compiled_beside_eager
 from asrlib.measuring.lengths import benchmark_lengths
-from asrlib.measuring.speed import best_symbols, inputs_of_each
+from asrlib.measuring.timing import best_symbols, inputs_of_each
 from asrlib.measuring.transcribing import transcribe
 from asrlib.models.heads import Decoder, Transducer
 from asrlib.models.inference import attention_of, spoken_logits, zero_attention

@@ -14,7 +14,8 @@ from asrlib.attention.cache import held_bytes
 from asrlib.conversion.convert import convert
 from asrlib.conversion.quality import analyze_compression_quality, summarise_quality
 from asrlib.data.batches import SpeechCollator, SpeechDataset
-from asrlib.measuring.windows import benchmark_windows, window_models
+from asrlib.measuring.random_models import window_models
+from asrlib.measuring.stream_steps import benchmark_windows
 from asrlib.models.inference import zero_attention
 from asrlib.models.registry import attention_modules, family_of, frame_counts, frames_of, run
 

@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from asrlib.conversion.statistics import collect_statistics
-from asrlib.measuring.speed import benchmark
+from asrlib.measuring.speed import benchmark_speed
 from asrlib.measuring.transcribing import transcribe
 from asrlib.models.out_of_memory import in_words, is_out_of_memory, out_of_memory_explained
 from asrlib.models.scratch import new_processor
@@ -88,7 +88,7 @@ def test_calibration_and_benchmark_say_it_too(greedy, processor):
     with pytest.raises(torch.OutOfMemoryError, match=r"calibration, on a batch of .* or choose method: two_sided"):
         collect_statistics(greedy, processor, tiny.corpus(), attention=True)
     with pytest.raises(torch.OutOfMemoryError, match=r"the benchmark of mha, on one utterance of .* precision: bf16"):
-        benchmark({"mha": greedy}, processor, tiny.corpus(2), warmup=1, repeats=1)
+        benchmark_speed({"mha": greedy}, processor, tiny.corpus(2), warmup=1, repeats=1)
 
 
 def test_other_errors_pass_as_they_are():

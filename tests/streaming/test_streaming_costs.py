@@ -11,17 +11,14 @@ from commands import command
 from asrlib import convert, kv_cache_bytes
 from asrlib.attention.chunks import Chunks
 from asrlib.attention.kinds import absorbing_pays
+from asrlib.measuring.random_models import ENCODER_SIZES, kinds_of, random_encoders, size_of
 from asrlib.measuring.stream_errors import ROTATED, streaming_errors
 from asrlib.measuring.stream_steps import (
     RECOMPUTED,
-    SIZES,
     benchmark_forms,
     benchmark_steps,
     filled,
-    kinds_of,
-    random_encoders,
     recomputed,
-    size_of,
     streams_in_real_time,
 )
 from asrlib.models.registry import attention_modules
@@ -290,7 +287,7 @@ def test_absorbing_is_chosen_by_what_it_multiplies():
 
 
 def test_the_command_prints_and_writes(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(SIZES, "shipped", SIZE)
+    monkeypatch.setitem(ENCODER_SIZES, "shipped", SIZE)
     out = tmp_path / "steps.csv"
     assert main(["--chunk", "40", "--left", "0.2", "--repeats", "1", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
