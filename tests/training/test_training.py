@@ -27,6 +27,7 @@ from asrlib.models.heads import CTC
 from asrlib.models.scratch import new_processor
 from asrlib.runs import read_json, resolve, write_json
 from asrlib.training import training
+from asrlib.training.modes import select_trainable
 from asrlib.training.training import (
     CHECKPOINT_MARKER,
     SpeechTrainer,
@@ -34,7 +35,6 @@ from asrlib.training.training import (
     TrainingSettings,
     last_checkpoint,
     remove_checkpoints,
-    select_trainable,
     train,
 )
 

@@ -19,6 +19,7 @@ from transformers.models.nemotron_asr_streaming.modeling_nemotron_asr_streaming 
 
 from asrlib.attention.chunks import heard
 from asrlib.attention.kinds import KeyValueMemory, LatentMemory, RelativeAttention
+from asrlib.models.families import nemotron_eager  # noqa: F401  (mends a class of transformers)
 from asrlib.models.families.parakeet import PARAKEET_RNNT, FastConformerNames
 from asrlib.models.latent_twin import LatentConfig, latent_kv
 
