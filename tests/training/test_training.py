@@ -513,7 +513,9 @@ def test_the_newest_whole_checkpoint_is_found_by_number(tmp_path):
 
 
 def test_a_killed_process_leaves_no_trace(undisturbed, tmp_path):
-    killed = subprocess.run([sys.executable, __file__, tmp_path, "7"], timeout=120, capture_output=True)
+    shared = {"PYTHONPATH": os.pathsep.join(sys.path)}  # what tests of several rooms share
+    command = [sys.executable, __file__, tmp_path, "7"]
+    killed = subprocess.run(command, timeout=120, capture_output=True, env=os.environ | shared)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert last_checkpoint(tmp_path).name == "checkpoint-6"  # in the middle of the second epoch
     assert_same_run(run(tmp_path), undisturbed)
