@@ -1,10 +1,10 @@
 """What each process of a training does.
 
     python -m asrlib.training.job FOLDER/job.json
-    torchrun --nproc-per-node 8 -m asrlib.training_job FOLDER/job.json
-    accelerate launch --config_file CONFIG --machine_rank 1 -m asrlib.training_job FOLDER/job.json
+    torchrun --nproc-per-node 8 -m asrlib.training.job FOLDER/job.json
+    accelerate launch --config_file CONFIG --machine_rank 1 -m asrlib.training.job FOLDER/job.json
 
-`asrlib.launching` writes the job's folder, and starts the first machine's processes.
+`training.launching` writes the job's folder, and starts the first machine's processes.
 """
 
 import argparse
@@ -116,10 +116,6 @@ def main(argv: list[str] | None = None) -> None:
         run_job(args.job.resolve())
 
 
-if __name__ == "__main__":
-    main()
-
-
 # ---- what a process does for whoever has started it --------------------------------------------------------
 
 
@@ -144,3 +140,7 @@ def end_with_stdin() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()

@@ -402,7 +402,7 @@ def test_a_training_in_processes_leaves_what_one_in_this_process_leaves(undistur
 FAILING = """
 import os, sys, time
 from pathlib import Path
-from asrlib.launching import end_with_stdin, failures_reported
+from asrlib.training.job import end_with_stdin, failures_reported
 end_with_stdin()
 with failures_reported(Path(sys.argv[1]).parent):
     if os.environ["RANK"] == "1":
@@ -435,7 +435,7 @@ def test_the_first_error_of_any_process_ends_all_and_is_told(tmp_path, config):
 WAITING = """
 import sys, time
 from pathlib import Path
-from asrlib.launching import end_with_stdin
+from asrlib.training.job import end_with_stdin
 end_with_stdin()
 (Path(sys.argv[1]).parent / "history.jsonl").write_text('{"step": 1, "max_steps": 5}\\n{"step": 2, "max')
 time.sleep(600)
@@ -467,7 +467,7 @@ def test_an_interruption_ends_what_was_started_which_holds_our_locks_until_then(
 NOTEBOOK = """
 import sys
 from pathlib import Path
-from asrlib.launching import launch
+from asrlib.training.launching import launch
 launch(Path(sys.argv[1]), sys.argv[2:])
 """
 
