@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "asrlib"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OWNERS = metadata.packages_distributions()
-LIBRARY_ROOMS = ("attention", "data", "models", "conversion", "streaming", "measuring")
+LIBRARY_ROOMS = ("runs", "attention", "data", "models", "conversion", "streaming", "measuring")
 BASE_VERBS = VERBS.keys() - {"export", "parameters"}  # those that need no notebooks
 SPOKEN = ("data/synthetic.py", "espeakng_loader")  # asks for its extra where it is not installed
 
