@@ -9,12 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from commands import command
 
 from asrlib.data import download
 from asrlib.data.opening import open_corpus
-
-main = command("data")
+from asrlib.data.prepare import main
 
 SPLITS = {
     "dev-clean": "all/validation.clean",
