@@ -29,10 +29,12 @@ lab: .venv/.notebooks
 	.venv/bin/python -m jupyterlab --notebook-dir notebooks $(ARGS)
 
 # One process a core, each with one thread; four at most, for each holds its own torch. A file stays in one process, so
-# that fixtures made once per file are made once. (-n auto would count physical cores: one on many virtual machines.)
+# that fixtures made once per file are made once; files come in the order of tests/conftest.py. (-n auto would count
+# physical cores: one on many virtual machines.)
 test: ## run the tests
 test: .venv/.installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile \
+		--no-loadscope-reorder $(ARGS)
 
 fresh-environment: ## load an exported folder where asrlib is not: a new venv, a few minutes, 1 GB
 fresh-environment: .venv/.installed

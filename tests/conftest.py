@@ -12,6 +12,22 @@ from browser import browser, open_page, playwright  # noqa: F401 fixtures
 
 torch.set_num_threads(1)
 
+LONGEST_FIRST = [  # else one process would work on one of these when the others are done
+    "test_pipeline.py",
+    "test_rehearsal.py",
+    "test_new_and_writing_models.py",
+    "test_estimate.py",
+    "test_onnx.py",
+    "test_distributed.py",
+    "test_training.py",
+    "test_sweeps.py",
+]
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
 
 @pytest.fixture(scope="session")
 def processor():

@@ -6,8 +6,11 @@ A step is done again when the code it runs changes. An edit to how figures look 
 import ast
 import json
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from asrlib.runs.fingerprints import version_of
 
 FAMILY_REGISTRY, CORPUS_REGISTRY = "models/registry.py", "data/opening.py"  # they import every family and every opener
 FAMILY_FILES = {  # model type → the family's file
@@ -84,9 +87,14 @@ def library_files(code: str, package: Path, left_out: LeftOut | None = None) -> 
         path = waiting.pop()
         if path not in found:
             found.add(path)
-            imported = _imported(path.read_text(encoding="utf-8"), package, public)
+            imported = _imported_by(path, version_of(path), package, version_of(package / "__init__.py"))
             waiting += [other for other in imported if other not in (left_out or {}).get(path, ())]
     return sorted(found)
+
+
+@cache
+def _imported_by(path: Path, version: tuple | None, package: Path, public_version: tuple | None) -> tuple[Path, ...]:
+    return tuple(_imported(path.read_text(encoding="utf-8"), package, _public(package)))
 
 
 def _imported(code: str, package: Path, public: dict[str, str]) -> Iterator[Path]:

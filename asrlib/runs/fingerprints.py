@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,18 @@ def fingerprint(*parts: Any) -> str:
 
 def files_fingerprint(files: Iterable[Path], folder: Path) -> str:
     """Fingerprint of what is in `files`, and of what they are called below `folder`; of Python, of what it does."""
-    digests = {str(path.relative_to(folder)): hashlib.sha256(_substance(path)).hexdigest() for path in files}
-    return fingerprint(digests)
+    return fingerprint({str(path.relative_to(folder)): _digest(path, version_of(path)) for path in files})
+
+
+def version_of(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is written anew: in one process what was read of it need not be read again. None where
+    there is no file."""
+    return ((stat := path.stat()).st_mtime_ns, stat.st_size) if path.is_file() else None
+
+
+@cache  # seven steps depend on many of the same files
+def _digest(path: Path, version: tuple | None) -> str:
+    return hashlib.sha256(_substance(path)).hexdigest()
 
 
 def _substance(path: Path) -> bytes:

@@ -6,8 +6,6 @@ Weights are random and narrow; layers, names and files are the published ones (s
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import pytest
 import soundfile
 import tiny
 import torch
+from commands import run_all
 from hub_folders import NARROW
 from safetensors.torch import load_file
 from torch import nn
@@ -295,16 +294,6 @@ def test_processes_that_load_data_can_be_sent_all_they_need(librispeech, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory) -> Path:
-    """What a run needs, so that the reports of the checkout stay as they are."""
-    project = tmp_path_factory.mktemp("project")
-    for name in ("notebooks", "params", "asrlib"):
-        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "run_all.py", project)
-    return project
-
-
-@pytest.fixture(scope="module")
 def librispeech(tmp_path_factory) -> Path:
     """A folder as LibriSpeech unpacks: noise with a text, and in dev-clean real speech where there is any."""
     root, random = tmp_path_factory.mktemp("corpus") / "LibriSpeech", np.random.default_rng(0)
@@ -349,8 +338,7 @@ def test_a_run_on_the_published_checkpoint(project, librispeech, tmp_path, name,
     published = hub_folders.recogniser(**NARROW | {"num_hidden_layers": layers})
     folder = hub_folders.write_folder(tmp_path / kind, published, kind, **NARROW | {"num_hidden_layers": layers})
     values = {"model": str(folder), "corpus": str(librispeech), **FEW, **changes}
-    command = [sys.executable, "run_all.py", name, "--set", *(f"{key}={json.dumps(v)}" for key, v in values.items())]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=1800)
+    done = run_all(project, name, "--set", *(f"{key}={json.dumps(v)}" for key, v in values.items()))
     assert done.returncode == 0, done.stdout + done.stderr
     run = project / "reports" / name
     for step in STEPS:
