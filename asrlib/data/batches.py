@@ -31,6 +31,8 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     An utterance longer than `batch_seconds` is a batch of its own; `.oversized` counts them, and a warning tells.
 
+    `spoken`: seconds without padding, by which utterances are sorted that are padded alike.
+
     Of several `processes` that train together, it gives the batches of one, `process`: batch i belongs to process
     i % processes, so that a step of all of them has the batches of as many accumulated ones of a single process. All
     have equally many, as they must work in step. With shuffling each utterance is still there once an epoch: where the
@@ -48,6 +50,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         process: int = 0,
         processes: int = 1,
         groups: Sequence[RowGroup | None] | None = None,
+        spoken: list[float] | None = None,
     ):
         if not 0 < batch_seconds < math.inf:
             raise ValueError(f"batch_seconds must be a positive number, not {batch_seconds}")
@@ -61,7 +64,8 @@ class BucketBatchSampler(Sampler[list[int]]):
                 f"each is a batch of its own, the longest of {max(seconds):.1f} s",
                 stacklevel=2,
             )
-        longest_first = sorted(range(len(seconds)), key=lambda i: -seconds[i])
+        spoken = spoken or seconds
+        longest_first = sorted(range(len(seconds)), key=lambda i: (-seconds[i], -spoken[i]))
         windows = _windows(longest_first, groups or [None] * len(seconds), seed if shuffle else None)
         self.windows = [_buckets(window, seconds, batch_seconds, shuffle) for window in windows]
         self.process, self.processes = process, processes
@@ -164,7 +168,8 @@ class SpeechDataset(Dataset):
         padded = padded_samples(processor) / SAMPLE_RATE
         if padded:
             _check_window(corpus, padded, self.speeds)
-        self.seconds = [max(padded, utterance.seconds / speed) for utterance in corpus for speed in self.speeds]
+        self.spoken = [utterance.seconds / speed for utterance in corpus for speed in self.speeds]
+        self.seconds = [max(padded, seconds) for seconds in self.spoken]
         self.groups = [utterance.group for utterance in corpus for _ in self.speeds]
 
     def __len__(self) -> int:
@@ -183,7 +188,9 @@ class SpeechDataset(Dataset):
         self, batch_seconds: float, seed: int = 0, shuffle: bool = True, process: int = 0, processes: int = 1
     ) -> BucketBatchSampler:
         """The items in batches; see there."""
-        return BucketBatchSampler(self.seconds, batch_seconds, seed, shuffle, process, processes, self.groups)
+        return BucketBatchSampler(
+            self.seconds, batch_seconds, seed, shuffle, process, processes, self.groups, self.spoken
+        )
 
     def workers(self, wished: int) -> int:
         """How many processes of a DataLoader to read it in. Streamed speech: one, or each would fetch all of it."""

@@ -35,19 +35,56 @@ def folded(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text.casefold()).split())
 
 
+def normaliser_of(processor) -> str | None:
+    """The name, of NORMALISERS, of what makes transcripts comparable that are written with this vocabulary.
+
+    None: nothing does, as a bare alphabet is compared as it stands. A vocabulary with a comma writes case and
+    punctuation, which references may not have: such text is judged as Whisper's authors do, by rules of English, or in
+    another language (of the tokenizer) by those that hold everywhere.
+    """
+    tokenizer = _tokenizer(processor)
+    if not _spells_everything(tokenizer) and "," not in _characters(tokenizer):
+        return None
+    return "english" if getattr(tokenizer, "language", None) in (None, "en", "english") else "basic"
+
+
+def as_counted(prediction: dict, side: str) -> str:
+    """The `reference` or the `hypothesis` of a transcript as word errors see it, by the normaliser that it names."""
+    if not (name := prediction.get("normaliser")):
+        return folded(prediction[side])
+    return NORMALISERS[name](prediction[side])
+
+
 @lru_cache(1 << 16)  # references are counted once for every model
 def whisper_normalised(text: str) -> str:
     """English as Whisper's authors compare it (Radford et al. 2022, appendix C): lower case, contractions written out,
     numbers in digits, American spelling, no hesitations, no punctuation."""
-    return _whisper_normaliser()(text)
+    return _english_normaliser()(text)
+
+
+@lru_cache(1 << 16)
+def basic_normalised(text: str) -> str:
+    """Any language as Whisper's authors compare it: lower case, and neither punctuation nor what stands in brackets.
+    Accents stay, since they part words."""
+    return " ".join(_basic_normaliser()(text).split())
+
+
+NORMALISERS = {"english": whisper_normalised, "basic": basic_normalised}
 
 
 @cache
-def _whisper_normaliser():
+def _english_normaliser():
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
     spellings = Path(__file__).with_name("english_spellings.json")  # of openai-whisper, MIT licence
     return EnglishTextNormalizer(json.loads(spellings.read_text(encoding="utf-8")))
+
+
+@cache
+def _basic_normaliser():
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer
+
+    return BasicTextNormalizer()
 
 
 def unknown_characters(text: str, processor) -> list[str]:

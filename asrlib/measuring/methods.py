@@ -15,7 +15,6 @@ Names: N utterances, T frames, V tokens of the vocabulary.
 import argparse
 import dataclasses
 import functools
-import hashlib
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -55,6 +54,7 @@ from asrlib.measuring.rows import (
 from asrlib.measuring.significance import paired_bootstrap
 from asrlib.measuring.transcribing import transcribe
 from asrlib.measuring.word_errors import EvaluationResult, score
+from asrlib.models.heard_once import weights_fingerprint
 from asrlib.models.inference import choose_device, zero_attention
 from asrlib.models.registry import chosen_parts, frames_of, latent_modules
 from asrlib.runs import BadParameter, atomic_write, resolve
@@ -89,7 +89,7 @@ def benchmark(
     recipes: Iterable[Recipe] = tuple(RECIPES.values()),
     calibration_seconds: float = 600.0,
     out: str | Path | None = None,
-    batch_seconds: float = 60.0,
+    batch_seconds: float | None = None,
     device: str | None = None,
     statistics: Statistics | None = None,
 ) -> Iterator[Row]:
@@ -114,7 +114,7 @@ def benchmark(
         speech = {f"speech of {split}": corpus.fingerprint() for split, corpus in corpora.items()}
         ways = {f"recipe {recipe.name!r}": dataclasses.asdict(recipe) for recipe in plan}
         settings = {
-            "weights of the model": _weights_fingerprint(model),
+            "weights of the model": weights_fingerprint(model),
             "calibration speech": f"{calibration.split} {calibration.fingerprint()}",
             "calibration_seconds": calibration_seconds,
             "parts": ", ".join(statistics.parts if statistics else chosen_parts(model.config, None)),
@@ -127,7 +127,7 @@ def benchmark(
     if statistics is None and any(key not in kept for key in asked):
         attention = any(METHODS[recipe.method].needs_attention for recipe in plan)
         statistics = collect_statistics(
-            model, processor, calibration, calibration_seconds, batch_seconds, device, attention
+            model, processor, calibration, calibration_seconds, batch_seconds or 60.0, device, attention
         )
     how = {"processor": processor, "batch_seconds": batch_seconds, "device": device}
     return _rows(model, statistics, corpora, plan, kept, None if out is None else resolve(out), how)
@@ -287,14 +287,6 @@ def _code_fingerprint() -> str:
     root = Path(asrlib.__file__).parent
     files = sorted(file for room in ROOMS for file in (root / room).rglob("*.py") if file.name not in NEUTRAL)
     return fingerprint({str(file.relative_to(root)): file.read_text(encoding="utf-8") for file in files})
-
-
-def _weights_fingerprint(model: PreTrainedModel) -> str:
-    digest = hashlib.sha256(model.config.model_type.encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 # ---- command line ------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import jiwer
 import numpy as np
 
-from asrlib.data.text import folded
+from asrlib.data.text import as_counted
 from asrlib.measuring.resampling import _ratio, interval, resample_sums, sums_by_speaker
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def pairing(a: "EvaluationResult", b: "EvaluationResult") -> list[int]:
         raise ValueError(f"the results are not over the same utterances: {unpaired[0]!r} is not in both once")
     order = [of_b[i] for i in ids]
     for prediction, j in zip(a.predictions, order, strict=True):
-        if folded(prediction["reference"]) != folded(b.predictions[j]["reference"]):
+        if as_counted(prediction, "reference") != as_counted(b.predictions[j], "reference"):
             raise ValueError(f"the references of {prediction['id']!r} differ: evaluate both on one corpus")
     return order
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from asrlib.attention.chunks import Chunks
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus, check_corpus
+from asrlib.data.text import normaliser_of
 from asrlib.measuring.word_errors import EvaluationResult, score, write_predictions
 from asrlib.models.inference import choose_device, inference, recognise, spoken_logits, without_padding
 from asrlib.models.loading import check_loaded
@@ -26,25 +27,28 @@ def transcribe(
     model: nn.Module,
     processor,
     corpus: Corpus,
-    batch_seconds: float = 60.0,
+    batch_seconds: float | None = None,
     device: str | None = None,
     precision: str = "fp32",
     record: Callable[[int, torch.Tensor], None] | None = None,
     chunks: Chunks | None = None,
     cache: str = "float32",
 ) -> list[dict]:
-    """Greedy transcripts in the order of the corpus: {id, speaker, seconds, reference, hypothesis} each.
+    """Greedy transcripts in the order of the corpus: {id, speaker, seconds, reference, hypothesis} each, and normaliser
+    where one makes them comparable (see `data.text.normaliser_of`).
 
-    The reference is the text of the corpus as it stands. `batch_seconds` bounds the padded audio in a batch and changes
-    the speed, not the transcripts: each is that of the utterance alone. `record` is called once for every utterance, in
-    no particular order, with its place in the corpus and its logits [T, V], unpadded frames alone, on the device (where
-    no CTC writes the text, those of the reference's tokens: see models.heads). With `chunks` they are what a stream
-    would give, whose cache is held in that format. Raises UnusableAudio where an utterance cannot be decoded,
-    torch.OutOfMemoryError where a batch is too large, with what to lower.
+    The reference is the text of the corpus as it stands. `batch_seconds` bounds the padded audio in a batch, by default
+    what the head says; it changes the speed, not the transcripts: each is that of the utterance alone. `record` is
+    called once for every utterance, in no particular order, with its place in the corpus and its logits [T, V],
+    unpadded frames alone, on the device (where no CTC writes the text, those of the reference's tokens: see
+    models.heads). With `chunks` they are what a stream would give, whose cache is held in that format. Raises
+    UnusableAudio where an utterance cannot be decoded, torch.OutOfMemoryError where a batch is too large, with what to
+    lower.
     """
     check_loaded(model, processor)
     check_corpus(corpus)
     device = choose_device(device, model)
+    batch_seconds = batch_seconds or family_of(model.config).head.batch_seconds
     limits = {"batch_seconds": batch_seconds, "precision": precision}
     writes = family_of(model.config).head.reads_labels  # token by token, instead of frame by frame
     dataset = SpeechDataset(corpus, processor)
@@ -79,8 +83,9 @@ def transcribe(
                 for i, logits_TV in zip(indices, logits, strict=True):
                     record(i, logits_TV)
             progress.update(len(indices))
+    form = {"normaliser": name} if (name := normaliser_of(processor)) else {}
     return [
-        {"id": u.id, "speaker": u.speaker, "seconds": u.seconds, "reference": u.text, "hypothesis": text}
+        {"id": u.id, "speaker": u.speaker, "seconds": u.seconds, "reference": u.text, "hypothesis": text} | form
         for u, text in zip(corpus, hypotheses, strict=True)
     ]
 
@@ -103,7 +108,7 @@ def evaluate(
     model: nn.Module,
     processor,
     corpus: Corpus,
-    batch_seconds: float = 60.0,
+    batch_seconds: float | None = None,
     device: str | None = None,
     precision: str = "fp32",
     predictions: str | Path | None = None,

@@ -17,10 +17,11 @@ from pathlib import Path
 import jiwer
 import numpy as np
 
-from asrlib.data.text import folded, whisper_normalised
+from asrlib.data.text import as_counted, folded, whisper_normalised
 from asrlib.measuring.resampling import rate_interval, sums_by_speaker
 from asrlib.runs import atomic_write, resolve
 
+SIDES = ("reference", "hypothesis")
 FIELDS = {"id", "speaker", "seconds", "reference", "hypothesis"}  # of a transcript
 
 
@@ -50,16 +51,26 @@ def load_predictions(path: str | Path) -> list[dict]:
 
 
 def normalised_wer(predictions: list[dict]) -> float | None:
-    """WER in per cent after Whisper's English normaliser, which changes the number of words; None if it leaves none."""
-    references, hypotheses = (
-        [whisper_normalised(prediction[side]) for prediction in predictions] for side in ("reference", "hypothesis")
-    )
+    """WER in per cent of transcripts that are counted as they stand, after Whisper's English normaliser, which changes
+    the number of words; None where it is the headline, or leaves no word."""
+    if any(prediction.get("normaliser") for prediction in predictions):
+        return None
+    return _wer(predictions, whisper_normalised)
+
+
+def raw_wer(predictions: list[dict]) -> float | None:
+    """WER in per cent of transcripts that are counted after normalisation, as they stand; None of others."""
+    return _wer(predictions, folded) if any(prediction.get("normaliser") for prediction in predictions) else None
+
+
+def _wer(predictions: list[dict], form: Callable[[str], str]) -> float | None:
+    references, hypotheses = ([form(prediction[side]) for prediction in predictions] for side in SIDES)
     return 100 * jiwer.wer(references, hypotheses) if any(references) else None
 
 
 # Beside word and character errors: name → what it makes of transcripts as `transcribe` gives them, a number. Each is in
 # the tables, in metrics/*.json and in what --verify counts again. docs/extending.md has another one worked out.
-METRICS: dict[str, Callable[[list[dict]], float | None]] = {"normalised WER %": normalised_wer}
+METRICS: dict[str, Callable[[list[dict]], float | None]] = {"normalised WER %": normalised_wer, "raw WER %": raw_wer}
 
 
 # ---- word errors -------------------------------------------------------------------------------------------
@@ -93,13 +104,13 @@ class EvaluationResult:
 
 
 def score(predictions: list[dict]) -> EvaluationResult:
-    """Corpus WER and CER of transcripts as `transcribe` gives them; case and repeated spaces do not count.
+    """Corpus WER and CER of transcripts as `transcribe` gives them, in the form that they name: see
+    `data.text.as_counted`. Case and repeated spaces never count.
 
     An utterance with an empty reference counts its insertions, one with an empty hypothesis its deletions.
     Raises ValueError where there is no reference word at all: error rates are undefined then.
     """
-    references = [folded(p["reference"]) for p in predictions]
-    hypotheses = [folded(p["hypothesis"]) for p in predictions]
+    references, hypotheses = ([as_counted(prediction, side) for prediction in predictions] for side in SIDES)
     if not any(references):
         raise ValueError(f"no word in the references of {len(predictions)} utterances: the WER is undefined")
     words = jiwer.process_words(references, hypotheses)
@@ -119,7 +130,7 @@ def score(predictions: list[dict]) -> EvaluationResult:
         utterances=len(predictions),
         speakers=len(of_speakers_G2),
         seconds_audio=sum(p["seconds"] for p in predictions),
-        others={name: metric(predictions) for name, metric in METRICS.items()},
+        others={name: value for name, metric in METRICS.items() if (value := metric(predictions)) is not None},
         predictions=predictions,
         errors_N=errors_N,
         words_N=words_N,

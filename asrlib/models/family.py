@@ -45,6 +45,8 @@ class Family:
     parts: Callable[[PreTrainedModel], dict[str, list[nn.Module]]] | None = None
     part_names: tuple[str, ...] = ("encoder",)
     cached_parts: tuple[str, ...] = ("encoder",)
+    # Of encoder-decoders: the encoder, whose states of an utterance do not depend on what is written.
+    encoder: Callable[[PreTrainedModel], nn.Module] | None = None
     # Where a pass of the model asks for a text: runs its layers over what they read of a batch, of labels nothing.
     encode: Callable[[PreTrainedModel, dict[str, torch.Tensor]], object] | None = None
 

@@ -17,6 +17,11 @@ from asrlib.data.audio import SAMPLE_RATE
 from asrlib.data.text import ctc_problem
 from asrlib.models.transducer import transducer_loss
 
+# Whisper's tokens that a second of speech can take, and as many for none at all. The fastest of LibriSpeech's readers
+# takes 6.0 in English; scripts that are spelt in bytes take several tokens for a letter.
+ENGLISH_TOKENS_PER_SECOND, TOKENS_PER_SECOND = 10, 30
+FEATURES_PER_SECOND = 100
+
 Batch = dict[str, torch.Tensor]  # as the collator makes it, on the device of the model
 
 
@@ -25,6 +30,7 @@ class Head(ABC):
 
     auto_model: type  # of transformers, which loads models with such a head
     reads_labels = True  # whether posteriors need a text that they are of
+    batch_seconds = 60.0  # of padded audio in a batch that is transcribed, where nothing else is said
 
     def prepare(self, model: PreTrainedModel, processor) -> None:  # noqa: B027  (most have nothing to agree on)
         """What a model and its processor must agree on, as soon as they are loaded."""
@@ -87,10 +93,12 @@ class Decoder(Head):
     """An autoregressive decoder that attends to the encoder's frames: of Whisper (Radford et al. 2022).
 
     Posteriors are those of the labels' tokens, each told all before it. Transcripts are what greedy generation
-    gives, in the language of the processor's tokenizer; English where it says none.
+    gives, in the language of the processor's tokenizer; English where it says none. A model that repeats itself without
+    end is stopped: a transcript has at most `most_tokens`.
     """
 
     auto_model = AutoModelForSpeechSeq2Seq
+    batch_seconds = 480.0  # sixteen windows: a step reads all weights, for however many utterances
 
     def prepare(self, model, processor):
         if told := self.prompt(model, processor):
@@ -106,8 +114,19 @@ class Decoder(Head):
         return [states_BTD.flatten(0, 1) for states_BTD in output.encoder_hidden_states[1:]] + decoder
 
     def recognised(self, model, processor, batch, output, frames_B):
-        how = {"attention_mask": batch.get("attention_mask"), "num_beams": 1} | self.prompt(model, processor)
-        return model.generate(batch[model.main_input_name], **how)
+        most_B = self.most_tokens(model, processor, batch["attention_mask"].sum(-1) / FEATURES_PER_SECOND)
+        settings = {"attention_mask": batch["attention_mask"], "num_beams": 1} | self.prompt(model, processor)
+        longest = min(int(most_B.max()), model.generation_config.max_length or model.config.max_target_positions)
+        ids_BK = model.generate(batch[model.main_input_name], max_length=longest, **settings)
+        beyond_BK = torch.arange(ids_BK.shape[1], device=ids_BK.device) >= most_B[:, None]
+        return ids_BK.masked_fill(beyond_BK, model.generation_config.pad_token_id)  # whatever its neighbours may write
+
+    def most_tokens(self, model, processor, seconds_B: torch.Tensor) -> torch.Tensor:
+        """How many tokens [B] speech of so many seconds can have: 10 a second and 10 more in English, 30 and 30 in
+        other languages."""
+        english = self.prompt(model, processor).get("language", "english") == "english"
+        rate = ENGLISH_TOKENS_PER_SECOND if english else TOKENS_PER_SECOND
+        return (rate * (seconds_B + 1)).ceil().long()
 
     def prompt(self, model, processor) -> dict[str, str]:
         """What `generate` is told of the language and the task, where the model knows several."""

@@ -4,11 +4,12 @@ Shapes: B batch, T frames, C channels.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
+from asrlib.models.heard_once import KEPT
 from asrlib.models.registry import attention_modules, family_of, frame_counts, layer_frame_counts
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,7 +66,9 @@ def inference(*models: nn.Module, device: torch.device, precision: str = "fp32")
     dtype = AUTOCAST[precision]
     try:
         # no_grad, not inference_mode: with position tables cached under the latter no model can be trained.
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None), ExitStack() as around:
+            for model in models:
+                around.enter_context(KEPT.of(model))
             yield
     finally:
         for module, mode in modes:

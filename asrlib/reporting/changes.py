@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from asrlib.data.text import folded
+from asrlib.data.text import as_counted
 from asrlib.measuring.significance import holm, mcnemar, paired_bootstrap, pairing
-from asrlib.measuring.word_errors import EvaluationResult, score
+from asrlib.measuring.word_errors import SIDES, EvaluationResult, score
 from asrlib.reporting.numbers import in_per_cent, in_points
 from asrlib.reporting.tables import audio_html, diff_transcripts
 
@@ -57,7 +57,7 @@ def changed_words(before: EvaluationResult, after: EvaluationResult) -> pd.DataF
 
 
 def _references(result: EvaluationResult) -> list[list[str]]:
-    return [folded(prediction["reference"]).split() for prediction in result.predictions]
+    return [as_counted(prediction, "reference").split() for prediction in result.predictions]
 
 
 def _heard(result: EvaluationResult) -> list[list[str]]:
@@ -66,7 +66,7 @@ def _heard(result: EvaluationResult) -> list[list[str]]:
     for reference, prediction, alignment in zip(
         _references(result), result.predictions, result.alignments, strict=True
     ):
-        hypothesis = folded(prediction["hypothesis"]).split()
+        hypothesis = as_counted(prediction, "hypothesis").split()
         words = [""] * len(reference)
         for chunk in alignment:
             if chunk.type in ("equal", "substitute"):
@@ -137,7 +137,7 @@ def listening_table(results: Mapping[str, EvaluationResult], speech: "Corpus", p
             if prediction["id"] != utterance.id:
                 raise ValueError(f"{name} transcribed {prediction['id']} where the corpus has {utterance.id}")
             errors, words = int(result.errors_N[place]), int(result.words_N[place])
-            marked = diff_transcripts(folded(prediction["reference"]), folded(prediction["hypothesis"]))
+            marked = diff_transcripts(*(as_counted(prediction, side) for side in SIDES))
             row[name] = Markup("{} <small>{} of {} words wrong</small>").format(marked, errors, words)
         rows.append(row)
     return pd.DataFrame(rows, columns=["utterance", *results], dtype=object)

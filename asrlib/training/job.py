@@ -44,7 +44,8 @@ def run_job(job: Path) -> None:
     result = train(model, processor, *speech, folder, _settings(facts["settings"]), teacher, [history])
     if process_index() == 0:
         trained, _ = load(folder / "model")  # `model` itself is in parts where it was sharded
-        load_model(trained, checkpoint_folder(folder, result.best_step) / "model.safetensors")
+        if result.best_step:  # else nothing beat the weights that it came with
+            load_model(trained, checkpoint_folder(folder, result.best_step) / "model.safetensors")
         with atomic_folder(folder / "trained") as written:
             trained.save_pretrained(written)
             processor.save_pretrained(written)

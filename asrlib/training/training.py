@@ -18,7 +18,8 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, ProgressCallback
 
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus
-from asrlib.data.text import folded
+from asrlib.data.text import as_counted, normaliser_of
+from asrlib.models.heard_once import KEPT, keep_encoder_states
 from asrlib.models.inference import inference, padding_silenced
 from asrlib.models.out_of_memory import in_words, out_of_memory_explained
 from asrlib.models.registry import family_of, frame_counts, layer_frame_counts
@@ -54,6 +55,7 @@ class TrainingSettings:
     precision: str = "fp32"  # fp32 | bf16 | fp16
     device: str = "auto"  # auto | cpu | cuda
     training_strategy: str = "ddp"  # of several processes: ddp | fsdp
+    encoder_memory: float = 0.0  # GiB for the states of an encoder that is not trained: see models.heard_once
     seed: int = 0
 
 
@@ -111,18 +113,20 @@ class SpeechTrainer(Trainer):
             ours = self.head.forward(model, inputs)
             return (ours.loss, ours) if return_outputs else ours.loss
         heard = inputs if self.head.reads_labels else {k: v for k, v in inputs.items() if k != "labels"}
+        layers = {"output_hidden_states": True} if self.settings.hidden_weight else {}
         with inference(self.teacher, device=self.args.device, precision=self.settings.precision):
-            theirs = self.head.forward(self.teacher, heard, output_hidden_states=True)
-        ours = self.head.forward(model, inputs, output_hidden_states=True)
+            theirs = self.head.forward(self.teacher, heard, **layers)
+        ours = self.head.forward(model, inputs, **layers)
         frames_B = frame_counts(self.teacher, inputs["attention_mask"].sum(-1))
         layer_frames_B = layer_frame_counts(self.teacher, inputs["attention_mask"].sum(-1))
         said, taught = (torch.cat(self.head.spoken(inputs, output, frames_B)) for output in (ours, theirs))
-        states = (self.head.layers(inputs, output, layer_frames_B) for output in (ours, theirs))
-        layers = [relative_squared_error(*pair) for pair in zip(*states, strict=True)]
         settings = self.settings
         loss = settings.ctc_weight * ours.loss
         loss = loss + settings.kl_weight * posterior_divergence(said, taught)
-        loss = loss + settings.hidden_weight * sum(layers) / len(layers)
+        if layers:
+            states = (self.head.layers(inputs, output, layer_frames_B) for output in (ours, theirs))
+            errors = [relative_squared_error(*pair) for pair in zip(*states, strict=True)]
+            loss = loss + settings.hidden_weight * sum(errors) / len(errors)
         return (loss, ours) if return_outputs else loss
 
     def autocast_smart_context_manager(self, cache_enabled=True):
@@ -244,7 +248,8 @@ def train(
     teacher=None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
-    """Trains `model` in place on the loss of its head and leaves it with the weights of the lowest validation WER.
+    """Trains `model` in place on the loss of its head and leaves it with the weights of the lowest validation WER, of
+    those that it came with (step 0) and those of every evaluation.
 
     Checkpoints and TensorBoard logs go to `folder`; called again with the same folder, training resumes
     after the last whole checkpoint and, on the CPU, ends with the same weights as an undisturbed run. A relative
@@ -258,6 +263,8 @@ def train(
     loss is not finite.
     """
     folder = resolve(folder)
+    if settings.encoder_memory:
+        keep_encoder_states(settings.encoder_memory)
     if not (settings.ctc_weight or settings.kl_weight or settings.hidden_weight):
         raise ValueError("ctc_weight, kl_weight and hidden_weight are all 0: there is nothing to learn from")
     if not (settings.kl_weight or settings.hidden_weight):
@@ -270,6 +277,7 @@ def train(
     if tied := getattr(model, "_tied_weights_keys", None):
         model._keys_to_ignore_on_save = set(tied)  # else Trainer warns that a checkpoint lacks what is in it once
     use_cache = getattr(model.config, "use_cache", None)  # Trainer switches it off, in a config that is saved
+    start = {name: values.detach().cpu().clone() for name, values in model.state_dict().items()}
     trainable_parameters = select_trainable(model, settings.trainable)
     checkpoint = last_checkpoint(folder)
     facts = read_json(checkpoint / CHECKPOINT_MARKER) if checkpoint else {"seconds": 0.0, "finished": False}
@@ -305,6 +313,7 @@ def train(
         load_model(model, checkpoint_folder(folder, state.best_global_step) / "model.safetensors")
     else:
         with ExitStack() as around:
+            around.enter_context(KEPT.of(model))
             around.enter_context(frozen_batch_norm(model))
             around.enter_context(own_precision(model, trainer))
             if settings.hidden_weight or trainer.args.world_size > 1:
@@ -316,12 +325,18 @@ def train(
     if use_cache is not None:
         model.config.use_cache = use_cache
     model.eval()
+    best_step, best_wer = state.best_global_step or state.global_step, state.best_metric
+    at_start = next((row["eval_wer"] for row in state.log_history if row.get("step") == 0 and "eval_wer" in row), None)
+    if at_start is not None and best_wer is not None and at_start <= best_wer:
+        best_step, best_wer = 0, at_start
+        if settings.training_strategy != "fsdp":
+            model.load_state_dict(start)
     return TrainingResult(
         history=[row for row in state.log_history if "loss" in row or "eval_loss" in row],
         seconds=marker.seconds,
         steps=state.global_step,
-        best_step=state.best_global_step or state.global_step,
-        best_wer=state.best_metric,
+        best_step=best_step,
+        best_wer=best_wer,
         stopped_early=state.global_step < state.max_steps,
         trainable_parameters=trainable_parameters,
         settings=settings,
@@ -380,4 +395,5 @@ def _word_error_rate(prediction, processor, head) -> float:
     ids = np.where(prediction.predictions == -100, nothing, prediction.predictions)
     labels = np.where(prediction.label_ids == -100, nothing, prediction.label_ids)
     texts = head.references(processor, labels), head.texts(processor, ids)
-    return jiwer.wer(*([folded(text) for text in side] for side in texts))
+    form = {"normaliser": normaliser_of(processor)}
+    return jiwer.wer(*([as_counted({"text": text} | form, "text") for text in side] for side in texts))

@@ -245,5 +245,6 @@ WHISPER = Family(
     parts=parts,
     part_names=PARTS,
     cached_parts=CACHED,
+    encoder=lambda model: model.model.encoder,
     frame_counts=lambda model, lengths: torch.full_like(lengths, model.config.max_source_positions),
 )
