@@ -39,13 +39,14 @@ def normaliser_of(processor) -> str | None:
     """The name, of NORMALISERS, of what makes transcripts comparable that are written with this vocabulary.
 
     None: nothing does, as a bare alphabet is compared as it stands. A vocabulary with a comma writes case and
-    punctuation, which references may not have: such text is judged as Whisper's authors do, by rules of English, or in
-    another language (of the tokenizer) by those that hold everywhere.
+    punctuation, which references may not have: such text is judged as Whisper's authors do, by rules of English where
+    that is what the tokenizer writes, and else by those that hold in every language.
     """
     tokenizer = _tokenizer(processor)
     if not _spells_everything(tokenizer) and "," not in _characters(tokenizer):
         return None
-    return "english" if getattr(tokenizer, "language", None) in (None, "en", "english") else "basic"
+    writes = getattr(tokenizer, "language", "unknown")  # a Whisper's; None where it writes English alone
+    return "english" if writes in (None, "en", "english") else "basic"
 
 
 def as_counted(prediction: dict, side: str) -> str:

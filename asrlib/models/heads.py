@@ -32,8 +32,11 @@ class Head(ABC):
     reads_labels = True  # whether posteriors need a text that they are of
     batch_seconds = 60.0  # of padded audio in a batch that is transcribed, where nothing else is said
 
-    def prepare(self, model: PreTrainedModel, processor) -> None:  # noqa: B027  (most have nothing to agree on)
-        """What a model and its processor must agree on, as soon as they are loaded."""
+    def prepare(self, model: PreTrainedModel, processor, language: str | None = None) -> None:
+        """What a model and its processor must agree on, as soon as they are loaded. Raises ValueError for a language
+        that the model cannot be told."""
+        if language is not None:
+            raise ValueError(f"language is {language!r}, but a {model.config.model_type} is told none: leave it out")
 
     def forward(self, model: PreTrainedModel, batch: Batch, **how) -> Any:
         """transformers' output: logits, with labels in the batch also the loss; with output_hidden_states these too."""
@@ -100,8 +103,12 @@ class Decoder(Head):
     auto_model = AutoModelForSpeechSeq2Seq
     batch_seconds = 480.0  # sixteen windows: a step reads all weights, for however many utterances
 
-    def prepare(self, model, processor):
-        if told := self.prompt(model, processor):
+    def prepare(self, model, processor, language=None):
+        told = self.prompt(model, processor)
+        if language is not None and not told and language.lower() not in ("en", "english"):
+            raise ValueError(f"language is {language!r}, but this model writes English alone: leave it out")
+        if told:
+            told |= {"language": language.lower()} if language else {}
             processor.tokenizer.set_prefix_tokens(**told, predict_timestamps=False)
 
     def spoken(self, batch, output, frames_B):
@@ -114,10 +121,12 @@ class Decoder(Head):
         return [states_BTD.flatten(0, 1) for states_BTD in output.encoder_hidden_states[1:]] + decoder
 
     def recognised(self, model, processor, batch, output, frames_B):
-        most_B = self.most_tokens(model, processor, batch["attention_mask"].sum(-1) / FEATURES_PER_SECOND)
-        settings = {"attention_mask": batch["attention_mask"], "num_beams": 1} | self.prompt(model, processor)
+        features_BFS, mask_BS = batch[model.main_input_name], batch.get("attention_mask")
+        heard_BS = torch.ones_like(features_BFS[:, 0]) if mask_BS is None else mask_BS
+        most_B = self.most_tokens(model, processor, heard_BS.sum(-1) / FEATURES_PER_SECOND)
+        settings = {"attention_mask": mask_BS, "num_beams": 1} | self.prompt(model, processor)
         longest = min(int(most_B.max()), model.generation_config.max_length or model.config.max_target_positions)
-        ids_BK = model.generate(batch[model.main_input_name], max_length=longest, **settings)
+        ids_BK = model.generate(features_BFS, max_length=longest, **settings)
         beyond_BK = torch.arange(ids_BK.shape[1], device=ids_BK.device) >= most_B[:, None]
         return ids_BK.masked_fill(beyond_BK, model.generation_config.pad_token_id)  # whatever its neighbours may write
 

@@ -76,12 +76,15 @@ def check_loaded(model, processor=None) -> None:
         )
 
 
-def load(source: str | Path, revision: str | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load(
+    source: str | Path, revision: str | None = None, language: str | None = None
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Loads (model, processor) from a folder, a hub id or a shipped name; the model is in evaluation mode.
 
     Weights are safetensors, or a .bin read by torch's restricted loader; remote code never runs. `revision` is a hub
-    id's branch, tag, commit or pull request (refs/pr/3). Raises ValueError where the checkpoint lacks weights, OSError
-    where it is truncated.
+    id's branch, tag, commit or pull request (refs/pr/3). `language` is what a model that knows several is to write, as
+    the processor then remembers. Raises ValueError where the checkpoint lacks weights or the language, OSError where it
+    is truncated.
     """
     name = resolve_model(source)
     if Path(name).is_dir():
@@ -103,7 +106,7 @@ def load(source: str | Path, revision: str | None = None) -> tuple[PreTrainedMod
             "numbers. Is it the checkpoint of a fine-tuned CTC model?"
         )
     family_of(model.config)
-    head.prepare(model, processor)
+    head.prepare(model, processor, language)
     return model.eval(), processor
 
 

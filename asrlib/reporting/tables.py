@@ -181,3 +181,22 @@ def sizes_shown(models: Mapping[str, Any], numbers: Mapping[str, float], title: 
     columns = ["cached numbers per frame and layer", "cache of 1000 frames, float32, KiB", "parameters, M"]
     table = pd.DataFrame(dict(zip(columns, (numbers, caches, parameters), strict=True)))
     return table, title, dict(zip(columns, (",.0f", ",.0f", ".2f"), strict=True))
+
+
+def model_facts(model: Any, name: str) -> dict[str, Any]:
+    """What a recogniser is, in a row of a table: name, type, size, attention, positions, frames a second."""
+    from asrlib.attention.names import encoder_config
+    from asrlib.models.registry import frames_per_second, positions_of
+
+    config, encoder = model.config, encoder_config(model.config)
+    return {
+        "model": name,
+        "type": config.model_type,
+        "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
+        "layers": encoder.num_hidden_layers,
+        "width": encoder.hidden_size,
+        "heads": encoder.num_attention_heads,
+        "attention": getattr(config, "attention", "mha"),
+        "positions": positions_of(config),
+        "frames a second": f"{frames_per_second(config):.1f}",
+    }
