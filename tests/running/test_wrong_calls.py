@@ -189,7 +189,7 @@ SET = {  # of the params file `finished`: assignments → what is said
     "model=models/whisper latent_dim=33": "latent_dim is 33, but a joint latent of a model of width 16 has between 1",
     "corpus=speach": "there is no corpus at ",
     "corpus=nothing": "nothing holds no corpus: give SPLIT/SPEAKER/CHAPTER/*.trans.txt beside audio",
-    "corpus=mute": "mute holds no corpus, and nothing says what is said in test/7/1/7-1-0.wav: give",
+    "corpus=mute": "mute holds no corpus, and no transcript of test/7/1/7-1-0.wav: give",
     "eval_splits=[tset]": "eval_splits: corpus speech has no split 'tset': it has test, train, validation",
     "eval_splits=[]": "'eval_splits' (in --set) is [], List should have at least 1 item",
     "eval_splits=[test+]": "join different splits like",
