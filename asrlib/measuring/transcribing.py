@@ -1,4 +1,4 @@
-"""Speech to text by any recogniser, and its word errors."""
+"""Transcribing speech with any recogniser, and its word errors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,14 +33,14 @@ def transcribe(
     chunks: Chunks | None = None,
     cache: str = "float32",
 ) -> list[dict]:
-    """Greedy transcripts in the order of the corpus: {id, speaker, seconds, reference, hypothesis} each.
+    """Greedy transcripts in the order of the corpus, each {id, speaker, seconds, reference, hypothesis}.
 
-    The reference is the text of the corpus as it stands. `batch_seconds` bounds the padded audio in a batch and changes
-    the speed, not the transcripts: each is that of the utterance alone. `record` is called once for every utterance, in
-    no particular order, with its place in the corpus and its logits [T, V], unpadded frames alone, on the device (where
-    no CTC writes the text, those of the reference's tokens: see models.heads). With `chunks` they are what a stream
-    would give, whose cache is held in that format. Raises UnusableAudio where an utterance cannot be decoded,
-    torch.OutOfMemoryError where a batch is too large, with what to lower.
+    The reference is the unchanged text of the corpus. `batch_seconds` limits the padded audio in a batch. It changes
+    the speed and not the transcripts, which are those of each utterance alone. `record` is called once for every
+    utterance, in any order, with its place in the corpus and its logits [T, V] without padding, on the device (for
+    heads other than CTC those of the reference's tokens: see models.heads). With `chunks`, results are those of a
+    stream whose cache has the format `cache`. Raises UnusableAudio where an utterance cannot be decoded, and
+    torch.OutOfMemoryError, which says what to lower, where a batch is too large.
     """
     check_loaded(model, processor)
     check_corpus(corpus)
@@ -49,7 +49,7 @@ def transcribe(
     writes = family_of(model.config).head.reads_labels  # token by token, instead of frame by frame
     dataset = SpeechDataset(corpus, processor)
     if getattr(model.config, "feat_extract_norm", "layer") == "group":
-        batches = [[i] for i in range(len(corpus))]  # this norm averages over the padding too
+        batches = [[i] for i in range(len(corpus))]  # this norm averages over padding too
     else:
         batches = list(dataset.batches(batch_seconds, shuffle=False))
     loader = DataLoader(
@@ -62,7 +62,7 @@ def transcribe(
     hypotheses = [""] * len(corpus)
     with (
         inference(model, device=device, precision=precision),
-        # leave=None: below another bar it goes when it is done
+        # leave=None: inside another bar it disappears when it is done
         tqdm(total=len(corpus), desc=f"transcribing {corpus.split}", unit="utt", leave=None) as progress,
     ):
         for indices, batch in zip(batches, loader, strict=True):
@@ -108,7 +108,7 @@ def evaluate(
     precision: str = "fp32",
     predictions: str | Path | None = None,
 ) -> EvaluationResult:
-    """Transcribes the corpus and scores it; `predictions` is the .jsonl the transcripts are written to.
+    """Transcribes the corpus and scores it; `predictions` is a .jsonl file for the transcripts.
 
     `device`: see `choose_device`. `precision`: fp32, bf16 or fp16.
     """

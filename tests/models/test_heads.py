@@ -20,8 +20,8 @@ from asrlib import evaluate
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus, Utterance
 from asrlib.data.text import label_ids, normalise_text, unknown_characters
-from asrlib.measuring.compiled import compiled_beside_eager
 from asrlib.measuring.lengths import benchmark_lengths
+from asrlib.measuring.speed import compiled_beside_eager
 from asrlib.measuring.timing import best_symbols, inputs_of_each
 from asrlib.measuring.transcribing import transcribe
 from asrlib.models.heads import Decoder, Transducer

@@ -211,15 +211,15 @@ OF_A_WHISPER = {  # assignments → what is said
     "convert_to=gqa method=mean": "'convert_to' is gqa, which a whisper cannot be made: use mla",
     "sequential=true": "follow one stack of layers, and an encoder-decoder (whisper) has two: leave them out",
     "reestimate_batch_norm=true": "follow one stack of layers, and an encoder-decoder (whisper) has two",
-    "stream_chunks_ms=[320]": "s as a whole, so it can not stream",
-    "benchmark_seconds=[10]": "benchmark_seconds times lengths of audio, and a whisper has one: leave it out",
-    "benchmark_compiled=true": "benchmark_compiled times models with CTC, and a whisper is none: leave it out",
-    "benchmark_left_seconds=[5]": "times an encoder of this model's size, and a whisper is built otherwise: say",
+    "stream_chunks_ms=[320]": "s as a whole, so it cannot stream",
+    "benchmark_seconds=[10]": "benchmark_seconds times lengths of audio, and whisper has one: leave it out",
+    "benchmark_compiled=true": "benchmark_compiled times models with CTC, and whisper has none: leave it out",
+    "benchmark_left_seconds=[5]": "times an encoder of this model's size, and whisper has other sizes: give",
 }
 OF_A_TRANSDUCER = {
     "convert_to=gqa": "'method' is attended, which cannot convert to gqa",
-    "benchmark_compiled=true": "benchmark_compiled times models with CTC, and a ",
-    "benchmark_left_seconds=[5]": "times an encoder of this model's size, and a ",
+    "benchmark_compiled=true": "benchmark_compiled times models with CTC, and ",
+    "benchmark_left_seconds=[5]": "times an encoder of this model's size, and ",
 }
 CALLS = [  # words, what is said, exit status
     ([], "which params file? --list shows them", 2),
@@ -323,7 +323,7 @@ COMMANDS = [
     ("data", ["prepare", "librispeech", "--root", ".", "--splits", "train"], "LibriSpeech has no split 'train'", 1),
     ("data", ["prepare", "librispeech", "--root", "notes.txt"], "cannot be written to: ", 1),
     ("methods", [*MEASURED, "tset"], "corpus speech has no split 'tset': it has", 2),
-    ("methods", [*MEASURED, "test", "--cuts", "half"], "--cuts is 'half': give per cents with commas", 2),
+    ("methods", [*MEASURED, "test", "--cuts", "half"], "--cuts is 'half': give percentages with commas", 2),
     ("methods", [*MEASURED, "test", "--cuts", "150"], "150", 2),
     ("methods", [*MEASURED, "test", "--methods", "svdd"], "'svdd'", 2),
     (
