@@ -177,7 +177,7 @@ SET = {  # of the params file `finished`: assignments → what is said
     "model=models/configless": "models/configless holds no config.json",
     "model=models/garbled": "models/garbled: its config.json is not a valid JSON object with a model_type",
     "model=models/weightless": "models/weightless: it holds no file named model.safetensors",
-    "model=models/speechless": "models/speechless holds no vocab.json or tokenizer.json, what the model spells with",
+    "model=models/speechless": "models/speechless holds no vocab.json or tokenizer.json, so the model cannot spell",
     "model=models/cut": "models/cut: its weights are cut short or damaged: get the file again",
     "model=models/foreign": "no family for model type 'wavlm': asrlib knows ",
     "parts=[decodr]": "should be one of encoder, decoder, cross: did you mean 'decoder'?",
@@ -231,11 +231,11 @@ CALLS = [  # words, what is said, exit status
     (["latin"], "latin.yaml is not text in UTF-8 (see its byte 5): save it as such", 2),
     (["all", "--set", "model=models/latent"], "models/latent, which is latent already: give the one it was", 2),
     (["all", "--set", "convert_to=gqa", "method=mean"], "'convert_to' is gqa, which a wav2vec2-conformer cannot", 2),
-    (["all", "--set", "parts=[]"], "parts is [], but attention of wav2vec2-conformer is of the encoder", 2),
-    (["all", "--set", "parts=[decoder]"], "but attention of wav2vec2-conformer is of the encoder: give a list of", 2),
+    (["all", "--set", "parts=[]"], "parts is [], but the parts of wav2vec2-conformer with attention are encoder", 2),
+    (["all", "--set", "parts=[decoder]"], "but the parts of wav2vec2-conformer with attention are encoder: give a", 2),
     (
         ["all", "--set", "model=models/nemotron", "parts=[cross]"],
-        "attention of nemotron_asr_streaming is of the encod",
+        "the parts of nemotron_asr_streaming with attention are encod",
         2,
     ),
     *[(["all", "--set", *NEW, *word.split()], said, 2) for word, said in OF_A_WHISPER.items()],
@@ -335,8 +335,8 @@ COMMANDS = [
     ("methods", [*MEASURED, "test", "--cuts", "75", "--device", "cuda:99"], "'device' is cuda:99, but torch finds", 2),
     ("methods", ["models/empty", *MEASURED[1:], "test"], "models/empty holds no config.json", 2),
     ("compare", ["a.jsonl", "b.jsonl"], "No such file or directory", 1),
-    ("compare", ["one.jsonl", "one.jsonl"], "is no transcript: evaluate again to write it anew", 1),
-    ("lengths", ["--device", "gpu"], "'device' is gpu, which is none: use auto", 1),
+    ("compare", ["one.jsonl", "one.jsonl"], "is no transcript: evaluate again to write the file anew", 1),
+    ("lengths", ["--device", "gpu"], "'device' is gpu, which is no device: use auto", 1),
     ("steps", ["--cache", "int3"], "'int3' is no number format of a cache", 1),
 ]
 
@@ -454,7 +454,7 @@ FUNCTIONS = {
         "a processor is wanted beside the model",
     ),
     "evaluate on a GPU": (lambda m, p: asrlib.evaluate(m, p, NOISE, device="cuda:99"), "but torch finds"),
-    "evaluate on a word": (lambda m, p: asrlib.evaluate(m, p, NOISE, device="gpu"), "which is none: use auto, cpu"),
+    "evaluate on a word": (lambda m, p: asrlib.evaluate(m, p, NOISE, device="gpu"), "which is no device: use auto"),
     "evaluate in fp64": (lambda m, p: asrlib.evaluate(m, p, NOISE, precision="fp64"), "precision is 'fp64'"),
     "evaluate no batch": (lambda m, p: asrlib.evaluate(m, p, NOISE, batch_seconds=0), "batch_seconds must be"),
     "statistics of a test": (
