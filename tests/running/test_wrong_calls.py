@@ -312,9 +312,9 @@ MEASURED = ["models/whole", "speech", "--calibration", "train", "--splits"]
 COMMANDS = [
     ("stream", ["nowhere.wav", *WHOLE], "nowhere.wav is no file: give a recording", 1),
     ("stream", ["noise.wav", *WHOLE], "noise.wav: audio cannot be decoded", 1),
-    ("stream", [SPEECH, *WHOLE, "--chunk", "0"], "a chunk of 0.0 ms can not be: give more than 0", 1),
+    ("stream", [SPEECH, *WHOLE, "--chunk", "0"], "chunk_ms is 0.0: it must be greater than 0", 1),
     ("stream", [SPEECH, *WHOLE, "--chunk", "soon"], "argument --chunk: invalid float value: 'soon'", 2),
-    ("stream", [SPEECH, *WHOLE, "--lookahead", "-5"], "a lookahead of -5.0 ms can not be: give 0 or more", 1),
+    ("stream", [SPEECH, *WHOLE, "--lookahead", "-5"], "lookahead_ms is -5.0: it must be 0 or more", 1),
     ("stream", [SPEECH, *WHOLE, "--cache", "int3"], "'int3' is no number format of a cache", 1),
     ("stream", [SPEECH, "--model", "models/cut"], "its weights are cut short or damaged", 1),
     ("stream", [SPEECH], "the following arguments are required: --model", 2),
@@ -466,7 +466,7 @@ FUNCTIONS = {
         lambda m, p: asrlib.collect_statistics(m, p, tiny.corpus(1), max_seconds=0.01, device="gpu"),
         "use auto, cpu",
     ),
-    "stream no chunk": (lambda m, p: list(asrlib.stream(m, p, [tone()], 0)), "a chunk of 0 ms can not be"),
+    "stream no chunk": (lambda m, p: list(asrlib.stream(m, p, [tone()], 0)), "chunk_ms is 0: it must be greater"),
     "stream a file name": (lambda m, p: list(asrlib.stream(m, p, "speech.wav")), "pieces of audio are wanted"),
     "stream one array": (lambda m, p: list(asrlib.stream(m, p, tone())), "a piece of audio is float32 []: give floats"),
     "stream integers": (
