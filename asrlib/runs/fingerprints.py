@@ -1,4 +1,4 @@
-"""Fingerprints: what a step depends on, as one number that changes when any of it does."""
+"""Fingerprints: one number for everything that a step depends on, which changes when any of it changes."""
 
 import ast
 import hashlib
@@ -9,7 +9,7 @@ from typing import Any
 
 from asrlib.runs import plain
 
-READ_BYTES = 1 << 20  # a file's content tells whether it changed, where it is no larger: copies and mounts change times
+READ_BYTES = 1 << 20  # up to this size a file's content counts, and not its time, which copies and mounts change
 
 
 def fingerprint(*parts: Any) -> str:
@@ -19,13 +19,13 @@ def fingerprint(*parts: Any) -> str:
 
 
 def files_fingerprint(files: Iterable[Path], folder: Path) -> str:
-    """Fingerprint of what is in `files`, and of what they are called below `folder`; of Python, of what it does."""
+    """The fingerprint of the contents of `files` and their names below `folder`. Comments in Python do not count."""
     digests = {str(path.relative_to(folder)): hashlib.sha256(_substance(path)).hexdigest() for path in files}
     return fingerprint(digests)
 
 
 def _substance(path: Path) -> bytes:
-    """The bytes of a file; of Python its syntax tree, in which comments, docstrings and layout do not count."""
+    """The bytes of a file, or the syntax tree of Python, without comments, docstrings and layout."""
     if path.suffix != ".py":
         return path.read_bytes()
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -37,7 +37,7 @@ def _substance(path: Path) -> bytes:
 
 
 def file_state(root: Path, value: Any) -> list | None:
-    """Names and contents of the file or the folder's files that a parameter points to; of large ones size and time."""
+    """Names and contents of the file, or of the folder's files, that a parameter names; size and time of large ones."""
     if not isinstance(value, str) or not value or len(value) > 255:
         return None
     shipped = root / "asrlib" / "models" / "pretrained" / value
@@ -51,5 +51,7 @@ def file_state(root: Path, value: Any) -> list | None:
 
 
 def _state_of(file: Path) -> tuple:
-    size, time_ns = (stat := file.stat()).st_size, stat.st_mtime_ns
-    return (hashlib.sha256(file.read_bytes()).hexdigest(),) if size <= READ_BYTES else (size, time_ns)
+    stat = file.stat()
+    if stat.st_size <= READ_BYTES:
+        return (hashlib.sha256(file.read_bytes()).hexdigest(),)
+    return stat.st_size, stat.st_mtime_ns
