@@ -1,6 +1,6 @@
-"""The trained baseline, kept in its run while what it was trained by stays: to test it otherwise trains nothing.
+"""The trained baseline, which a run keeps as long as its training stays the same: another test needs no new training.
 
-What is kept is models/baseline itself; training.json in it, written with it, says of what training it came.
+models/baseline is the model, and training.json in it identifies its training.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from asrlib.runs.fingerprints import file_state, files_fingerprint, fingerprint
 
 TESTING = ("run_dir", "eval_splits", "eval_samples", "batch_seconds", "precision")  # parameters that no training reads
 # fmt: off
-TRAINING = (  # those that it may read
+TRAINING = (  # parameters that a training may read
     "model", "revision", "corpus", "architecture", "attention", "hidden_size", "num_layers", "num_heads",
     "new_kv_heads", "new_latent_dim", "query_latent_dim", "feedforward_size", "depthwise_kernel", "causal",
     "largest_chunk", "subsampling_channels", "mel_bins", "frame_shift_ms", "window_seconds", "dropout", "time_masks",
@@ -22,20 +22,20 @@ TRAINING = (  # those that it may read
     "baseline_batch_seconds", "baseline_gradient_checkpointing", "baseline_precision", "device",
     "training_processes", "training_strategy", "accelerate_config", "seed",
 )
-TAKEN = (  # settings of that training that are parameters with baseline_ before their names
+TAKEN = (  # settings of this training whose parameters have the prefix baseline_
     "epochs", "learning_rate", "warmup_ratio", "scheduler", "batch_seconds", "gradient_checkpointing", "precision",
     "patience",
 )
 # fmt: on
-CODE = "\n".join(  # what trains
+CODE = "\n".join(  # imports of the code that trains
     f"import asrlib.{name}"
     for name in ("training.baseline", "training.launching", "training.job", "data.features", "models.scratch")
 )
 
 
 def training_fingerprint(values: Mapping[str, Any], code: str) -> str:
-    """Of a training of the baseline: its parameters among `values`, the files that these name, `code` that asks for
-    it, and what of the library this run's training reaches. Equal fingerprints: training again would make the same."""
+    """The fingerprint of a training of the baseline: its parameters among `values`, the files that these name, the
+    calling `code`, and the library's files that this training uses. Equal fingerprints mean equal trainings."""
     root = project_root()
     package = Path(__file__).parents[1]
     parameters = {name: values[name] for name in TRAINING}
@@ -45,10 +45,9 @@ def training_fingerprint(values: Mapping[str, Any], code: str) -> str:
 
 
 def kept_training(run: Run, training: str | None) -> dict | None:
-    """Metrics of the training with that fingerprint whose model is models/baseline; None where it is another's,
-    or None is asked for."""
-    kept = run.path / "models" / "baseline" / TRAINED
-    facts = read_json(kept) if kept.is_file() else {}
+    """The metrics of models/baseline if it comes from the training with this fingerprint, otherwise None."""
+    path = run.path / "models" / "baseline" / TRAINED
+    facts = read_json(path) if path.is_file() else {}
     return facts["metrics"] if facts and facts["fingerprint"] == training else None
 
 
