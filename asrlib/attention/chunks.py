@@ -1,4 +1,4 @@
-"""Who hears whom: where speech is worked chunk by chunk, and by the masks that transformers makes.
+"""Which frames each frame attends to: in chunks of a stream, and under the masks of transformers.
 
 Shapes: B batch, n queries, T keys.
 """
@@ -10,10 +10,10 @@ import torch
 
 @dataclass(frozen=True)
 class Chunks:
-    """Every `size` frames are one chunk, whose frames attend to the chunk and to `left` frames before it.
+    """Every `size` frames are a chunk. Its frames attend to the chunk and to the `left` frames before it.
 
-    `left` None means all of them. `lookahead` frames behind the chunk are attended to as well; they are worked on for
-    this chunk alone, hearing no further than it does, so that what is heard ahead does not add up over layers (Shi et
+    `left` None means all frames before it. The chunk also attends to `lookahead` frames after it. These are computed
+    for this chunk alone and attend no further than it does, so that the lookahead does not add up over layers (Shi et
     al. 2021, "Emformer", arXiv 2010.10759, 2.3). All are counted in encoder frames.
     """
 
@@ -25,15 +25,15 @@ class Chunks:
         if self.size < 1:
             raise ValueError(f"a chunk of {self.size} frames holds nothing: give 1 or more")
         if self.lookahead < 0 or (self.left is not None and self.left < 0):
-            raise ValueError(f"left ({self.left}) and lookahead ({self.lookahead}) are numbers of frames, 0 or more")
+            raise ValueError(f"left is {self.left} and lookahead {self.lookahead}: both must be 0 frames or more")
 
     @property
     def block(self) -> int:
-        """Frames that are worked on at once."""
+        """Frames that are computed at once."""
         return self.size + self.lookahead
 
     def visible(self, start: int, stop: int, frames: int, device=None) -> torch.Tensor:
-        """bool [n, T]: which of `frames` keys the queries start … stop−1 attend to. A lookahead has no such mask."""
+        """bool [n, T]: which of `frames` keys the queries start … stop−1 attend to, without a lookahead."""
         begin_n1 = (torch.arange(start, stop, device=device) // self.size * self.size)[:, None]
         key_T = torch.arange(frames, device=device)
         visible_nT = key_T < begin_n1 + self.size
@@ -41,7 +41,7 @@ class Chunks:
 
 
 def speech(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """bool [B, T] of a padding mask, given as that or as transformers makes it: [B, 1, T, T], all rows alike."""
+    """bool [B, T]: which frames are speech, by a padding mask [B, T] or transformers' form of it, [B, 1, T, T]."""
     if mask is None or mask.dim() == 2:
         return mask if mask is None else mask.bool()
     row_BT = mask[:, 0, 0]
@@ -49,5 +49,5 @@ def speech(mask: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def heard(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """bool [B, 1, T, T]: who hears whom, of a mask as transformers makes it, for eager attention of 0 and −∞."""
+    """bool [B, 1, T, T]: which keys each query attends to, by a mask of transformers (eager attention: 0 and −∞)."""
     return mask if mask is None or mask.dtype == torch.bool else mask == 0

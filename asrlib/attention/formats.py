@@ -12,7 +12,7 @@ Stored = tuple[torch.Tensor, ...]  # [B, t, ...] each, frames along the second a
 
 
 class Format(ABC):
-    """How numbers [B, t, N] are held, and had back."""
+    """How numbers [B, t, N] are stored and restored."""
 
     @abstractmethod
     def store(self, x_BtN: torch.Tensor) -> Stored: ...
@@ -22,10 +22,10 @@ class Format(ABC):
 
     @abstractmethod
     def frame_bytes(self, numbers: int) -> int:
-        """What one frame of so many numbers takes."""
+        """Bytes of one frame of `numbers` numbers."""
 
     def rounded(self, x_BtN: torch.Tensor) -> torch.Tensor:
-        """What a cache would give back."""
+        """The numbers after a cache has stored and restored them."""
         return self.restore(self.store(x_BtN), x_BtN.shape[-1], x_BtN.dtype)
 
 
@@ -46,8 +46,8 @@ class Floating(Format):
 
 @dataclass(frozen=True)
 class Integers(Format):
-    """Whole numbers of `bits`, two to a byte if four, with a float16 scale a frame: its largest number over the
-    largest integer. Steps are even, so that zero stays zero."""
+    """Integers of `bits` bits (four-bit ones two to a byte), with a float16 scale a frame: the frame's largest number
+    divided by the largest integer. Steps are uniform, so zero stays zero."""
 
     bits: int
 
@@ -57,7 +57,7 @@ class Integers(Format):
 
     def store(self, x_BtN: torch.Tensor) -> Stored:
         largest_Bt1 = x_BtN.abs().amax(-1, keepdim=True).float()
-        scale_Bt1 = (largest_Bt1 / self.largest).clamp(2**-24, torch.finfo(torch.float16).max).half()  # 2⁻²⁴: its least
+        scale_Bt1 = (largest_Bt1 / self.largest).clamp(2**-24, torch.finfo(torch.float16).max).half()  # float16's range
         steps_BtN = (x_BtN / scale_Bt1.to(x_BtN.dtype)).round().clamp(-self.largest, self.largest).to(torch.int8)
         return (steps_BtN if self.bits == 8 else _packed(steps_BtN)), scale_Bt1
 

@@ -1,4 +1,4 @@
-"""The kinds of self-attention, side by side: what each computes, and what it would cache.
+"""The kinds of self-attention, side by side: what each computes, and what it caches.
 
 Equal names mean equal things: `linear_q`, `linear_k`, `linear_v`, `linear_out`, `linear_pos`, `pos_bias_u` and
 `pos_bias_v` are those of transformers' Wav2Vec2ConformerSelfAttention, `latent_kv` is that of its latent twin.
@@ -13,8 +13,8 @@ Equal names mean equal things: `linear_q`, `linear_k`, `linear_v`, `linear_out`,
 
 Shapes: B batch, T frames, D width, H heads, E = d_h = D / H, G key/value heads, R latent width.
 
-That is what attention keeps: the convolutions beside it keep their last frames too, whatever the kind. A new kind is a
-class with `remembered`, `keys_and_values` and `cached_widths`, and one line in `KINDS`.
+The table counts attention alone: beside any kind, convolutions keep their last frames too. A new kind is a class with
+`remembered`, `keys_and_values` and `cached_widths`, and one line in `KINDS`.
 """
 
 from abc import ABC, abstractmethod
@@ -26,14 +26,14 @@ from asrlib.attention.chunks import Chunks, speech
 from asrlib.attention.latent import LatentKV
 from asrlib.attention.relative import relative_attention, sinusoids
 
-KEPT_POSITIONS = 4096  # distances whose projections are kept from call to call: some 40 s at 50 frames a second
+KEPT_POSITIONS = 4096  # distances whose projections stay from call to call: some 40 s at 50 frames a second
 
 
 class RelativeAttention(ABC):
-    """Attention with relative positions over what is remembered of frames: everything but the parameters.
+    """Attention with relative positions, except for the parameters.
 
     A subclass is a module with `linear_q`, `linear_out`, `linear_pos`, `pos_bias_u`, `pos_bias_v`, `num_heads`,
-    `head_size` and `config`. It says what of a frame a stream keeps, and what keys and values are made of that.
+    `head_size` and `config`. It defines what a stream keeps of a frame, and how keys and values come from that.
     """
 
     @abstractmethod
@@ -42,7 +42,7 @@ class RelativeAttention(ABC):
 
     @abstractmethod
     def keys_and_values(self, *remembered: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, G, T, E] each; G = H, or fewer, each serving H / G neighbouring heads."""
+        """[B, G, T, E] each. G is H or less; H / G neighbouring heads share a key and a value."""
 
     def heads(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, heads·E] → [B, heads, T, E]"""
@@ -59,9 +59,10 @@ class RelativeAttention(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Outputs [B, T, D] and, under eager attention, the weights [B, H, T, T].
 
-        Of inputs [B, T, D], which frames are speech [B, T] (all, if None), and the encodings of positions
-        [1, 2T−1, D] of `attention.relative.sinusoids`. `chunks` limits who hears whom. `past`, a memory of
-        `attention.memory`, goes before the inputs; it then knows masks and positions.
+        `hidden_states` [B, T, D] are the inputs, `attention_mask` [B, T] says which frames are speech (None: all), and
+        `relative_position_embeddings` [1, 2T−1, D] come from `attention.relative.sinusoids`. `chunks` limits which
+        frames attend to which. `past`, a memory of `streaming.memory`, goes before the inputs, and then knows masks and
+        positions.
         """
         held = self.remembered(hidden_states)
         if past is None:
@@ -83,15 +84,15 @@ class RelativeAttention(ABC):
         )
         return self.linear_out(output_BHnE.transpose(1, 2).flatten(2)), weights
 
-    def attend(self, query_BHnE: torch.Tensor, held: tuple[torch.Tensor, ...], **how):
-        return relative_attention(query_BHnE, *self.keys_and_values(*held), **how)
+    def attend(self, query_BHnE: torch.Tensor, held: tuple[torch.Tensor, ...], **settings):
+        return relative_attention(query_BHnE, *self.keys_and_values(*held), **settings)
 
     def project_positions(self, embeddings_1PD: torch.Tensor) -> torch.Tensor:
-        """[H, P, E], in evaluation once for as many distances, which are the same whenever they are as many.
+        """[H, P, E]. In evaluation they are computed once for each P: the same P means the same distances.
 
-        Nothing is kept over training: fused optimisers change weights without a trace that could be seen here.
+        Training keeps none: fused optimisers change weights in a way that cannot be noticed here.
         """
-        if torch.compiler.is_compiling():  # what is kept from call to call is no part of a graph
+        if torch.compiler.is_compiling():  # a graph cannot hold what stays from call to call
             return self.heads(self.linear_pos(embeddings_1PD))[0]
         if self.training or torch.is_grad_enabled():
             self.__dict__.pop("_projected", None)
@@ -103,16 +104,16 @@ class RelativeAttention(ABC):
             return kept_HPE
         positions_HPE = self.heads(self.linear_pos(embeddings_1PD))[0]
         if embeddings_1PD.shape[1] <= KEPT_POSITIONS:
-            weight = self.linear_pos.weight.detach()  # held, or another could come to its address
+            weight = self.linear_pos.weight.detach()  # a reference: else another tensor could take its address
             self._projected = (key, weight, positions_HPE)
         return positions_HPE
 
     @torch.no_grad()
     def distances(self, frames: int, ahead: int, most: int = 0) -> torch.Tensor:
-        """[H, P, E]: projected encodings of the distances `frames` − 1 … −`ahead`, and maybe beyond.
+        """[H, P, E]: projected encodings of the distances `frames` − 1 … −`ahead`, and perhaps further ones.
 
-        One table serves all streams of a model, and is made again only for more distances or other weights (which are
-        not noticed where `.data` was written to). It reaches half as far again as needed, but not beyond `most` frames.
+        One table serves all streams of a model. It is made anew only for more distances or other weights (writing to
+        `.data` goes unnoticed). It covers half as many frames again as needed, but no more than `most`.
         """
         weight, key = self.linear_pos.weight, self._weight_of_positions()
         kept_key, _, kept_most, kept_ahead, table_HPE = getattr(self, "_distances", (None, None, 0, 0, None))
@@ -129,7 +130,7 @@ class RelativeAttention(ABC):
 
     @property
     def position_bytes(self) -> int:
-        """Of the table that `distances` keeps."""
+        """Bytes of the table that `distances` keeps."""
         return self._distances[-1].nbytes if hasattr(self, "_distances") else 0
 
     def _weight_of_positions(self) -> tuple:
@@ -139,7 +140,7 @@ class RelativeAttention(ABC):
 
 
 class SelfAttention(RelativeAttention, nn.Module):
-    """Of the encoders of `models.encoder`: the parameters that all kinds have, and the formula of the cache."""
+    """Attention of the encoders of `models.encoder`: the parameters that all kinds share, and the cache's formula."""
 
     position_embeddings_type: str | None = "relative"
 
@@ -156,7 +157,7 @@ class SelfAttention(RelativeAttention, nn.Module):
             SelfAttention.reset_parameters(self)
 
     def reset_parameters(self) -> None:
-        """Of the parameters that are no module's."""
+        """Resets the parameters that belong to no submodule."""
         if self.position_embeddings_type == "relative":
             nn.init.zeros_(self.pos_bias_u)
             nn.init.zeros_(self.pos_bias_v)
@@ -164,16 +165,16 @@ class SelfAttention(RelativeAttention, nn.Module):
     @staticmethod
     @abstractmethod
     def cached_widths(config, layer: int) -> tuple[int, ...]:
-        """Numbers per frame of each tensor that `remembered` gives."""
+        """Numbers per frame of each tensor that `remembered` returns."""
 
     @classmethod
     def cached_numbers(cls, config, layer: int, frames: int) -> int:
-        """What a stream keeps of `frames` frames in one layer."""
+        """Numbers that a stream keeps of `frames` frames in one layer."""
         return sum(cls.cached_widths(config, layer)) * frames
 
 
 class KeyValueMemory(RelativeAttention):
-    """Keys and values are kept as they are, from `linear_k` and `linear_v`."""
+    """A stream keeps keys and values as `linear_k` and `linear_v` return them."""
 
     def remembered(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.linear_k(x_BTD), self.linear_v(x_BTD)
@@ -184,7 +185,7 @@ class KeyValueMemory(RelativeAttention):
 
 
 class MultiHeadAttention(KeyValueMemory, SelfAttention):
-    """Keys and values of each head's own (Vaswani et al. 2017, arXiv 1706.03762)."""
+    """Each head has keys and values of its own (Vaswani et al. 2017, arXiv 1706.03762)."""
 
     def __init__(self, config, layer: int):
         super().__init__(config, layer)
@@ -197,10 +198,11 @@ class MultiHeadAttention(KeyValueMemory, SelfAttention):
 
 
 class LatentMemory(RelativeAttention):
-    """The latent is kept, of a `latent_kv`; keys and values are made of it, or the queries brought to it.
+    """A stream keeps the latent of `latent_kv`.
 
-    `form` is "expanded" (keys and values are made for every frame), "absorbed" (queries and outputs change sides
-    instead, DeepSeek-V2, arXiv 2405.04434, 2.1.2), or "auto": whichever multiplies less. Both give the same.
+    `form` is "expanded" (keys and values are computed from the latents of every frame), "absorbed" (queries and outputs
+    are projected instead: DeepSeek-V2, arXiv 2405.04434, 2.1.2), or "auto", the one with fewer multiplications. Both
+    give the same result.
     """
 
     form = "auto"
@@ -218,29 +220,29 @@ class LatentMemory(RelativeAttention):
     def linear_v(self, x_BTD: torch.Tensor) -> torch.Tensor:
         return self.latent_kv.values(x_BTD)
 
-    def attend(self, query_BHnE: torch.Tensor, held: tuple[torch.Tensor, ...], **how):
+    def attend(self, query_BHnE: torch.Tensor, held: tuple[torch.Tensor, ...], **settings):
         form = self.form
         if form == "auto":
             ranks = self.latent_kv.ranks
             fewer = absorbing_pays(query_BHnE.shape[2], held[0].shape[1], self.num_heads, self.head_size, ranks)
             form = "absorbed" if fewer and not self.training else "expanded"
         if form == "expanded":
-            return super().attend(query_BHnE, held, **how)
+            return super().attend(query_BHnE, held, **settings)
         up_k, up_v = self.latent_kv.up_k, self.latent_kv.up_v
-        # b_k adds the same to all scores of a query, which softmax takes away; b_v passes, as weights add up to one.
+        # b_k adds the same to all scores of a query, and softmax cancels it. b_v is added at the end: weights sum to 1.
         absorbed_HER = up_k.weight.unflatten(0, (self.num_heads, self.head_size))
         latent_BHnR, weights = relative_attention(
-            query_BHnE, held[0][:, None], held[-1][:, None], absorbed_HER=absorbed_HER, **how
+            query_BHnE, held[0][:, None], held[-1][:, None], absorbed_HER=absorbed_HER, **settings
         )
         up_HRE = up_v.weight.unflatten(0, (self.num_heads, self.head_size)).transpose(1, 2)
         return latent_BHnR @ up_HRE + up_v.bias.unflatten(0, (self.num_heads, 1, self.head_size)), weights
 
 
 def absorbing_pays(queries: int, frames: int, heads: int, head_size: int, ranks: tuple[int, int]) -> bool:
-    """Whether bringing queries to the latents takes less time than making keys and values of all frames.
+    """Whether the absorbed form multiplies less than the expanded form.
 
-    By multiplications: expanded D·(R_k + R_v) a frame and 2·D a score, absorbed D·(R_k + R_v) a query and
-    H·(R_k + R_v) a score. `python -m asrlib steps --forms` measures whether that tells.
+    Expanded takes D·(R_k + R_v) multiplications a frame and 2·D a score, absorbed D·(R_k + R_v) a query and
+    H·(R_k + R_v) a score. `python -m asrlib steps --forms` measures how well this predicts the faster form.
     """
     width, both = heads * head_size, sum(ranks)
     absorbed = queries * both * (width + frames * heads)
@@ -250,9 +252,8 @@ def absorbing_pays(queries: int, frames: int, heads: int, head_size: int, ranks:
 class SimpleLatentAttention(LatentMemory, SelfAttention):
     """Keys and values from one cached latent (DeepSeek-V2, arXiv 2405.04434, 2.1.1), joint or split.
 
-    One up-projection [D, R] serves all heads. An up-projection [d_h, R] for each head is the same thing written
-    otherwise: stacked, the H of them are that one matrix, trained to the same values. This is what a converted model
-    has, and what converts back: nothing but keys and values differs from `mha`.
+    One up-projection [D, R] serves all heads. It equals the H up-projections [d_h, R] of single heads, stacked. A
+    converted model has this kind, and it converts back: only keys and values differ from `mha`.
     """
 
     def __init__(self, config, layer: int):
@@ -267,7 +268,7 @@ class SimpleLatentAttention(LatentMemory, SelfAttention):
 
 
 class LatentQuery(nn.Module):
-    """Queries [B, T, D] through a latent [B, T, R_q] of their own (DeepSeek-V2, 2.1.2). It is never cached."""
+    """Queries [B, T, D] from a latent [B, T, R_q] of their own, which is never cached (DeepSeek-V2, 2.1.2)."""
 
     def __init__(self, width: int, latent_dim: int):
         super().__init__()
@@ -280,12 +281,11 @@ class LatentQuery(nn.Module):
 
 
 class LatentAttention(SimpleLatentAttention):
-    """`mla_simple` with queries from a latent too, as DeepSeek-V2 has it, without its rotary part and its RMSNorms.
+    """`mla_simple` with queries from a latent too: DeepSeek-V2's attention without its rotary part and RMSNorms.
 
-    The cache is the same. The latent of the queries saves 2·D·(D/2 − R_q) parameters a layer and as much computation:
-    nothing at the default R_q = D/2, more where D is in the thousands and R_q below that. It ties the heads' queries to
-    R_q directions, which may cost accuracy. DeepSeek's decoupled rotary key is not needed: relative positions enter the
-    score without touching the keys.
+    The cache is the same. The queries' latent saves 2·D·(D/2 − R_q) parameters a layer and as many multiplications a
+    frame: none at the default R_q = D/2. It limits the heads' queries to R_q directions, which may cost accuracy.
+    DeepSeek's decoupled rotary key is not needed: relative positions enter the score without changing the keys.
     """
 
     def __init__(self, config, layer: int):
@@ -294,7 +294,7 @@ class LatentAttention(SimpleLatentAttention):
 
 
 class GroupedQueryAttention(KeyValueMemory, SelfAttention):
-    """G keys and values, each shared by H / G neighbouring heads (Ainslie et al. 2023, arXiv 2305.13245)."""
+    """G keys and values; H / G neighbouring heads share each (Ainslie et al. 2023, arXiv 2305.13245)."""
 
     def __init__(self, config, layer: int):
         super().__init__(config, layer)
@@ -311,9 +311,9 @@ class GroupedQueryAttention(KeyValueMemory, SelfAttention):
 class LinearAttention(KeyValueMemory, SelfAttention):
     """φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j), φ = elu + 1 (Katharopoulos et al. 2020, arXiv 2006.16236, 3.2).
 
-    Time grows with T, and what is kept does not grow at all. Positions do not enter: the sums know no order, and what
-    order there is comes from the convolutions around it. There are no weights to return, and none to drop out. The sums
-    are over all frames; in chunks, over all up to the end of the chunk, as nothing can be taken out of them again.
+    Time grows with T, the cache does not grow. Positions do not enter: the sums have no order, and only the
+    convolutions around them know it. There are no weights to return or drop out. The sums are over all frames; in
+    chunks, over all frames up to the chunk's end, because no frame can be taken out of a sum again.
     """
 
     position_embeddings_type = None
@@ -337,7 +337,7 @@ class LinearAttention(KeyValueMemory, SelfAttention):
         key_BHTE = nn.functional.elu(key_BHTE) + 1
         if attention_mask is not None:
             key_BHTE = key_BHTE.masked_fill(~attention_mask[:, None, :, None], 0)
-        with torch.autocast(query_BHTE.device.type, enabled=False):  # sums over many frames would leave float16's range
+        with torch.autocast(query_BHTE.device.type, enabled=False):  # sums over many frames exceed float16's range
             wide = torch.promote_types(query_BHTE.dtype, torch.float32)
             query_BHTE, key_BHTE, value_BHTE = query_BHTE.to(wide), key_BHTE.to(wide), value_BHTE.to(wide)
             if chunks is not None:
@@ -377,7 +377,7 @@ def _in_chunks(query_BHTE: torch.Tensor, key_BHTE: torch.Tensor, value_BHTE: tor
         nn.functional.pad(x, (0, 0, 0, -frames % size)).unflatten(2, (-1, size))
         for x in (query_BHTE, key_BHTE, value_BHTE)
     )  # [B, H, chunks, size, E]
-    sums = (one.cumsum(2) for one in _sums(key, value))
+    sums = (of_chunks.cumsum(2) for of_chunks in _sums(key, value))
     return _weighted(query, *sums).flatten(2, 3)[:, :, :frames]
 
 

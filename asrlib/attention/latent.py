@@ -1,7 +1,7 @@
 """Keys and values from one small latent: the layer that multi-head latent attention adds.
 
-Shapes: B batch, T frames, D width, R latent width. What a streaming cache would hold per frame is the
-latent alone, R numbers instead of the 2·D of keys and values (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+Shapes: B batch, T frames, D width, R latent width. A streaming cache holds the latent alone: R numbers a frame instead
+of the 2·D of keys and values (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 """
 
 import torch
@@ -12,8 +12,8 @@ from asrlib.attention.widths import check_latent_dim, split_ranks
 
 
 def check_latent_widths(config) -> None:
-    """Raises ValueError unless `config.latent_dim` and `latent_key_dim` (if given) have one possible width for each
-    attention module with a latent: a layer has one, but in an encoder-decoder."""
+    """Raises ValueError unless `config.latent_dim` and `latent_key_dim` (if given) have a possible width for each
+    attention module with a latent. A layer has one such module, except in an encoder-decoder."""
     for name in ("latent_dim", "latent_key_dim") if config.latent_key_dim else ("latent_dim",):
         given, modules = len(getattr(config, name)), latent_count(config)
         if given != modules:
@@ -24,14 +24,13 @@ def check_latent_widths(config) -> None:
 
 
 class LatentKV(nn.Module):
-    """Keys and values [B, T, D] of inputs [B, T, D] through what is cached, a latent [B, T, R].
+    """Keys and values [B, T, D] of inputs [B, T, D], through a latent [B, T, R] that is cached.
 
     joint: one latent serves both, K = up_k(down(x)), V = up_v(down(x)).
     split: two latents, R_k + R_v = R, for keys and values that read different inputs, or need unequal ranks.
-    `key_dim` is R_k; None: halves, as `split_ranks` says.
+    `key_dim` is R_k; None: the half of `split_ranks`.
 
-    The product to compare with the weight it replaces is `up_k.weight @ down.weight`: nn.Linear holds
-    [out, in].
+    `up_k.weight @ down.weight` stands for the key weight that it replaces: nn.Linear holds [out, in].
     """
 
     def __init__(self, width: int, latent_dim: int, layout: str = "joint", key_dim: int | None = None):
@@ -51,11 +50,11 @@ class LatentKV(nn.Module):
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """(R_k, R_v); a joint latent's one rank, twice."""
+        """(R_k, R_v); a joint latent gives its one rank twice."""
         return self.up_k.in_features, self.up_v.in_features
 
     def latents(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What is cached of frames: the joint latent [B, T, R], or [B, T, R_k] and [B, T, R_v]."""
+        """The cached numbers of frames: the joint latent [B, T, R], or [B, T, R_k] and [B, T, R_v]."""
         return (self.down(x_BTD),) if self.layout == "joint" else (self.down_k(x_BTD), self.down_v(x_BTD))
 
     def expand(self, *latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

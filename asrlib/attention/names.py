@@ -1,4 +1,4 @@
-"""What families of models name differently: the parts of an attention module, and where a config tells its sizes."""
+"""What model families name differently: the parts of an attention module, and the place of the sizes in a config."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-NAMES = (  # of the projections of queries, keys, values and of what leaves the module
+NAMES = (  # of the projections of queries, keys, values and outputs
     ("linear_q", "linear_k", "linear_v", "linear_out"),  # wav2vec2-conformer, wav2vec2-bert, and our own encoders
     ("q_proj", "k_proj", "v_proj", "out_proj"),  # wav2vec2, hubert, whisper
     ("q_proj", "k_proj", "v_proj", "o_proj"),  # parakeet, nemotron
@@ -15,18 +15,18 @@ NAMES = (  # of the projections of queries, keys, values and of what leaves the 
 
 @dataclass(frozen=True)
 class Projections:
-    """Of one attention module; each takes and gives [..., D]."""
+    """The projections of one attention module; each maps [..., D] to [..., D]."""
 
     query: nn.Module
-    key: Callable[[torch.Tensor], torch.Tensor]  # nn.Linear; of a latent module a method
+    key: Callable[[torch.Tensor], torch.Tensor]  # an nn.Linear, or a latent module's method
     value: Callable[[torch.Tensor], torch.Tensor]
     output: nn.Module
-    query_bias_HE: torch.Tensor | None  # u, which relative positions add to the queries that keys are compared with
+    query_bias_HE: torch.Tensor | None  # u, which relative positions add to queries before they meet keys
     heads: int
 
 
 def projections(attention: nn.Module) -> Projections:
-    """Raises TypeError where `attention` names them in no way that is known."""
+    """Raises TypeError where `attention` has none of the known names."""
     for names in NAMES:
         if all(hasattr(attention, name) for name in names):
             bias_HE = getattr(attention, "pos_bias_u", getattr(attention, "bias_u", None))
@@ -37,22 +37,22 @@ def projections(attention: nn.Module) -> Projections:
 
 
 def is_rotary(attention: nn.Module) -> bool:
-    """Whether keys and values read different inputs, as positions turn what queries and keys read."""
+    """Whether positions rotate the inputs of queries and keys, so that keys and values read different inputs."""
     return getattr(attention, "position_embeddings_type", None) == "rotary"
 
 
 def call_arguments(args: tuple, arguments: dict) -> dict:
-    """Of a call of an attention module, by name: some families give it the inputs by place."""
+    """The arguments of an attention module's call by name: some families pass the inputs by position."""
     return {"hidden_states": args[0], **arguments} if args else arguments
 
 
 def attends_across(config) -> bool:
-    """Whether there is a decoder that attends to the encoder's frames: Whisper's does, a transducer's does not."""
+    """Whether a decoder attends to the encoder's frames: Whisper's does, a transducer's does not."""
     return hasattr(config, "decoder_attention_heads")
 
 
 def latent_count(config) -> int:
-    """How many attention modules have a latent in a model of such a config, which says so where not all layers do."""
+    """How many attention modules have a latent: as many as `config` says, or one in each layer."""
     return getattr(config, "latent_count", encoder_config(config).num_hidden_layers)
 
 

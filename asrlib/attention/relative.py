@@ -1,4 +1,4 @@
-"""Attention with relative positions, in blocks of queries: without gradients, memory grows with T, not with T².
+"""Attention with relative positions, in blocks of queries. Without gradients, memory grows with T, not with T².
 
     score(i, j) = ((q_i + u)·k_j + (q_i + v)·p_{i−j}) / √d_h        (Transformer-XL, arXiv 1901.02860, 3.3)
 
@@ -12,15 +12,14 @@ from torch import nn
 
 from asrlib.attention.chunks import Chunks
 
-BLOCK_SCORES = 1 << 18  # of a head at once: some 1 MB in float32, which processor caches hold
+BLOCK_SCORES = 1 << 18  # of a head at once: 1 MB in float32, which fits a processor's cache
 SMALLEST_BLOCK = 64  # queries
 
 
 def sinusoids(frames: int, width: int, device=None, dtype=None, ahead: int | None = None) -> torch.Tensor:
-    """Encodings of the distances T−1 … −`ahead` between frames, in this order: [1, P, D], and of −(T−1) at last
-    where `ahead` is not given, P = 2T−1.
+    """Encodings [1, P, D] of the distances T−1 … −`ahead` between frames, in this order; `ahead` is T−1 by default.
 
-    sin(distance · ω_m) and cos(distance · ω_m) take turns, with ω_m = 10000^(−2m/D) (arXiv 1706.03762, 3.5).
+    sin(distance · ω_m) and cos(distance · ω_m) alternate, with ω_m = 10000^(−2m/D) (arXiv 1706.03762, 3.5).
     """
     last = frames - 1 if ahead is None else ahead
     distances = torch.arange(frames - 1, -last - 1, -1, dtype=torch.float32, device=device)
@@ -36,16 +35,16 @@ def queries_per_block(frames: int) -> int:
 def position_scores(query_BHnE: torch.Tensor, positions_HPE: torch.Tensor, start: int, frames: int) -> torch.Tensor:
     """(q_i + v)·p_{i−j} for the queries i = start … start+n−1 and all keys j: [B, H, n, T].
 
-    `positions_HPE` holds the projected encodings of distances, T−1 first, as many as these queries need. Row r of the
-    block begins at column n−1−r of q·pᵀ: read with rows one shorter, the matrix is aligned, and nothing is copied.
+    `positions_HPE` holds the projected encodings of all distances that these queries need, T−1 first. Row r of the
+    block begins at column n−1−r of q·pᵀ: a view with rows one shorter aligns the matrix without a copy.
     """
     rows = query_BHnE.shape[2]
     near_HPE = positions_HPE[:, frames - start - rows : 2 * frames - 1 - start]
     length = frames + rows - 2
-    if torch.compiler.is_exporting():  # a graph serves one row too: with a distance more, rows one shorter lack no key
+    if torch.compiler.is_exporting():  # a graph must serve one row too: one more distance keeps the view long enough
         near_HPE, length = nn.functional.pad(near_HPE, (0, 0, 0, 1)), length + 1
     scores_BHnP = query_BHnE @ near_HPE.transpose(1, 2)
-    if length < frames:  # one row: aligned as it is
+    if length < frames:  # one row is aligned already
         return scores_BHnP
     shifted = scores_BHnP.flatten(2)[..., rows - 1 : rows - 1 + rows * length]
     return shifted.unflatten(2, (rows, length))[..., :frames]
@@ -67,17 +66,17 @@ def relative_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(output [B, H, n, E], weights [B, H, n, T] where asked for).
 
-    The queries are those of the frames start … start+n−1 of the T = start+n, or more, that keys and values are given
-    of; G of these serve H / G neighbouring heads each. `positions_HPE` are the projected encodings of the distances
-    from T−1 on. `kept_BT` says which frames are speech, `chunks` which of them a query may hear: it attends to no
-    others; of shape [B, n, T], `kept_BT` says both. `dropout` is applied to the weights.
+    Keys and values are those of T frames, and the queries those of the frames start … start+n−1 among them. Each of the
+    G keys and values serves H / G neighbouring heads. `positions_HPE` are the projected encodings of the distances from
+    T−1 on. `kept_BT` says which frames are speech, and `chunks` which frames a query may attend to; `kept_BT` of shape
+    [B, n, T] says both. `dropout` is applied to the weights.
 
-    With `absorbed_HER`, keys are latents of width R, which a head's queries are brought to instead of bringing the
-    latents to the head; values may have any width, which the output has then (DeepSeek-V2, arXiv 2405.04434, 2.1.2).
+    With `absorbed_HER`, keys are latents of width R, and the queries of each head are projected to that width. Values
+    may then have any width, and the output has the same (DeepSeek-V2, arXiv 2405.04434, 2.1.2).
     """
     frames, groups, scale = key_BGTE.shape[2], key_BGTE.shape[1], query_BHnE.shape[3] ** -0.5
     queries = query_BHnE.shape[2]
-    # A graph is of any length, and has no loop: there all queries are one block.
+    # An exported graph serves any length and has no loop: all queries are one block.
     rows = queries if torch.compiler.is_exporting() else queries_per_block(frames)
     outputs, weights = [], []
     for first in [0] if torch.compiler.is_exporting() else range(0, queries, rows):
@@ -107,7 +106,7 @@ def relative_attention(
 
 
 def _by_group(x_BHnN: torch.Tensor, groups: int) -> torch.Tensor:
-    """[B, H, n, N] → [B, G, H / G · n, N]: what heads share is read once for all of them."""
+    """[B, H, n, N] → [B, G, H / G · n, N]: the heads of a group read their shared keys and values once."""
     return x_BHnN.unflatten(1, (groups, -1)).flatten(2, 3)
 
 
@@ -116,5 +115,5 @@ def _by_head(x_BGmN: torch.Tensor, queries: int) -> torch.Tensor:
 
 
 def _only(scores_BHnT: torch.Tensor, heard: torch.Tensor) -> torch.Tensor:
-    # Not −∞, with which an utterance without a single frame would be no number.
+    # Not −∞: an utterance without a frame would become NaN.
     return scores_BHnT.masked_fill(~heard, torch.finfo(scores_BHnT.dtype).min)

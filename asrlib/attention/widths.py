@@ -1,4 +1,4 @@
-"""How wide a latent may be. Light: a run is refused before torch is imported."""
+"""The widths that a latent may have. Imports no torch, so that a wrong width is refused at once."""
 
 LAYOUTS = ("joint", "split")
 
@@ -21,8 +21,8 @@ def check_latent_dim(latent_dim: int, width: int, layout: str, key_dim: int | No
         return
     if layout == "joint":
         raise ValueError(
-            f"latent_key_dim is {key_dim}, but all of a joint latent is the keys' and the values': leave it out, or "
-            "use layout: split"
+            f"latent_key_dim is {key_dim}, but keys and values share all of a joint latent: leave it out, or use "
+            "layout: split"
         )
     fewest, most = max(1, latent_dim - width), min(width, latent_dim - 1)
     if not fewest <= key_dim <= most:
@@ -33,5 +33,5 @@ def check_latent_dim(latent_dim: int, width: int, layout: str, key_dim: int | No
 
 
 def split_ranks(latent_dim: int) -> tuple[int, int]:
-    """(rank for keys, rank for values) of a split latent that nobody divided: an odd number is the value's."""
+    """(rank for keys, rank for values) of a split latent in halves; of an odd width, the values get one more."""
     return latent_dim // 2, latent_dim - latent_dim // 2

@@ -1,16 +1,16 @@
-"""Factors that are right where attention looks.
+"""Factors that are most exact where attention looks.
 
-Softmax turns errors δs_ij of the scores into errors a_ij (δs_ij − Σ_k a_ik δs_ik) of the weights: a frame's error
-counts as much as the frame is attended to, and what all frames share not at all. Errors of values are averaged by
-attention before anything sees them. With x̄_i = Σ_j a_ij x_j, what query i makes of the inputs, `attended` minimises
+Softmax turns errors δs_ij of the scores into errors a_ij (δs_ij − Σ_k a_ik δs_ik) of the weights: attention to a frame
+weighs the frame's error, and an error that all frames share does not count. Attention averages the errors of values
+before anything reads them. With x̄_i = Σ_j a_ij x_j, the mean input that query i attends to, `attended` minimises
 
     keys      Σ_h E_i Σ_j a_ij ‖Q_h^½ ΔW_k,h (x_j − x̄_i)‖²,      so x counts by S = E_i Cov_{a_i}(x), mean over heads,
     values    Σ_h E_i ‖W_o,h ΔW_v,h (x̄_ih − E x̄_ih)‖²,           so x counts by C_h = Cov_i(x̄_ih),
 
-divided by what they are with ΔW = W and summed, the values' by `balance`² (Q_h, W_o,h: see factorize.py). Given down,
-the best up is a regression, up_k = W_k S downᵀ (down S downᵀ)⁻¹ and so for each head of up_v with its C_h, and what
-error is left is a function of down alone (variable projection, Golub and Pereyra 1973): L-BFGS descends from the
-directions of `two_sided` to a minimum, a local one. Names: D width, R latent width, H heads, d_h = D / H. All float64.
+each divided by its value at ΔW = W, then summed, with weight `balance`² on the values (Q_h, W_o,h: see factorize.py).
+Given down, the best up is a regression: up_k = W_k S downᵀ (down S downᵀ)⁻¹, and for each head of up_v the same with
+its C_h. The remaining error is a function of down alone (variable projection, Golub and Pereyra 1973). L-BFGS descends
+from the directions of `two_sided` to a local minimum. Names: D width, R latent width, H heads, d_h = D / H; all float64
 """
 
 from collections.abc import Iterator
@@ -27,18 +27,19 @@ from asrlib.conversion.factorize import (
     LayerWeights,
     Moments,
     Target,
-    decompose_layer,
+    decompose_objective,
     output_metric,
     symmetric_root,
+    two_sided,
 )
 
 ITERATIONS = 40  # of L-BFGS
-SMALL = 512  # narrower matrices than this are multiplied sooner than threads are woken, most of all on a busy machine
+SMALL = 512  # below this width, one thread multiplies faster than several, above all on a busy machine
 
 
 @dataclass(frozen=True)
 class Term:
-    """One error to keep low: E‖F (W x − up·down x)‖² for x of covariance S; what `down` explains of it decides."""
+    """One error to keep low: E‖F (W x − up·down x)‖² for x of covariance S."""
 
     covariance: torch.Tensor  # S [D, D]
     pull: torch.Tensor  # S Wᵀ Fᵀ [D, n]
@@ -52,7 +53,7 @@ class Term:
 
 @dataclass(frozen=True)
 class AttendedDecomposition:
-    """Stands where a `Decomposition` does; a cut at another width is another search."""
+    """Stands in for a `Decomposition`; each width is a search of its own."""
 
     start: Decomposition  # two_sided
     weights: LayerWeights
@@ -107,15 +108,16 @@ class AttendedDecomposition:
 def decompose_attended(
     weights: LayerWeights, layout: str, moments: Moments, balance: float = 1.0
 ) -> AttendedDecomposition:
-    """See `factorize.decompose_layer`. Raises ValueError where the statistics were taken without attention."""
-    start = decompose_layer(weights, layout, "two_sided", moments, balance)
+    """See `layers.decompose_layer`. Raises ValueError where the statistics were taken without attention."""
     if moments.attended_key is None:
         raise ValueError("method 'attended' needs statistics of attention: collect_statistics(..., attention=True)")
+    start = decompose_objective(two_sided(weights, moments), layout, balance)
     return AttendedDecomposition(start, weights, moments, balance)
 
 
 def search(down: torch.Tensor, terms: list[Term], covariance: torch.Tensor) -> torch.Tensor:
-    """The down [R, D] that explains most, from a first guess, in coordinates in which `covariance` is the identity."""
+    """The `down` [R, D] with the least error, found from a first guess in coordinates that make `covariance` the
+    identity."""
     root = symmetric_root(covariance)
     inverse = torch.linalg.inv(root)
     terms = [Term(inverse @ t.covariance @ inverse, inverse @ t.pull, t.weight) for t in terms]
@@ -145,7 +147,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _term(weight: torch.Tensor, metric: torch.Tensor, moments: InputMoments) -> Term:
-    """Of a weight [n·d_h, D] and its heads' metrics [n, d_h, d_h]."""
+    """The term of a weight [n·d_h, D] and its heads' metrics [n, d_h, d_h]."""
     values, vectors = torch.linalg.eigh(metric)
     half = vectors * values.clamp(min=0).sqrt()[:, None]  # metric = half halfᵀ
     seen = torch.einsum("hij,hid->hjd", half, weight.unflatten(0, (len(metric), -1))).flatten(0, 1)
@@ -153,14 +155,14 @@ def _term(weight: torch.Tensor, metric: torch.Tensor, moments: InputMoments) -> 
 
 
 def _shared(terms: list[Term], weight: float) -> list[Term]:
-    """The terms weighed so that all there is to explain is `weight`."""
+    """The terms, scaled so that their errors without a latent sum to `weight`."""
     total = sum((term.pull * torch.linalg.solve(term.covariance, term.pull)).sum() for term in terms)
     scale = weight / max(total.item(), torch.finfo(torch.float64).tiny)
     return [Term(term.covariance, term.pull, scale) for term in terms]
 
 
 def _regressed(target: Target, moments: InputMoments, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(up [n, R], bias [n]) that reproduce `target` from the latent best."""
+    """(up [n, R], bias [n]) that best reproduce `target` from the latent."""
     seen = down @ moments.covariance  # [R, D]
     up = torch.linalg.solve(seen @ down.T, seen @ target.weight.T).T
     return up, target.bias - up @ (down @ target.mean)

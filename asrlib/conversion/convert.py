@@ -1,4 +1,4 @@
-"""MHA → MLA and back, on any model family. The given model is left as it is."""
+"""MHA → MLA and back, on any model family. The given model stays unchanged."""
 
 import copy
 from collections.abc import Sequence
@@ -13,7 +13,8 @@ from asrlib.attention.kinds import LatentQuery
 from asrlib.attention.latent import LatentKV
 from asrlib.attention.names import NAMES, encoder_config, projections
 from asrlib.attention.widths import check_latent_dim
-from asrlib.conversion.factorize import Decomposition, Factors, LayerWeights, decompose_layer, decompose_shared
+from asrlib.conversion.factorize import Decomposition, Factors, LayerWeights
+from asrlib.conversion.layers import decompose_layer, decompose_shared
 from asrlib.conversion.methods import METHODS, check_method, latent_methods, sharing_methods
 from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity, smallest_rank
 from asrlib.conversion.sequential import check_one_stack, convert_in_sequence
@@ -24,17 +25,17 @@ from asrlib.models.loading import check_loaded
 from asrlib.models.registry import attention_modules, chosen_parts, family_of, is_latent, latent_modules
 
 Candidates = tuple[Decomposition, ...]  # of one layer
-BALANCES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the values' error against the keys', from which a layer chooses
+BALANCES = (0.25, 0.5, 1.0, 2.0, 4.0)  # weights of the values' error against the keys'; each layer chooses one
 
 
 def latent_dim_for(cache_cut: float, hidden_size: int) -> int:
     """The widest latent that cuts the cache by at least `cache_cut` (0.75: to a quarter of 2·D numbers).
 
-    Raises ValueError where not even one number per frame would be left.
+    Raises ValueError where less than one number per frame would be left.
     """
     if not 0 < cache_cut < 1:
         raise ValueError(f"cache_cut is {cache_cut}: it must lie between 0 and 1 (0.75 keeps a quarter)")
-    # Rounded first: (1 − 0.9) · 20 is 1.9999999999999996, and 2 numbers are meant.
+    # Rounded first: (1 − 0.9) · 20 is 1.9999999999999996, but means 2.
     latent_dim = int(round((1 - cache_cut) * 2 * hidden_size, 6))
     if latent_dim < 1:
         raise ValueError(
@@ -55,9 +56,9 @@ def decompose(
     """The decompositions of every layer's key and value projections, first layer first. `parts`, `shared`: see
     `convert`.
 
-    Computed once, they can be cut at many widths (`convert(..., decomposition=...)`). A layer has one, except for a
-    balanced method and a joint latent: there the keys' error can be weighed against the values' in several ways, and
-    `convert` takes what is best at its width. Raises ValueError where the layout or the method is impossible.
+    Computed once, they can be cut at many widths (`convert(..., decomposition=...)`). A layer has one decomposition,
+    except for a balanced method with a joint latent: then it has one for each of BALANCES, and `convert` takes the best
+    at its width. Raises ValueError where the layout or the method is impossible.
     """
     _check_convertible(model, layout, method)
     parts = chosen_parts(model.config, parts)
@@ -66,12 +67,12 @@ def decompose(
     alone = len(modules) - (len(attention_modules(model, ["cross"])) if shared else 0)  # cross is the last of the parts
     pairs = list(zip(modules[:alone], of_modules[:alone], strict=True))
     progress = tqdm(pairs, desc="decomposing", unit="layer", leave=False)
-    found = [_candidates(*pair, layout, method) for pair in progress]
+    candidates = [_candidates(*pair, layout, method) for pair in progress]
     if shared:
         weights = [LayerWeights.of(module) for module in modules[alone:]]
         moments = [of_module and of_module.moments() for of_module in of_modules[alone:]]
-        found += [(one,) for one in decompose_shared(weights, method, moments)]
-    return found
+        candidates += [(decomposition,) for decomposition in decompose_shared(weights, method, moments)]
+    return candidates
 
 
 def _by_module(statistics: Statistics | None, parts: Sequence[str], modules: int) -> list[LayerStatistics | None]:
@@ -89,8 +90,8 @@ def _check_convertible(model: PreTrainedModel, layout: str, method: str) -> None
     check_loaded(model)
     if is_latent(model.config):
         raise ValueError(
-            f"the model is latent already ({model.config.model_type}): convert the one it came from, or what "
-            "to_standard_attention makes of it"
+            f"the model is latent already ({model.config.model_type}): convert the model it came from, or apply "
+            "to_standard_attention first"
         )
     check_method(method, latent_methods())
     family_of(model.config).check_layout(model.config, layout)
@@ -112,20 +113,22 @@ def convert(
     parts: Sequence[str] | None = None,
     shared: bool = False,
 ) -> PreTrainedModel:
-    """The latent twin of `model`, on the CPU, in evaluation mode; `model` ends where it was.
+    """The latent twin of `model`, on the CPU, in evaluation mode; `model` ends on the device where it was.
 
-    `latent_dim` is the width of what is cached per frame and layer, one number or one a layer; `cache_cut`
-    gives a share to save instead. `ranks` says how that budget is spent over layers (uniform, energy, sensitivity: see
-    ranks.py), in multiples of `rank_multiple`; but for uniform, keys and values of a split latent get ranks apart.
-    A joint latent as wide as the model is exact, and so is a split one of twice that width. `statistics` (of
-    `collect_statistics`) are what the methods `whitened` and `two_sided` weigh errors by; what each method minimises
-    stands in factorize.py. `sequential` fits each layer to what reaches it through those already converted, and
+    `latent_dim` is the number of cached values per frame and layer: one number, or one a layer. `cache_cut` gives the
+    share to save instead. `ranks` says how this budget is spent over layers (uniform, energy, sensitivity: see
+    ranks.py), in multiples of `rank_multiple`. Except for uniform, keys and values of a split latent get separate
+    ranks. A joint latent as wide as the model is exact, and so is a split one of twice that width.
+
+    `method` says what to minimise (see methods.py and factorize.py), with `statistics` of `collect_statistics` where it
+    needs them. `sequential` fits each layer to the input that arrives through the layers already converted, and
     `reestimate_batch_norm` corrects the moments of BatchNorm likewise: see sequential.py. `decomposition` and
-    `sensitivities` (of `decompose` and `measure_sensitivity`) are computed where they are needed and not given. `parts`
-    of an encoder-decoder's attention to convert, of encoder, decoder and cross: without it those that keep something,
-    decoder and cross. Of these each module counts as a layer, in this order. `shared`: cross-attention of all layers
-    gets one latent, whose directions serve all their keys and values, and one copy of it is kept; as wide as the model
-    it is exact. Raises ValueError where the width, the layout, the method or a part is impossible.
+    `sensitivities` (of `decompose` and `measure_sensitivity`) are computed if they are needed and not given.
+
+    `parts` are those of an encoder-decoder's attention to convert: encoder, decoder, cross. The default is the two that
+    keep a cache, decoder and cross. Each of their modules counts as a layer, in this order. With `shared`, one latent
+    serves cross-attention of all layers, and one copy of it is cached; as wide as the model it is exact.
+    Raises ValueError where the width, the layout, the method or a part is impossible.
     """
     _check_convertible(model, layout, method)
     parts = chosen_parts(model.config, parts)
@@ -138,7 +141,7 @@ def convert(
         raise ValueError(f"method {method!r} looks at weights alone: sequential has nothing to change, leave it out")
     family, width = family_of(model.config), encoder_config(model.config).hidden_size
     of_modules = _by_module(statistics, parts, len(modules))
-    if decomposition and any(one.layout != layout for candidates in decomposition for one in candidates):
+    if decomposition and any(candidate.layout != layout for layer in decomposition for candidate in layer):
         raise ValueError(f"layout is {layout}, but the decomposition was made for the other one: decompose again")
     if ranks not in RANKS:
         raise ValueError(f"ranks is {ranks!r}: choose one of {', '.join(RANKS)}")
@@ -146,14 +149,14 @@ def convert(
         _check_shared(parts, layout, method, ranks, cache_cut)
         decomposition = decompose(model, layout, method, statistics, parts, shared)
     widths = _one_a_layer(latent_dim, cache_cut, width, len(modules))
-    for one in widths:
-        check_latent_dim(one, width, layout)
+    for latent_width in widths:
+        check_latent_dim(latent_width, width, layout)
     if decomposition and statistics is None and any(len(candidates) > 1 for candidates in decomposition):
         raise ValueError("this decomposition leaves a choice, and no statistics were given to choose by: give both")
     with on_cpu(model):
         if ranks == "uniform":
             smallest_rank(min(widths), [2 * width], rank_multiple)  # refuses what would be rounded down to nothing
-            widths, key_widths = [one // rank_multiple * rank_multiple for one in widths], []
+            widths, key_widths = [w // rank_multiple * rank_multiple for w in widths], []
         else:
             decomposition = decomposition or decompose(model, layout, method, statistics, parts)
             widths, key_widths = _spend(
@@ -193,7 +196,7 @@ def convert(
 
 
 def _check_shared(parts: list[str], layout: str, method: str, ranks: str, cache_cut: float | None) -> None:
-    """Raises ValueError where the words of `convert` do not go with a latent that layers share."""
+    """Raises ValueError where the settings of `convert` do not fit a latent that layers share."""
     check_shared(parts, layout)
     if not METHODS[method].shares_latents:
         raise ValueError(f"method {method!r} fits the latent of one layer: shared takes {', '.join(sharing_methods())}")
@@ -202,7 +205,7 @@ def _check_shared(parts: list[str], layout: str, method: str, ranks: str, cache_
 
 
 def _twin(kind: type[PreTrainedModel], config: PreTrainedConfig, model: PreTrainedModel) -> PreTrainedModel:
-    """Random weights; what is no part of a config's dict is as in `model`."""
+    """A model of `kind` with random weights. What a config's dict does not hold is taken from `model`."""
     twin = kind(config).to(model.dtype)
     twin.set_attn_implementation(model.config._attn_implementation)
     if model.can_generate():
@@ -213,7 +216,7 @@ def _twin(kind: type[PreTrainedModel], config: PreTrainedConfig, model: PreTrain
 def _spend(
     model, widths, layout, ranks, multiple, statistics, decomposition, sensitivities, parts
 ) -> tuple[list[int], list[int]]:
-    """(latent widths, how much of each is the keys': none if joint), one a layer, within the sum of `widths`.
+    """(latent widths, the keys' part of each, empty if joint), one a layer, within the sum of `widths`.
 
     See ranks.py. Its groups are a joint latent's layers, or a split latent's keys and values, layer by layer.
     """
@@ -237,7 +240,7 @@ def _spend(
 
 
 def exact_latent_dim(config, layout: str) -> int:
-    """The width from which on a latent loses nothing."""
+    """The smallest width at which a latent loses nothing."""
     width = encoder_config(config).hidden_size
     return width if layout == "joint" else 2 * width
 
@@ -250,11 +253,11 @@ def measure_sensitivity(
     decomposition: list[Candidates],
     parts: Sequence[str] | None = None,
 ) -> list[dict[int, float]]:
-    """For every group of ranks.py, {rank: KL divergence per frame of the CTC output when that group alone is cut}; of
-    an encoder-decoder per token, each said after the right ones, of a transducer per frame and number of labels.
-    `parts`: see `convert`.
+    """For every group of ranks.py, {rank: KL divergence of the output when this group alone is cut}.
 
-    Joint: one group a layer; split: two, keys and values, layer by layer.
+    It is per frame for CTC, per token for an encoder-decoder (given the right tokens before it), and per frame and
+    number of labels for a transducer. A joint latent has one group a layer; a split latent has two, keys and values,
+    layer by layer. `parts`: see `convert`.
     """
     width = encoder_config(model.config).hidden_size
     exact = exact_latent_dim(model.config, layout)
@@ -287,7 +290,7 @@ def measure_sensitivity(
 
 
 def _widened(cut: Factors, width: int) -> Factors:
-    """The same factors with zeros, for a latent that has `width` numbers for keys and as many for values."""
+    """The same factors padded with zeros to a latent of `width` numbers for keys and `width` for values."""
     pad = torch.nn.functional.pad
     missing_k, missing_v = width - len(cut.down_k), width - len(cut.down_v)
     return Factors(
@@ -320,8 +323,8 @@ def to_standard_attention(latent: PreTrainedModel) -> PreTrainedModel:
                 our.value.bias.copy_(factors.value_bias)
             elif factors.value_bias.any():
                 raise ValueError(
-                    f"{latent.config.model_type} with values that have a bias has no counterpart, as its standard "
-                    "attention has none (attention_bias: false): keep the latent model"
+                    f"this {latent.config.model_type} has values with a bias, but its standard attention has none "
+                    "(attention_bias: false): keep the latent model"
                 )
             if isinstance(query, LatentQuery):
                 our.query.weight.copy_(query.up.weight.double() @ query.down.weight.double())
@@ -353,7 +356,8 @@ def _one_a_layer(latent_dim, cache_cut: float | None, width: int, layers: int) -
 
 
 def _check_replaced(latent_keys: list[str], standard_keys: list[str]) -> None:
-    """Only keys, values and latent queries may differ between the two state dicts: nothing stays at a random start."""
+    """Raises ValueError unless the two state dicts differ in keys, values and latent queries alone: any other
+    difference would leave random weights."""
     replaced = [f".{name}." for _, key, value, _ in NAMES for name in (key, value)]
     if any(".linear_q.down." in key for key in latent_keys):
         replaced.append(".linear_q.")
@@ -365,12 +369,12 @@ def _check_replaced(latent_keys: list[str], standard_keys: list[str]) -> None:
 
 @torch.no_grad()
 def _fill_best(attention, candidates: Candidates, statistics: LayerStatistics | None) -> None:
-    """Gives `attention` the candidate that serves its output on calibration speech best."""
-    factors = [one.cut(*attention.latent_kv.ranks) for one in candidates]
+    """Gives `attention` the candidate whose output on calibration speech has the smallest error."""
+    factors = [candidate.cut(*attention.latent_kv.ranks) for candidate in candidates]
     if len(candidates) > 1:
         errors = []
-        for one in factors:
-            _fill(attention.latent_kv, one)
+        for candidate in factors:
+            _fill(attention.latent_kv, candidate)
             errors.append(statistics.sample.error(attention))
         factors = [factors[errors.index(min(errors))]]
     _fill(attention.latent_kv, factors[0])
@@ -385,6 +389,6 @@ def _fill(layer: LatentKV, factors: Factors) -> None:
         layer.down_v.weight.copy_(factors.down_v)
     layer.up_k.weight.copy_(factors.up_k)
     layer.up_v.weight.copy_(factors.up_v)
-    # Softmax cancels b_k, which shifts all scores of a row alike; it is kept so that keys stay comparable.
+    # Softmax cancels b_k, which shifts all scores of a row alike. It stays so that keys remain comparable.
     layer.up_k.bias.copy_(factors.key_bias)
     layer.up_v.bias.copy_(factors.value_bias)

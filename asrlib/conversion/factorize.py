@@ -3,24 +3,24 @@
 Names: D width, R latent width, H heads, d_h = D / H. Weights are [out, in] as nn.Linear holds them, so a factorisation
 of a weight W [D, D] is W ≈ up @ down with down [R, D] and up [D, R]; the other order is another matrix.
 
-All methods are one: choose R directions of the *input*, project on them, leave the weights as they are. With a square
-root S of what the input is taken to be distributed like (the identity, or the covariance Σ of calibration speech), and
-a metric A_h per head on what comes out,
+All methods do the same: they choose R directions of the *input*, project on them, and keep the weights. Let S be a
+square root of the assumed covariance of the input (the identity, or Σ of calibration speech), and A_h a metric on the
+output of each head. Then
 
     G = S (Σ_h W_hᵀ A_h W_h) S = U diag(λ) Uᵀ,      down = U_Rᵀ S⁻¹,      up = W S U_R,
 
 minimises E‖A^½ (W − up·down)(x − μ)‖² over all factors of rank R (Eckart and Young 1936, applied to A^½ W S). The bias
-that goes with it, b + (W − up·down) μ, takes the mean error out. Behind layers that are converted already, what is read
-is no longer x but x̂: there W stands for its regression on x̂ (`Target.of`) and Σ for the covariance of x̂, which makes it
-the reduced-rank regression of W x on x̂ (Izenman 1975).
+b + (W − up·down) μ removes the mean error. Behind layers that are converted already, the input is x̂ instead of x: W
+then stands for its regression on x̂ (`Target.of`) and Σ for the covariance of x̂, so that the result is the reduced-rank
+regression of W x on x̂ (Izenman 1975).
 
     method      S       A for keys                    A for values             minimises the error of
     svd         I       I                             I                        the weights
     whitened    Σ^½     I                             I                        keys and values
     two_sided   Σ^½     Q_h = E[(q_h+u)(q_h+u)ᵀ]      W_o,hᵀ W_o,h             scores, and what leaves the layer
 
-Scores need no care for the mean: softmax cancels what shifts a row alike. In a joint latent the two G are summed, each
-divided by its trace (and `balance`² times the values'), so that neither takes all of the latent by its scale.
+Scores do not depend on the mean: softmax cancels what shifts all scores of a query alike. In a joint latent the two G
+are summed, each divided by its trace (the values' times `balance`²), so that scale does not give either all of it.
 """
 
 from dataclasses import dataclass
@@ -28,12 +28,11 @@ from dataclasses import dataclass
 import torch
 
 from asrlib.attention.names import projections
-from asrlib.conversion.methods import Method, check_method, latent_methods, sharing_methods
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """What one attention layer brings: weights [D, D] and biases [D] of nn.Linear, and its heads."""
+    """Weights [D, D] and biases [D] of one attention layer, and its number of heads."""
 
     key: torch.Tensor
     value: torch.Tensor
@@ -44,22 +43,22 @@ class LayerWeights:
 
     @classmethod
     def of(cls, attention: torch.nn.Module) -> "LayerWeights":
-        """Of a module with keys and values of its own, float64, on the CPU. Where it has no biases they are zero."""
-        of = projections(attention)
-        weights = [one.weight.detach().double().cpu() for one in (of.key, of.value, of.output)]
+        """Those of a module with linear keys and values, float64, on the CPU; missing biases are zero."""
+        linears = projections(attention)
+        weights = [linear.weight.detach().double().cpu() for linear in (linears.key, linears.value, linears.output)]
         biases = [
-            torch.zeros(len(one.weight), dtype=torch.float64) if one.bias is None else one.bias.detach().double().cpu()
-            for one in (of.key, of.value)
+            weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach().double().cpu()
+            for linear, weight in zip((linears.key, linears.value), weights[:2], strict=True)
         ]
-        return cls(*weights, *biases, of.heads)
+        return cls(*weights, *biases, linears.heads)
 
 
 @dataclass(frozen=True)
 class InputMoments:
-    """First and second moments of what a projection reads over calibration speech, float64.
+    """First and second moments of a projection's input over calibration speech, float64.
 
-    Behind layers that are converted already it reads x̂ where it should read x: then `mean` and `covariance` are those
-    of x̂, and `wanted_mean` and `cross` say what is known of x.
+    Behind layers that are converted already, the input is x̂ and should be x. Then `mean` and `covariance` are those of
+    x̂, and `wanted_mean` and `cross` relate it to x.
     """
 
     mean: torch.Tensor  # μ [D]
@@ -70,18 +69,19 @@ class InputMoments:
 
 @dataclass(frozen=True)
 class Moments:
-    """Of one layer, over calibration speech, float64. Keys and values read the same, but for rotary positions."""
+    """Moments of one layer over calibration speech, float64. Keys and values share an input, unless positions are
+    rotary."""
 
     key: InputMoments
     value: InputMoments
     query: torch.Tensor  # Q_h [H, d_h, d_h], around zero, of q_h + u
-    attended_key: InputMoments | None = None  # of what keys read, as attention weighs it: see attended.py
-    attended_values: tuple[InputMoments, ...] | None = None  # for each head, of what attention makes of the inputs
+    attended_key: InputMoments | None = None  # of the keys' input, weighed by attention: see attended.py
+    attended_values: tuple[InputMoments, ...] | None = None  # for each head, of the mean inputs under attention
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a projection should give, in terms of what it reads: weight (x − mean) + bias."""
+    """The output that a projection should give for its input x: weight (x − mean) + bias."""
 
     weight: torch.Tensor  # [D, D]
     bias: torch.Tensor  # [D]
@@ -89,7 +89,7 @@ class Target:
 
     @classmethod
     def of(cls, weight: torch.Tensor, bias: torch.Tensor, moments: InputMoments | None) -> "Target":
-        """W x + b, or the best guess at it from x̂: W E[(x − μ_x)(x̂ − μ)ᵀ] Σ⁻¹ (x̂ − μ) + W μ_x + b."""
+        """W x + b, or its regression on x̂: W E[(x − μ_x)(x̂ − μ)ᵀ] Σ⁻¹ (x̂ − μ) + W μ_x + b."""
         weight, bias = weight.double(), bias.double()
         if moments is None:
             return cls(weight, bias, torch.zeros_like(bias))
@@ -101,7 +101,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Factors:
-    """K ≈ up_k (down_k x) + key_bias, V ≈ up_v (down_v x) + value_bias, float64. Joint: down_k is down_v."""
+    """K ≈ up_k (down_k x) + key_bias, V ≈ up_v (down_v x) + value_bias, float64. If joint, down_k is down_v."""
 
     down_k: torch.Tensor  # [R_k, D]
     down_v: torch.Tensor  # [R_v, D]
@@ -179,7 +179,7 @@ def gram(weight: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a method minimises in one layer: keys and values to reproduce, Σ_h W_hᵀ A_h W_h and S of each."""
+    """What a method minimises in one layer: the keys and values to reproduce, with Σ_h W_hᵀ A_h W_h and S of each."""
 
     targets: tuple[Target, Target]  # of keys, of values
     grams: tuple[torch.Tensor, torch.Tensor]  # [D, D]
@@ -193,7 +193,7 @@ class Objective:
         key_metric: torch.Tensor | None = None,
         value_metric: torch.Tensor | None = None,
     ) -> "Objective":
-        """With S of `moments` and the metrics A [H, d_h, d_h]; each is the identity where it is None."""
+        """With S from `moments` and the metrics A [H, d_h, d_h]; None means the identity."""
         key_inputs, value_inputs = (moments.key, moments.value) if moments else (None, None)
         keys = Target.of(weights.key, weights.key_bias, key_inputs)
         values = Target.of(weights.value, weights.value_bias, value_inputs)
@@ -216,58 +216,26 @@ def two_sided(weights: LayerWeights, moments: Moments) -> Objective:
     return Objective.of(weights, moments, moments.query, output_metric(weights))
 
 
-def decompose_layer(
-    weights: LayerWeights, layout: str, method: str = "svd", moments: Moments | None = None, balance: float = 1.0
-) -> Decomposition:
-    """The directions of one layer. `balance` weighs the values' error against the keys', in a joint latent.
-
-    Raises ValueError for an unknown method, for one that needs statistics and has none, and for weights that hold NaN
-    or infinity.
-    """
-    chosen = check_method(method, latent_methods())
-    _check_given(chosen, weights, moments)
-    if chosen.decompose:
-        return chosen.decompose(weights, layout, moments, balance)
-    objective = chosen.objective(weights, moments)
+def decompose_objective(objective: Objective, layout: str, balance: float = 1.0) -> Decomposition:
+    """The directions of one layer that minimise `objective`. See `layers.decompose_layer`."""
     if layout == "joint":
-        return _joint([objective], balance)[0]
+        return decompose_together([objective], balance)[0]
     directions = [Directions.of(g, root) for g, root in zip(objective.grams, objective.roots, strict=True)]
     return Decomposition(layout, tuple(directions), *objective.targets)
 
 
-def decompose_shared(
-    layers: list[LayerWeights], method: str, moments: list[Moments | None], balance: float = 1.0
-) -> list[Decomposition]:
-    """The directions of one joint latent for all `layers`, which read the same: their G are summed, each divided by its
-    trace. See `decompose_layer`; of each layer the same directions, with its own keys and values."""
-    chosen = check_method(method, sharing_methods())
-    objectives = []
-    for layer, layer_moments in zip(layers, moments, strict=True):
-        _check_given(chosen, layer, layer_moments)
-        objectives.append(chosen.objective(layer, layer_moments))
-    return _joint(objectives, balance)
-
-
-def _joint(objectives: list[Objective], balance: float) -> list[Decomposition]:
-    root = objectives[0].roots[0]  # of what all read
+def decompose_together(objectives: list[Objective], balance: float = 1.0) -> list[Decomposition]:
+    """One joint latent for several layers that read the same input: the same directions for each layer, whose keys and
+    values are its own. The layers' G are summed, each divided by its trace."""
+    root = objectives[0].roots[0]  # all layers read the same
     grams = [objective.grams for objective in objectives]
     weighed = [(keys / _energy(keys, root), values / _energy(values, root)) for keys, values in grams]
     directions = Directions.of(sum(keys + balance**2 * values for keys, values in weighed), root)
     return [Decomposition("joint", (directions,), *objective.targets) for objective in objectives]
 
 
-def _check_given(method: Method, weights: LayerWeights, moments: Moments | None) -> None:
-    if method.needs_statistics and moments is None:
-        raise ValueError(
-            f"method {method.name!r} needs statistics of calibration speech: see asrlib.collect_statistics"
-        )
-    for name in ("key", "value"):
-        if not torch.isfinite(getattr(weights, name)).all():
-            raise ValueError(f"the {name} weight holds NaN or infinity: the checkpoint is damaged")
-
-
 def output_metric(weights: LayerWeights) -> torch.Tensor:
-    """W_o,hᵀ W_o,h [H, d_h, d_h]: what an error of a head's values becomes behind the output projection."""
+    """W_o,hᵀ W_o,h [H, d_h, d_h]: the weight of an error of a head's values after the output projection."""
     output = weights.output.double().unflatten(1, (weights.heads, -1))  # [D, H, d_h]
     return torch.einsum("ohi,ohj->hij", output, output)
 
@@ -275,3 +243,17 @@ def output_metric(weights: LayerWeights) -> torch.Tensor:
 def _energy(gram: torch.Tensor, root: torch.Tensor | None) -> float:
     energy = torch.trace(gram) if root is None else torch.sum((root @ root) * gram)  # trace(S G S)
     return max(energy.item(), torch.finfo(torch.float64).tiny)
+
+
+# ---- heads in groups ---------------------------------------------------------------------------------------
+
+
+def average(weights: LayerWeights, kv_heads: int) -> Factors:
+    """Each group's keys are the mean of its heads' keys, and so are its values."""
+    size = len(weights.key) // weights.heads  # d_h
+    group_of_head = torch.arange(weights.heads) // (weights.heads // kv_heads)
+    member = torch.nn.functional.one_hot(group_of_head, kv_heads).to(weights.key)  # [H, G]
+    copy = torch.kron(member, torch.eye(size).to(member))  # [D, G·d_h]: to each head, what its group holds
+    mean = copy.T * kv_heads / weights.heads
+    biases = (copy @ (mean @ bias) for bias in (weights.key_bias, weights.value_bias))
+    return Factors(mean @ weights.key, mean @ weights.value, copy, copy, *biases)

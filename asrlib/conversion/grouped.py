@@ -5,22 +5,22 @@ numbers, so a frame takes 2·G·d_h in each layer. Head h of group g reads
 
     k_h = R_h K_g + b_h,  K_g = A_g x,        v_h = S_h V_g + c_h,  V_g = C_g x,        R_h, S_h [d_h, d_h],
 
-which is a split latent of ranks R_k = R_v = G·d_h whose `up` is zero outside of a group's block: the latent twin of a
-model holds it, runs it, and saves it. A GQA layer, whose heads take K_g and V_g as they are, computes the same:
+which is a split latent of ranks R_k = R_v = G·d_h whose `up` is zero outside a group's block. The latent twin of a
+model can hold, run and save it. A GQA layer, whose heads read K_g and V_g unchanged, computes the same if
 
     S_h     goes into the output projection,   W_o,h ← W_o,h S_h
-    c_h     goes into its bias,                b_o ← b_o + Σ_h W_o,h c_h   (with W_o as it was; weights sum to one)
+    c_h     goes into its bias,                b_o ← b_o + Σ_h W_o,h c_h   (with the old W_o; weights sum to one)
     R_h     goes into the query,               W_q,h ← R_hᵀ W_q,h, and likewise b_q,h, u_h and v_h
             and out of relative positions,     W_pos,h ← R_h⁻¹ W_pos,h
     b_h     goes nowhere: it shifts all scores of a row alike, and softmax cancels that
 
 since (q_h + u_h)·(R_h K_g) = (R_hᵀ(q_h + u_h))·K_g, and (R_hᵀ(q_h + v_h))·(R_h⁻¹ p_h) = (q_h + v_h)·p_h. With relative
-positions every R_h must therefore have an inverse, as it does unless a head ignores some of what its group caches.
+positions every R_h must therefore have an inverse. It has one unless a head ignores some of its group's cached numbers.
 
-One group (multi-query attention) is thus the split latent of ranks d_h, and more are one with zeros in it: by its own
-method's measure, none is better than the split latent as wide.
+One group (multi-query attention) is thus the split latent of ranks d_h, and several groups are a split latent with
+zeros: by the measure of its own method, none is better than the split latent of the same width.
 
-Training a grouped twin would fill its zeros, and no GQA layer computes what it is then: where the family has
+Training a grouped twin would fill its zeros, and no GQA layer would compute the same. Where the family has
 grouped-query attention of its own, `to_grouped_attention` makes the GQA model above, which can be trained.
 """
 
@@ -33,7 +33,8 @@ from transformers import PreTrainedModel
 
 from asrlib.attention.names import encoder_config
 from asrlib.conversion.convert import convert
-from asrlib.conversion.factorize import Factors, LayerWeights, Moments, decompose_layer
+from asrlib.conversion.factorize import Factors, LayerWeights, Moments
+from asrlib.conversion.layers import decompose_layer
 from asrlib.conversion.methods import METHODS, check_method, grouping_methods
 from asrlib.conversion.statistics import LayerStatistics, Statistics
 from asrlib.models.registry import attention_modules, chosen_parts, family_of, is_latent
@@ -42,12 +43,12 @@ from asrlib.models.registry import attention_modules, chosen_parts, family_of, i
 def group_heads(
     model: PreTrainedModel, kv_heads: int, method: str = "mean", statistics: Statistics | None = None
 ) -> PreTrainedModel:
-    """`model` with `kv_heads` keys and values for all its heads, as a latent twin; `model` stays as it is.
+    """A latent twin of `model` in which all heads share `kv_heads` keys and values; `model` stays unchanged.
 
-    `mean` averages the projections of a group, weights and biases (section 2.1 of the paper): R_h = S_h = I. The others
-    choose A_g, C_g and R_h, S_h to minimise what factorize.py says of them, summed over the heads of a group;
-    `whitened` and `two_sided` need `statistics` (of `collect_statistics`). As many `kv_heads` as heads lose nothing.
-    Each group takes as long as a split latent of the whole layer does. Raises ValueError where `kv_heads` does not
+    `mean` averages the projections of a group, weights and biases (section 2.1 of the paper): R_h = S_h = I. The other
+    methods choose A_g, C_g and R_h, S_h to minimise their objective in factorize.py, summed over the heads of a group;
+    `whitened` and `two_sided` need `statistics` (of `collect_statistics`). With one key and value for each head nothing
+    is lost. Each group takes as long as a split latent of the whole layer. Raises ValueError where `kv_heads` does not
     divide the heads, for an unknown method, missing statistics, and a model that is latent already.
     """
     encoder = encoder_config(model.config)
@@ -71,7 +72,7 @@ def group_heads(
 
 @dataclass(frozen=True)
 class GroupedHeads:
-    """What `convert` takes for a decomposition of one layer, though it can be cut at one width only."""
+    """Stands in for a `Decomposition` of one layer, and can be cut at one width only."""
 
     attention: nn.Module
     kv_heads: int
@@ -80,29 +81,18 @@ class GroupedHeads:
     layout: str = "split"
 
     def cut(self, rank_k: int, rank_v: int) -> Factors:
-        """Float64; the ranks are both G·d_h, and given because a decomposition's are."""
+        """The factors, float64. Both ranks are G·d_h; they are parameters because a `Decomposition` has them."""
         weights = LayerWeights.of(self.attention)
         if METHODS[self.method].group:
             return METHODS[self.method].group(weights, self.kv_heads)
         return least_squares(weights, self.kv_heads, self.method, self.statistics and self.statistics.moments())
 
 
-def average(weights: LayerWeights, kv_heads: int) -> Factors:
-    """Each group's keys are the mean of its heads' keys, and so are its values."""
-    size = len(weights.key) // weights.heads  # d_h
-    group_of_head = torch.arange(weights.heads) // (weights.heads // kv_heads)
-    member = torch.nn.functional.one_hot(group_of_head, kv_heads).to(weights.key)  # [H, G]
-    copy = torch.kron(member, torch.eye(size).to(member))  # [D, G·d_h]: to each head, what its group holds
-    mean = copy.T * kv_heads / weights.heads
-    biases = (copy @ (mean @ bias) for bias in (weights.key_bias, weights.value_bias))
-    return Factors(mean @ weights.key, mean @ weights.value, copy, copy, *biases)
-
-
 def least_squares(weights: LayerWeights, kv_heads: int, method: str, moments: Moments | None) -> Factors:
-    """The best A_g, C_g [d_h, D], R_h, S_h and biases: what factorize.py makes of rank d_h of each group alone.
+    """The best A_g, C_g [d_h, D], R_h, S_h and biases: each group's factors of rank d_h, by factorize.py.
 
-    A group alone is the layer with the keys and values of all other heads at zero, where they cost nothing. Its error
-    is a sum over its own heads, so the best of each group is the best of all.
+    A group alone is the layer with the keys and values of all other heads at zero, so that they cost nothing. The
+    layer's error is the sum over its groups, so the best of each group is the best of all.
     """
     width, size = len(weights.key), len(weights.key) // weights.heads
     factors = []
@@ -117,18 +107,18 @@ def least_squares(weights: LayerWeights, kv_heads: int, method: str, moments: Mo
         )
         factors.append(decompose_layer(group, "split", method, moments).cut(size, size))
     return Factors(
-        torch.cat([one.down_k for one in factors]),
-        torch.cat([one.down_v for one in factors]),
-        torch.cat([one.up_k for one in factors], dim=1),
-        torch.cat([one.up_v for one in factors], dim=1),
-        sum(one.key_bias for one in factors),
-        sum(one.value_bias for one in factors),
+        torch.cat([group.down_k for group in factors]),
+        torch.cat([group.down_v for group in factors]),
+        torch.cat([group.up_k for group in factors], dim=1),
+        torch.cat([group.up_v for group in factors], dim=1),
+        sum(group.key_bias for group in factors),
+        sum(group.value_bias for group in factors),
     )
 
 
 @torch.no_grad()
 def to_grouped_attention(twin: PreTrainedModel, kv_heads: int) -> PreTrainedModel:
-    """The GQA model that computes what `twin`, of `group_heads(…, kv_heads)`, computes: see the top of this file.
+    """The GQA model equal to `twin`, which `group_heads(…, kv_heads)` made: see the top of this file.
 
     Raises ValueError where the family has no grouped-query attention, or `twin` caches another number of heads.
     """
@@ -139,7 +129,7 @@ def to_grouped_attention(twin: PreTrainedModel, kv_heads: int) -> PreTrainedMode
     if not is_latent(config) or any(
         layer.latent_kv.ranks != (kv_heads * size,) * 2 for layer in attention_modules(twin)
     ):
-        raise ValueError(f"the model does not cache {kv_heads} keys and values: give what group_heads made of it")
+        raise ValueError(f"the model does not cache {kv_heads} keys and values: apply group_heads to it first")
     grouped = family.standard_model(family.to_grouped(config, kv_heads)).to(twin.dtype)
     grouped.set_attn_implementation(config._attn_implementation)
     grouped.load_state_dict(twin.state_dict(), strict=False)
@@ -149,7 +139,7 @@ def to_grouped_attention(twin: PreTrainedModel, kv_heads: int) -> PreTrainedMode
 
 
 def _fold(ours: nn.Module, theirs: nn.Module, kv_heads: int) -> None:
-    """What keys and values of a twin's head do to those of its group moves into queries, positions and output."""
+    """Moves R_h, S_h and c_h of a twin's heads into queries, positions and output: see the top of this file."""
     latent, heads, size = theirs.latent_kv, theirs.num_heads, theirs.head_size
     weight = {name: p.double() for name, p in theirs.named_parameters()}
     turned_q, turned_pos = weight["linear_q.weight"].clone(), weight["linear_pos.weight"].clone()

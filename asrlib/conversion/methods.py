@@ -1,7 +1,7 @@
-"""The methods of conversion: what each is called, what it needs to know of speech, and the functions that carry it out.
+"""The methods of conversion: the name of each, the statistics that it needs, and its functions.
 
-A new method is one function and one line in METHODS. Names are asked for where no torch is wanted (parameters are
-checked before anything is loaded), so this file imports a function when it is first called.
+A new method is one function and one line in METHODS. Parameters are checked against these names before torch is
+imported, so this file imports a function when it is called.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,21 +11,21 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Method:
-    """What it can do follows from the functions it gives; one of `objective` and `decompose` makes latents.
+    """A method has one or more of three functions, and they decide what it can do.
 
-    `objective(weights, moments)` says what to minimise in one layer, a `factorize.Objective`. Its minimum has a closed
-    form, for one layer, for a latent that layers share, and for heads in groups.
-    `decompose(weights, layout, moments, balance)` is for a method without a closed form: something with `layout`,
-    `directions` and `cut(rank_k, rank_v)`, as `factorize.Decomposition` has them.
-    `group(weights, kv_heads)` gives the `factorize.Factors` of heads in groups, where that is done another way.
+    `objective(weights, moments)` returns what to minimise in one layer, a `factorize.Objective`. Its minimum has a
+    closed form: for one layer, for a latent that layers share, and for heads in groups.
+    `decompose(weights, layout, moments, balance)` is for a method without a closed form. It returns an object with
+    `layout`, `directions` and `cut(rank_k, rank_v)`, like `factorize.Decomposition`.
+    `group(weights, kv_heads)` returns the `factorize.Factors` of heads in groups, for a method that only groups.
     """
 
     name: str
     objective: Callable | None = None
     decompose: Callable | None = None
     group: Callable | None = None
-    needs: Literal["nothing", "inputs", "attention"] = "nothing"  # statistics of calibration speech, of what
-    balanced: bool = False  # does a joint latent choose how much the values' error counts against the keys'?
+    needs: Literal["nothing", "inputs", "attention"] = "nothing"  # the statistics of calibration speech
+    balanced: bool = False  # whether a joint latent chooses the weight of the values' error against the keys'
 
     @property
     def needs_statistics(self) -> bool:
@@ -33,7 +33,7 @@ class Method:
 
     @property
     def needs_attention(self) -> bool:
-        """Of the statistics, those that hold every weight of the attention too."""
+        """Whether the statistics must include the attention weights."""
         return self.needs == "attention"
 
     @property
@@ -42,7 +42,7 @@ class Method:
 
     @property
     def shares_latents(self) -> bool:
-        """One latent for several layers."""
+        """Whether it can make one latent for several layers."""
         return bool(self.objective)
 
     @property
@@ -51,7 +51,7 @@ class Method:
 
 
 def _average(*given):
-    from asrlib.conversion.grouped import average
+    from asrlib.conversion.factorize import average
 
     return average(*given)
 
@@ -105,7 +105,7 @@ def sharing_methods() -> list[str]:
 
 
 def check_method(name: str, choices: Iterable[str]) -> Method:
-    """The method of that name; ValueError where it is none of the `choices`."""
+    """The method of that name. Raises ValueError where it is not among the `choices`."""
     choices = list(choices)
     if name not in choices:
         raise ValueError(f"method is {name!r}: choose one of {', '.join(choices)}")

@@ -1,15 +1,15 @@
-"""Who gets how much: one cache budget for the whole model, spent over groups of numbers.
+"""One cache budget for the whole model, spent over groups of numbers.
 
-A group is what one rank decides: in a joint latent a layer, in a split latent the keys of a layer, or its values. A
-budget is a number of cached numbers per frame, all groups together: layers × latent_dim. It is never exceeded.
+A group has one rank: a layer of a joint latent, or the keys or the values of a layer of a split latent. The budget
+counts the cached numbers per frame of all groups together, layers × latent_dim. It is never exceeded.
 
-    uniform      every layer the same; of a split latent, keys and values half each
-    energy       the largest singular values of all groups first, each group's relative to its own total: what the
-                 weights (and, weighed, the speech) say, without running the model
-    sensitivity  every group is cut alone, at a few ranks, and the change of the CTC output measured (KL divergence per
-                 frame); taking the changes to add up, the cheapest split of the budget is found exactly
+    uniform      the same rank for every group
+    energy       the largest singular values of all groups first, each group's relative to its own total. This reads
+                 the weights (and the speech, if the method weighs them by it), and does not run the model
+    sensitivity  every group is cut alone, at a few ranks, and the change of the output measured (KL divergence). If
+                 changes add up, dynamic programming finds the cheapest split of the budget exactly
 
-Neither of the last two knows of layers or layouts.
+The last two work on groups alone, whatever the layout.
 """
 
 import heapq
@@ -18,23 +18,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 RANKS = ("uniform", "energy", "sensitivity")
-PROBED_SHARES = (
-    1 / 64,
-    1 / 32,
-    1 / 16,
-    1 / 8,
-    1 / 4,
-    1 / 2,
-    3 / 4,
-)  # of a group's width, where sensitivity is measured
+PROBED_SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of a group's width: ranks that are measured
 
 
 def energy(singular_values: Sequence[np.ndarray], budget: int, multiple: int = 1) -> list[int]:
-    """Greedy on squared singular values: `multiple` more numbers at a time to the group that they explain most of.
+    """Greedy on squared singular values: the group that gains most gets the next `multiple` numbers.
 
-    `singular_values`: of every group, descending, arrays or tensors [width]. Optimal, since each group's fall: no other
-    split of the `budget` explains more, summed over groups. A rank is a multiple of `multiple`, at most the group's
-    width; ValueError where the budget has no room for that.
+    `singular_values`: arrays or tensors [width], descending, for every group. Because they descend, no other split of
+    the `budget` explains more, summed over groups. A rank is a multiple of `multiple` and at most the group's width.
+    Raises ValueError where the budget is too small for that.
     """
     widths = [len(values) for values in singular_values]
     start = smallest_rank(budget, widths, multiple)
@@ -57,12 +49,11 @@ def energy(singular_values: Sequence[np.ndarray], budget: int, multiple: int = 1
 def sensitivity(costs: Sequence[dict[int, float]], budget: int, widths: Sequence[int], multiple: int = 1) -> list[int]:
     """The split of the `budget` with the lowest sum of costs, by dynamic programming over groups.
 
-    `costs`: for every group, {rank: measured cost}; between and below measured ranks the logarithm of the cost is taken
-    to be linear in that of the rank. A group as wide as its `widths` costs nothing. Exact for these curves. Ranks are
-    bounded as `energy`'s are.
+    `costs`: for every group, {rank: measured cost}. Between and below measured ranks, log cost is linear in log rank. A
+    group at its full width costs nothing. The split is exact for these curves. Ranks have the limits of `energy`.
     """
     start = smallest_rank(budget, widths, multiple)
-    cheapest = np.zeros(budget // multiple + 1)  # with the groups so far, at most so many units of `multiple`
+    cheapest = np.zeros(budget // multiple + 1)  # cost of the groups so far, by the units of `multiple` they may use
     taken = []
     for cost, width in zip(costs, widths, strict=True):
         cost_at = _interpolated(cost, width)
@@ -84,25 +75,25 @@ def sensitivity(costs: Sequence[dict[int, float]], budget: int, widths: Sequence
 def smallest_rank(budget: int, widths: Sequence[int], multiple: int) -> int:
     """The lowest rank that a group can get: `multiple`.
 
-    `widths`: of every group. ValueError where one is narrower than that, or the budget has no room for it in each.
+    `widths`: of every group. Raises ValueError where one is narrower than `multiple`, or the budget too small for all.
     """
     if multiple > min(widths):
         raise ValueError(f"ranks cannot be multiples of {multiple} up to the width {min(widths)}: lower the multiple")
     if multiple * len(widths) > budget:
         raise ValueError(
             f"a budget of {budget} numbers per frame, for {len(widths)} ranks, has no room for the {multiple} that "
-            "each needs: raise latent_dim, or lower the multiple that ranks are rounded to"
+            "each needs: raise latent_dim, or lower rank_multiple"
         )
     return multiple
 
 
 def _interpolated(cost: dict[int, float], width: int) -> Callable[[int], float]:
-    """Rank → cost. Below the measured ranks the line through the first two goes on: else the last numbers of a group
-    would be free to take away."""
+    """Rank → cost. Below the measured ranks the line through the first two continues: otherwise removing a group's last
+    numbers would cost nothing."""
     ranks = sorted(rank for rank in cost if rank < width)
     falling = np.maximum.accumulate([cost[rank] for rank in reversed(ranks)])[::-1]  # never cheaper with less
-    nothing = 1e-12  # for the logarithm
-    x, y = np.log([*ranks, width]), np.log(np.maximum([*falling, 0.0], nothing))
+    tiny = 1e-12  # for the logarithm
+    x, y = np.log([*ranks, width]), np.log(np.maximum([*falling, 0.0], tiny))
 
     def at(rank: int) -> float:
         if rank >= width:

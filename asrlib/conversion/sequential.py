@@ -1,11 +1,11 @@
 """Conversion layer after layer, in step with the model it comes from.
 
-What a converted layer gives is not quite what the layer behind it was made for. Sequential conversion takes that
-layer's statistics of what really reaches it (as GPTQ does, arXiv 2210.17323), and fits it to give what it would have
-given on the right input. BatchNorm, whose running moments are those of the unconverted model, is corrected likewise.
+The output of a converted layer differs from what the next layer was trained on. Sequential conversion therefore takes
+the next layer's statistics on its real input (as GPTQ does, arXiv 2210.17323), and fits it to reproduce its output on
+the right input. The running moments of BatchNorm, which are those of the unconverted model, are corrected likewise.
 
-Shapes: B batch, T frames, C channels, D width. What reaches a layer is kept on the CPU for all calibration speech, once
-for either model: frames × D numbers each, 120 MB each for ten minutes at width 1024 in float32.
+Shapes: B batch, T frames, C channels, D width. The CPU holds the input of the current layer for all calibration speech,
+once for each model: frames × D numbers each, 120 MB for ten minutes at width 1024 in float32.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ from asrlib.models.registry import family_of, layer_frame_counts, run
 
 @dataclass
 class _Batch:
-    """What reaches a layer, in the unconverted and in the converted model."""
+    """The input of a layer, in the unconverted and in the converted model."""
 
     frames_B: torch.Tensor
     arguments: dict  # of the layer's call: masks and positions, the same for every layer
@@ -34,7 +34,7 @@ class _Batch:
 
 
 def check_one_stack(config) -> None:
-    """Raises ValueError where there is another stack of layers beside the encoder's."""
+    """Raises ValueError where a model has another stack of layers beside the encoder's."""
     if attends_across(config):
         raise ValueError(
             "sequential and reestimate_batch_norm follow one stack of layers, and an encoder-decoder "
@@ -50,14 +50,15 @@ def convert_in_sequence(
     batch_norm: bool,
     attention: bool = False,
 ) -> None:
-    """Fits the layers of `latent`, a twin of `model`, first layer first, and corrects its BatchNorm if asked.
+    """Fits the layers of `latent`, a twin of `model`, first layer first, and corrects its BatchNorm if `batch_norm`.
 
-    `fit(index, statistics)` fills the attention of layer `index`; None leaves all as they are. `attention`: statistics
-    hold what attention makes of the inputs too. Both models end on the device of `speech`.
+    `fit(index, statistics)` fills the attention of layer `index`; None leaves all layers unchanged. With `attention`,
+    the statistics include attention weights. Both models end on the device of `speech`.
     """
     family = family_of(model.config)
     layers = list(zip(family.layers(latent), family.layers(model), strict=True))
-    with inference(model, latent, device=speech.device), attention_weights(*[model, latent] * attention):
+    eager = [model, latent] if attention else []
+    with inference(model, latent, device=speech.device), attention_weights(*eager):
         batches = [_encoder_input(model, batch) for batch in speech]
         for index, (ours, theirs) in enumerate(tqdm(layers, desc="in sequence", unit="layer", leave=False)):
             statistics = LayerStatistics.of(family.attention(theirs), attention)
@@ -66,9 +67,9 @@ def convert_in_sequence(
                 with unpadded(theirs, batch.frames_B) as kept_BT, _recorded(family.attention(theirs)) as expected:
                     wanted.append(_call(theirs, batch, batch.wanted_BTD))
                 if fit:
-                    with _recorded(family.attention(ours)) as found:
+                    with _recorded(family.attention(ours)) as actual:
                         _call(ours, batch, batch.ours_BTD)
-                    statistics.add(*found, Kept(kept_BT, kept_BT), *expected)
+                    statistics.add(*actual, Kept(kept_BT, kept_BT), *expected)
             if fit:
                 fit(index, statistics)
             if batch_norm:
@@ -85,7 +86,7 @@ def _recorded(attention: nn.Module) -> Iterator[list[Reading]]:
 
 
 class _Reached(Exception):
-    """The first layer is, and what follows need not run."""
+    """The pass has reached the first layer, and the rest need not run."""
 
 
 def _encoder_input(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> _Batch:
@@ -116,11 +117,11 @@ def _call(layer: nn.Module, batch: _Batch, hidden_BTD: torch.Tensor) -> torch.Te
 
 
 def match_batch_norm(ours: nn.Module, theirs: nn.Module, batches: list[_Batch]) -> None:
-    """Gives `ours` running moments with which channels leave BatchNorm as distributed as they leave it in `theirs`.
+    """Gives the BatchNorms of `ours` running moments with which their output is distributed like that of `theirs`.
 
-    With m, v the running moments of `theirs`, and μ, σ² those measured on calibration speech in either layer:
-    v' = v σ'²/σ², m' = μ' − (μ − m) σ'/σ. Where nothing has changed this changes nothing, other than taking the
-    moments anew would, which training gathered under dropout.
+    With m, v the running moments of `theirs`, and μ, σ² (of ours μ', σ'²) measured on calibration speech:
+    v' = v σ'²/σ², m' = μ' − (μ − m) σ'/σ. Where the layers are equal, the moments stay. Measuring them anew would
+    change them, because training gathered them under dropout.
     """
     pairs = [
         (norm, wanted)
@@ -144,7 +145,7 @@ def _batch_norms(layer: nn.Module) -> list[nn.Module]:
 
 
 class _ChannelSums:
-    """Sums over unpadded frames of what a BatchNorm reads [B, C, T], float64."""
+    """Sums over the unpadded frames of a BatchNorm's input [B, C, T], float64."""
 
     frames_B: torch.Tensor
 

@@ -1,8 +1,8 @@
-"""What calibration speech says about each attention layer: one streaming pass, memory independent of its length.
+"""Statistics of each attention layer over calibration speech, in one pass; memory does not grow with the speech.
 
-Names: B batch, T frames, D width, H heads, d_h = D / H, N frames seen. Sums are float64, over unpadded frames alone.
-An encoder-decoder is read while it says transcripts, each token after the right ones before it: in its decoder's
-self-attention a frame is a token, and in cross-attention, where queries are tokens and keys frames, S are the frames.
+Names: B batch, T queries, S keys, D width, H heads, d_h = D / H, N frames seen. Sums are float64, over unpadded frames.
+T and S are the same frames in an encoder's self-attention, tokens in a decoder's, and in cross-attention T are tokens
+and S frames. An encoder-decoder is given the transcript's tokens.
 """
 
 import warnings
@@ -26,45 +26,45 @@ from asrlib.models.loading import check_loaded
 from asrlib.models.out_of_memory import out_of_memory_explained
 from asrlib.models.registry import attention_parts, chosen_parts, family_of, frames_per_second, layer_frame_counts, run
 
-FRAMES_PER_DIMENSION = 10  # fewer frames than so many times the width, and the covariance is noise to a good part
-SHRINKAGE = 1e-6  # of the covariance towards its mean variance, with speech in plenty
-SAMPLE_FRAMES = 1000  # of a batch are kept, to measure attention outputs on
-SAMPLE_KEYS = 6 * SAMPLE_FRAMES  # at most, where each query attends to many times as many frames as there are queries
+FRAMES_PER_DIMENSION = 10  # with fewer frames for each number of the width, much of the covariance is noise
+SHRINKAGE = 1e-6  # of the covariance towards its mean variance, with plenty of speech
+SAMPLE_FRAMES = 1000  # queries of a batch that are kept, to measure attention outputs on
+SAMPLE_KEYS = 6 * SAMPLE_FRAMES  # the most keys kept, where a few tokens attend to many frames
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one attention layer read in a call, and what it gave."""
+    """Inputs and outputs of one call of an attention layer."""
 
-    key_input: torch.Tensor  # what keys are made of [B, S, D], mostly as queries are: turned, for rotary positions
-    value_input: torch.Tensor  # what values are made of [B, S, D]
+    key_input: torch.Tensor  # of the key projection [B, S, D]; rotated, where positions are rotary
+    value_input: torch.Tensor  # of the value projection [B, S, D]
     queries: torch.Tensor  # q_h + u [B, T, H, d_h]
     arguments: dict  # of the call
     output: torch.Tensor  # [B, T, D]
-    weights: torch.Tensor | None  # of attention [B, H, T, S], where they are computed (eager attention)
+    weights: torch.Tensor | None  # of attention [B, H, T, S], if it is eager
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Which queries and which keys of a batch are no padding."""
+    """Which queries and which keys of a batch are not padding."""
 
     queries_BT: torch.Tensor
-    keys_BS: torch.Tensor  # the same as the queries, but in cross-attention
+    keys_BS: torch.Tensor  # the same as the queries, except in cross-attention
 
 
 @contextmanager
 def observed(attention: nn.Module, record: Callable[[Reading], None]) -> Iterator[None]:
     """Calls `record` after every call of `attention`."""
-    seen, of = {}, projections(attention)
+    seen, linears = {}, projections(attention)
 
     def queries_made(module, args, output_BTD):
         seen["queries"] = args[0], output_BTD
 
     def called(module, args, arguments, output):
         key_input_BTD, queries_BTD = seen.pop("queries")
-        queries_BTHE = queries_BTD.unflatten(-1, (of.heads, -1))
-        if of.query_bias_HE is not None:
-            queries_BTHE = queries_BTHE + of.query_bias_HE
+        queries_BTHE = queries_BTD.unflatten(-1, (linears.heads, -1))
+        if linears.query_bias_HE is not None:
+            queries_BTHE = queries_BTHE + linears.query_bias_HE
         arguments = call_arguments(args, arguments)
         value_input_BTD = arguments["hidden_states"]
         if arguments.get("key_value_states") is not None:  # cross-attention
@@ -72,7 +72,7 @@ def observed(attention: nn.Module, record: Callable[[Reading], None]) -> Iterato
         record(Reading(key_input_BTD, value_input_BTD, queries_BTHE, arguments, *output[:2]))
 
     hooks = [
-        of.query.register_forward_hook(queries_made),
+        linears.query.register_forward_hook(queries_made),
         attention.register_forward_hook(called, with_kwargs=True),
     ]
     try:
@@ -83,7 +83,7 @@ def observed(attention: nn.Module, record: Callable[[Reading], None]) -> Iterato
 
 
 class InputSums:
-    """Running sums of what a projection reads, x; behind converted layers also of what it should read, `wanted`."""
+    """Running sums of a projection's input x, and behind converted layers of the input it should have, `wanted`."""
 
     def __init__(self, width: int):
         self.frames = 0
@@ -105,7 +105,7 @@ class InputSums:
             self.cross += (wanted_ND.T @ x_ND).cpu()
 
     def moments(self) -> InputMoments:
-        """Σ is shrunk towards tr(Σ)/D · I, the more the fewer frames there are for its D² numbers."""
+        """Σ is shrunk towards tr(Σ)/D · I; fewer frames shrink it more."""
         mean = self.total / self.frames
         covariance = self.products / self.frames - torch.outer(mean, mean)
         covariance = (covariance + covariance.T) / 2
@@ -115,32 +115,33 @@ class InputSums:
         if self.cross is None:
             return InputMoments(mean, covariance + floor)
         wanted_mean = self.wanted_total / self.frames
-        # The same floor: where nothing is known, the input is taken for what it should be.
+        # With the same floor: without evidence, the input counts as right.
         cross = self.cross / self.frames - torch.outer(wanted_mean, mean) + floor
         return InputMoments(mean, covariance + floor, wanted_mean, cross)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One call of an attention layer, over a few utterances, and what it should give: to try factors on. On the CPU."""
+    """One call of an attention layer over a few utterances, with the output it should give, for trying factors. On the
+    CPU."""
 
     arguments: dict
-    kept_BT: torch.Tensor  # queries that are no padding
+    kept_BT: torch.Tensor  # queries that are not padding
     wanted_BTD: torch.Tensor
 
     @classmethod
     def of(cls, arguments: dict, kept: Kept, wanted_BTD: torch.Tensor) -> "Sample":
-        """Of the first utterances of a batch."""
+        """The sample of the first utterances of a batch."""
         kept_BT = kept.queries_BT
         batch, rows = len(kept_BT), _sample_rows(kept)
 
-        def first(name, value):  # a table of positions is all utterances', even where it counts as many rows
+        def first(name, value):  # all utterances share a table of positions, whatever its number of rows
             if not torch.is_tensor(value):
                 return value
             return (value[:rows] if len(value) == batch and "position" not in name else value).cpu()
 
-        taken = {name: first(name, value) for name, value in arguments.items()}
-        return cls(taken, kept_BT[:rows].cpu(), wanted_BTD[:rows].cpu())
+        arguments = {name: first(name, value) for name, value in arguments.items()}
+        return cls(arguments, kept_BT[:rows].cpu(), wanted_BTD[:rows].cpu())
 
     @property
     def size(self) -> float:
@@ -161,10 +162,10 @@ def _sample_rows(kept: Kept) -> int:
 
 @dataclass
 class LayerStatistics:
-    """Running sums of one attention layer; `moments` is what the factorisations read."""
+    """Running sums of one attention layer; factorisations read its `moments`."""
 
     key: InputSums
-    value: InputSums  # the same as `key`, but for rotary positions
+    value: InputSums  # the same object as `key`, unless positions are rotary
     queries: torch.Tensor  # Σ (q_h + u)(q_h + u)ᵀ [H, d_h, d_h]
     queries_seen: int = 0
     attention: "AttentionSums | None" = None
@@ -172,9 +173,9 @@ class LayerStatistics:
 
     @classmethod
     def of(cls, attention: nn.Module, weights: bool = False) -> "LayerStatistics":
-        """Empty sums; `weights`: also of what attention makes of the inputs."""
-        of = projections(attention)
-        width, heads = of.query.in_features, of.heads
+        """Empty sums; with `weights`, also those of AttentionSums."""
+        linears = projections(attention)
+        width, heads = linears.query.in_features, linears.heads
         key = InputSums(width)
         value = InputSums(width) if is_rotary(attention) else key
         queries = torch.zeros(heads, width // heads, width // heads, dtype=torch.float64)
@@ -185,7 +186,7 @@ class LayerStatistics:
         return self.key.frames
 
     def add(self, reading: Reading, kept: Kept, wanted: Reading | None = None) -> None:
-        """A call, and behind converted layers what the unconverted model has in its place."""
+        """Adds a call. Behind converted layers, `wanted` is the same call in the unconverted model."""
         keys_BS = kept.keys_BS
         self.key.add(reading.key_input[keys_BS], wanted and wanted.key_input[keys_BS])
         if self.value is not self.key:
@@ -199,21 +200,21 @@ class LayerStatistics:
             self.sample = Sample.of(reading.arguments, kept, (wanted or reading).output)
 
     def moments(self) -> Moments:
-        """μ, Σ and Q, and where weights were seen, Σ as attention sees it."""
+        """μ, Σ and Q, and the moments of AttentionSums if there are any."""
         key = self.key.moments()
         value = key if self.value is self.key else self.value.moments()
         query = self.queries / self.queries_seen
         if self.attention is None:
             return Moments(key, value, query)
-        # Softmax knows no mean of the keys; that of all frames keeps them comparable.
+        # Softmax cancels the mean of the keys; the mean over all frames keeps them comparable.
         attended_key = replace(self.attention.key.moments(), mean=key.mean, wanted_mean=key.wanted_mean)
         return Moments(key, value, query, attended_key, tuple(sums.moments() for sums in self.attention.values))
 
 
 class AttentionSums:
-    """Running sums of what attention makes of the inputs: see attended.py.
+    """Running sums of a layer's inputs, weighed by its attention: see attended.py.
 
-    Behind converted layers the weights are those of the unconverted model, since the layer at hand is yet to be made.
+    Behind converted layers the attention weights are those of the unconverted model: the layer at hand has none yet.
     """
 
     def __init__(self, width: int, heads: int):
@@ -225,8 +226,8 @@ class AttentionSums:
         for utterance, (queries_T, keys_S) in enumerate(zip(kept.queries_BT, kept.keys_BS, strict=True)):
             weights_HTS = wanted.weights[utterance][:, queries_T][:, :, keys_S].float()
             inputs = [
-                (one.key_input[utterance][keys_S].float(), one.value_input[utterance][keys_S].float())
-                for one in ((reading, wanted) if behind else (reading,))
+                (call.key_input[utterance][keys_S].float(), call.value_input[utterance][keys_S].float())
+                for call in ((reading, wanted) if behind else (reading,))
             ]
             self._add_keys(weights_HTS, *(key_SD for key_SD, _ in inputs))
             means = [weights_HTS @ value_SD for _, value_SD in inputs]  # [H, T, D]
@@ -237,7 +238,7 @@ class AttentionSums:
         attended_S = weights_HTS.sum((0, 1)).double()
 
         def covariance(a_SD, b_SD):  # Σ_hi Σ_j a_hij (a_j − ā_hi)(b_j − b̄_hi)ᵀ
-            a_mean, b_mean = ((weights_HTS @ one_SD).flatten(0, 1).double() for one_SD in (a_SD, b_SD))
+            a_mean, b_mean = ((weights_HTS @ input_SD).flatten(0, 1).double() for input_SD in (a_SD, b_SD))
             a_SD, b_SD = a_SD.double(), b_SD.double()
             return ((a_SD * attended_S[:, None]).T @ b_SD - a_mean.T @ b_mean).cpu()
 
@@ -252,14 +253,14 @@ class AttentionSums:
 
 @dataclass(frozen=True)
 class CalibrationSpeech:
-    """Batches of speech for a model to run on, the same in the same order each time."""
+    """Batches of speech for a model to run on, in the same order each time."""
 
     batches: Iterable[dict[str, torch.Tensor]] = field(repr=False)
     device: torch.device
-    without: frozenset[str] = frozenset({"labels"})  # of a batch, what the model does not read
+    without: frozenset[str] = frozenset({"labels"})  # parts of a batch that the model does not read
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """What a model reads of each batch, its attention_mask included, on the device."""
+        """The model's inputs of each batch, its attention_mask included, on the device."""
         for batch in tqdm(self.batches, desc="calibration speech", unit="batch", leave=False):
             yield {name: values.to(self.device) for name, values in batch.items() if name not in self.without}
 
@@ -281,36 +282,40 @@ class Statistics:
         return self.layers[0].frames
 
     def of(self, parts: Sequence[str]) -> list[LayerStatistics]:
-        """Those of some parts of the model; ValueError where they were not collected."""
+        """The statistics of some parts of the model. Raises ValueError where they were not collected."""
         if missing := ", ".join(part for part in parts if part not in self.parts):
             raise ValueError(
-                f"the statistics say nothing of attention in {missing}: collect_statistics(..., parts={list(parts)})"
+                f"the statistics do not cover attention in {missing}: collect_statistics(..., parts={list(parts)})"
             )
         return [layer for part in parts for layer in self.parts[part]]
 
     @property
     def condition_numbers(self) -> list[float]:
-        """Of each layer's covariance: largest over smallest eigenvalue."""
+        """Largest over smallest eigenvalue of each layer's covariance."""
         return [torch.linalg.cond(layer.moments().key.covariance).item() for layer in self.layers]
 
 
 @contextmanager
 def kept_frames(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Iterator[dict[str, Kept]]:
-    """What of a batch is no padding, by part of `model`, while padding does not leak through its convolutions."""
+    """What of a batch is not padding, by part of `model`. Inside, padding does not leak through its convolutions."""
     if not attends_across(model.config):
         with unpadded(model, layer_frame_counts(model, inputs["attention_mask"].sum(-1))) as kept_BT:
             yield {"encoder": Kept(kept_BT, kept_BT)}
         return
-    # An encoder's frames behind the end of speech are attended to like all others, so they count.
-    said_BT, features = inputs["labels"] >= 0, inputs[model.main_input_name]
-    frames = layer_frame_counts(model, torch.tensor(features.shape[-1]))
-    heard_BS = said_BT.new_ones(len(said_BT), int(frames))
-    yield {"encoder": Kept(heard_BS, heard_BS), "decoder": Kept(said_BT, said_BT), "cross": Kept(said_BT, heard_BS)}
+    # The decoder attends to the encoder's frames after the end of speech too, so they count.
+    tokens_BT, features = inputs["labels"] >= 0, inputs[model.main_input_name]
+    count = int(layer_frame_counts(model, torch.tensor(features.shape[-1])))
+    frames_BS = tokens_BT.new_ones(len(tokens_BT), count)
+    yield {
+        "encoder": Kept(frames_BS, frames_BS),
+        "decoder": Kept(tokens_BT, tokens_BT),
+        "cross": Kept(tokens_BT, frames_BS),
+    }
 
 
 @contextmanager
 def unpadded(model: nn.Module, frames_B: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Which frames [B, T] are no padding, while padding does not leak through `model`'s convolutions."""
+    """Which frames [B, T] are not padding. Inside, padding does not leak through `model`'s convolutions."""
     with padding_silenced(model, frames_B):
         yield torch.arange(int(frames_B.max()), device=frames_B.device) < frames_B[:, None]
 
@@ -328,10 +333,10 @@ def collect_statistics(
     """Statistics of every attention layer of `model` over about `max_seconds` of `corpus`, first layer first.
 
     Take the training split. Raises ValueError for a test split or for fewer frames than the model is wide; warns where
-    there is too little speech for the width and says how much is enough. `device`: where to run, see
-    `models.inference.choose_device`; the model ends where it was. `attention`: also what attention makes of the inputs,
-    which the method `attended` needs. 24 layers of width 1024 take 0.3 GB, with attention's 16 heads 3.6 GB. `parts`:
-    of what, as `convert` takes them.
+    there is too little speech for the width, and says how much is enough. `device`: where to run, see
+    `models.inference.choose_device`; the model ends on the device where it was. `attention`: also the statistics under
+    attention that the method `attended` needs. 24 layers of width 1024 take 0.3 GB, and with attention of 16 heads
+    3.6 GB. `parts`: see `convert`.
     """
     check_loaded(model, processor)
     check_corpus(corpus)
@@ -346,15 +351,15 @@ def collect_statistics(
     speech = CalibrationSpeech(loader, device, frozenset(unread))
     limits = {"batch_seconds": batch_seconds, "attention": attention}
     modules = {part: attention_parts(model)[part] for part in chosen_parts(model.config, parts)}
-    layers = {part: [LayerStatistics.of(one, attention) for one in found] for part, found in modules.items()}
+    layers = {part: [LayerStatistics.of(module, attention) for module in of_part] for part, of_part in modules.items()}
     inputs: dict[str, torch.Tensor] = {}
     try:
-        with inference(model, device=device), attention_weights(*[model] * attention):
+        with inference(model, device=device), attention_weights(*([model] if attention else [])):
             for indices, batch in zip(sampler, speech, strict=True):
                 named = [(corpus[i].id, corpus[i].seconds) for i in indices]
                 with kept_frames(model, batch) as kept, ExitStack() as watching:
-                    for part, found in modules.items():
-                        for module, layer in zip(found, layers[part], strict=True):
+                    for part, of_part in modules.items():
+                        for module, layer in zip(of_part, layers[part], strict=True):
                             watching.enter_context(observed(module, partial(layer.add, kept=kept[part])))
                     with out_of_memory_explained("calibration", named, limits):
                         run(model, batch)

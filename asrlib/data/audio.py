@@ -33,7 +33,7 @@ def read_audio(source: Source) -> np.ndarray:
 
 
 def read_pieces(source: Source, seconds: float) -> Iterator[np.ndarray]:
-    """What `read_audio` gives, in pieces of about `seconds`, decoded when they are asked for. Raises UnusableAudio."""
+    """The samples of `read_audio` in pieces of about `seconds`, each decoded on demand. Raises UnusableAudio."""
     count = 0
     try:
         with soundfile.SoundFile(source()) as file:
@@ -54,22 +54,22 @@ def read_pieces(source: Source, seconds: float) -> Iterator[np.ndarray]:
 
 
 def as_wave(samples: np.ndarray, rate: int = SAMPLE_RATE) -> bytes:
-    """A WAV file of 16 bits a sample: float [samples], what is beyond ±1 is clipped."""
+    """The bytes of a WAV file with 16 bits a sample, of float [samples]; values beyond ±1 are clipped."""
     file = io.BytesIO()
     soundfile.write(file, samples, rate, format="WAV", subtype="PCM_16")
     return file.getvalue()
 
 
 def change_speed(samples: np.ndarray, speed: float) -> np.ndarray:
-    """The same speech `speed` times as fast, its pitch as many times as high: [samples] → [samples / speed].
+    """Speech made faster, and its pitch higher, by the factor `speed`: [samples] → [samples / speed].
 
-    By resampling, as Ko et al. 2015, "Audio augmentation for speech recognition". At speed 1 nothing is touched.
+    By resampling (Ko et al. 2015, "Audio augmentation for speech recognition"). Speed 1 changes nothing.
     """
     return samples if speed == 1 else soxr.resample(samples, speed * SAMPLE_RATE, SAMPLE_RATE)
 
 
 def duration(source: Source) -> float:
-    """Seconds as the header states them. Raises UnusableAudio."""
+    """Seconds that the header states. Raises UnusableAudio."""
     try:
         with soundfile.SoundFile(source()) as file:
             frames, rate = file.frames, file.samplerate
@@ -87,7 +87,7 @@ def _decode(source: Source) -> tuple[np.ndarray, int]:
     try:
         with soundfile.SoundFile(source()) as file:
             blocks = [np.zeros(0, np.float32)]
-            # By blocks, so that a damaged header that claims a year of audio does not ask for its memory.
+            # In blocks: a damaged header may claim a year of audio, and must not reserve memory for it.
             while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):  # [frames, channels]
                 blocks.append(block.mean(axis=1))
             return np.concatenate(blocks), file.samplerate

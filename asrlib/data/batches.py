@@ -1,4 +1,4 @@
-"""Utterances of like length in batches of bounded padded length, and the tensors made of them."""
+"""Batches of utterances of similar length, bounded in padded length, and the tensors made of them."""
 
 import itertools
 import math
@@ -15,29 +15,29 @@ from asrlib.data.corpus import HELD_BYTES, Corpus, RowGroup
 from asrlib.data.text import label_ids, normalise_text
 
 BUCKETS = 24  # of a large corpus: few enough to mix widely, enough to pad little
-BATCHES_TO_MIX = 4  # at least so many batches share a bucket, or a small corpus would never be reshuffled
+BATCHES_TO_MIX = 4  # the fewest batches in a bucket: with one, a small corpus would never be reshuffled
 
 
 class BucketBatchSampler(Sampler[list[int]]):
     """Index lists whose padded audio (count × longest) never exceeds `batch_seconds`.
 
-    Utterances are sorted into buckets of like length. A batch is drawn at random from one bucket and sized
-    for the bucket's longest, so batches are composed anew in every epoch while their number stays the same.
-    Deterministic in (seed, epoch). Without shuffling: longest first, the same every epoch, least padding.
+    Utterances are sorted into buckets of similar length. A batch comes from one bucket, and the bucket's longest
+    utterance limits its size. Each epoch composes the batches anew, and their number stays the same; seed and epoch
+    determine them. Without shuffling they are the same every epoch, the longest first, with the least padding.
 
-    `groups`: of streamed speech, the row group of each utterance. As many of them as can be held in memory at once
-    are a window, the same in every epoch, and buckets and batches are made within it; epochs shuffle the windows too.
-    Thus each row group is fetched once an epoch. Without shuffling the window with the longest utterance is first.
+    `groups`: the row group of each utterance of streamed speech. Row groups that fit into memory together are a window.
+    Windows are the same in every epoch, buckets and batches are made within one, and epochs shuffle the windows too. So
+    each row group is fetched once an epoch. Without shuffling, the window with the longest utterance comes first.
 
-    An utterance longer than `batch_seconds` is a batch of its own; `.oversized` counts them, and a warning tells.
+    An utterance longer than `batch_seconds` is a batch of its own. `.oversized` counts these, and a warning names them.
 
-    `spoken`: seconds without padding, by which utterances are sorted that are padded alike.
+    `spoken`: seconds without padding. They sort utterances of equal padded length.
 
-    Of several `processes` that train together, it gives the batches of one, `process`: batch i belongs to process
-    i % processes, so that a step of all of them has the batches of as many accumulated ones of a single process. All
-    have equally many, as they must work in step. With shuffling each utterance is still there once an epoch: where the
-    batches do not come out even, the largest are halved. Without, batches stay as they are, and the first `.repeated`
-    ones come again at the end: whoever gathers results leaves those out.
+    Several `processes` that train together share the batches: batch i belongs to process i % processes. A step of all
+    of them then equals a step of one process that accumulates gradients over `processes` batches. They work in step, so
+    each has the same number. With shuffling, the largest batches are halved until their number is a multiple of
+    `processes`: each utterance occurs once an epoch. Without shuffling, the first `.repeated` batches come again at the
+    end, and whoever gathers results drops those.
     Raises ValueError for a duration or a `batch_seconds` that is not positive, and for too few utterances to halve.
     """
 
@@ -90,17 +90,13 @@ class BucketBatchSampler(Sampler[list[int]]):
         if self.shuffle:
             order.shuffle(windows)
             for _ in range(-sum(map(len, windows)) % self.processes):
-                window = max(windows, key=lambda batches: max(map(len, batches)))
-                largest = max(window, key=len)
-                half = len(largest) // 2
-                window.append(largest[half:])
-                del largest[half:]
+                _halve_largest(windows)
         batches = list(itertools.chain.from_iterable(windows))
         batches += itertools.islice(itertools.cycle(batches[:]), self.repeated)
         return iter(batches[self.process :: self.processes])
 
     def _batches(self, buckets: list["Bucket"], order: random.Random) -> list[list[int]]:
-        """Those of one window."""
+        """The batches of one window."""
         batches = []
         for indices, size in buckets:
             if self.shuffle:
@@ -111,7 +107,16 @@ class BucketBatchSampler(Sampler[list[int]]):
         return batches
 
 
-Bucket = tuple[list[int], int]  # indices, how many of them make a batch
+Bucket = tuple[list[int], int]  # indices, and the size of a batch
+
+
+def _halve_largest(windows: list[list[list[int]]]) -> None:
+    """Splits the largest of all batches in place; the second half becomes the last batch of its window."""
+    window = max(windows, key=lambda batches: max(map(len, batches)))
+    largest = max(window, key=len)
+    half = len(largest) // 2
+    window.append(largest[half:])
+    del largest[half:]
 
 
 def _buckets(longest_first: list[int], seconds: list[float], batch_seconds: float, shuffle: bool) -> list[Bucket]:
@@ -127,7 +132,7 @@ def _buckets(longest_first: list[int], seconds: list[float], batch_seconds: floa
 
 
 def _windows(longest_first: list[int], groups: Sequence[RowGroup | None], seed: int | None) -> list[list[int]]:
-    """Indices of what is dealt together, each list longest first: of row groups that fit into memory side by side."""
+    """The indices of each window, longest first. A window holds row groups that fit into memory together."""
     order = list(dict.fromkeys(groups[index] for index in longest_first))
     if seed is not None:
         random.Random(seed).shuffle(order)
@@ -152,11 +157,12 @@ def _count_that_fits(longest: float, batch_seconds: float) -> int:
 class SpeechDataset(Dataset):
     """{"audio": float32 [samples] at 16 kHz, "text": normalised transcript, "id"} per utterance and speed.
 
-    The speeds of an utterance follow each other: item i is utterance i // len(speeds) at speed i % len(speeds), and
-    lasts `.seconds[i]`, or what it is padded to if that is more; `.groups[i]` is the row group that it is fetched with,
-    None of speech at hand. Faster speech may be too short for its text: under `ctc_zero_infinity`, which `train` sets,
-    it costs nothing and teaches nothing. Raises ValueError for no speed, or one that is not positive, and for
-    speech longer than what the processor pads to: its end would not be heard.
+    The speeds of an utterance follow each other: item i is utterance i // len(speeds) at speed i % len(speeds).
+    `.seconds[i]` is its length, padding included if the processor pads to a fixed length. `.groups[i]` is the row group
+    that it is fetched with, None if its audio is at hand. Faster speech may be too short for its text: under
+    `ctc_zero_infinity`, which `train` sets, it costs nothing and teaches nothing. Raises ValueError for an empty list
+    of speeds, for a speed that is not positive, and for speech longer than the processor's fixed length, whose end
+    would be cut off.
     """
 
     def __init__(self, corpus: Corpus, processor, speeds: Sequence[float] = (1.0,)):
@@ -187,13 +193,13 @@ class SpeechDataset(Dataset):
     def batches(
         self, batch_seconds: float, seed: int = 0, shuffle: bool = True, process: int = 0, processes: int = 1
     ) -> BucketBatchSampler:
-        """The items in batches; see there."""
+        """The items in batches: see BucketBatchSampler."""
         return BucketBatchSampler(
             self.seconds, batch_seconds, seed, shuffle, process, processes, self.groups, self.spoken
         )
 
     def workers(self, wished: int) -> int:
-        """How many processes of a DataLoader to read it in. Streamed speech: one, or each would fetch all of it."""
+        """The number of DataLoader processes. Streamed speech takes one at most: each process would fetch all of it."""
         return min(wished, 1) if any(self.groups) else wished
 
 
@@ -209,17 +215,17 @@ def _check_window(corpus: Corpus, window: float, speeds: Sequence[float]) -> Non
 
 
 def padded_samples(processor) -> int:
-    """Samples that every utterance is padded to, however short: of Whisper's features; 0 of all others."""
+    """The fixed number of samples that Whisper's features pad every utterance to; 0 for all other processors."""
     return getattr(getattr(processor, "feature_extractor", None), "n_samples", 0)
 
 
 class SpeechCollator:
     """Items of SpeechDataset → {NAME, attention_mask, labels}.
 
-    NAME is what the processor's feature extractor calls that which a model reads: input_values [B, S] for samples of
-    audio, input_features [B, T, F] for frames of features (Whisper's: [B, F, T], always of 30 s). attention_mask [B, S]
-    or [B, T] is 0, or False, where they are padded; labels [B, L] are padded with −100. `named`: also utterances, a
-    list of (id, seconds of audio), to say which they are where something goes wrong; no model takes it.
+    NAME is the feature extractor's name for the model's input: input_values [B, S] for samples of audio, input_features
+    [B, T, F] for frames of features (Whisper's: [B, F, T], always of 30 s). attention_mask [B, S] or [B, T] is 0, or
+    False, where they are padded; labels [B, L] are padded with −100. `named` adds utterances, a list of (id, seconds of
+    audio), for error messages; no model takes it.
     """
 
     def __init__(self, processor, named: bool = False):

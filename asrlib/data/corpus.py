@@ -27,16 +27,16 @@ from asrlib.runs import atomic_write
 UNKNOWN_SPEAKER = "unknown"
 HUB_ID = r"[\w.-]+/[\w.-]+(:[\w.-]+)?"  # owner/name, owner/name:configuration
 URL = r"[a-z][a-z0-9+.-]*://.*"  # s3://bucket/folder: not stored here, but streamed
-LONGEST_NAME = 200  # bytes; file systems end at 255, and more is put around it
-HELD_BYTES = 1 << 29  # audio as it is encoded, of streamed speech, in the memory of each process
+LONGEST_NAME = 200  # bytes; file systems allow 255, and suffixes are added
+HELD_BYTES = 1 << 29  # encoded audio of streamed speech that each process holds in memory
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """What streamed speech is fetched by: a part of a parquet file."""
+    """A part of a parquet file: the unit in which streamed speech is fetched."""
 
     url: str
-    version: str  # of the file, told by its size and checksum
+    version: str  # of the file, from its size and checksum
     number: int
     bytes: int  # of its audio
 
@@ -46,8 +46,8 @@ class Utterance:
     id: str
     text: str
     speaker: str
-    seconds: float  # by the header of the audio
-    where: str  # file, or data set and row: for people
+    seconds: float  # from the audio's header
+    where: str  # file, or data set and row, for messages
     source: Source = field(repr=False, compare=False)
     group: RowGroup | None = field(default=None, repr=False, compare=False)  # None: all of the corpus is at hand
 
@@ -56,7 +56,7 @@ class Utterance:
         samples = read_audio(self.source)
         if len(samples) < (self.seconds - 0.1) * SAMPLE_RATE:
             raise UnusableAudio(
-                f"audio is cut off: {len(samples) / SAMPLE_RATE:.2f} s where {self.seconds:.2f} s are stated"
+                f"audio is cut off: {len(samples) / SAMPLE_RATE:.2f} s of the {self.seconds:.2f} s in its header"
             )
         return samples
 
@@ -69,10 +69,10 @@ class Rejected:
 
 
 def check_corpus(corpus: Any) -> None:
-    """Raises TypeError where `corpus` is none: the name of one, perhaps."""
+    """Raises TypeError where `corpus` is no Corpus, but for example the name of one."""
     if not isinstance(corpus, Corpus):
-        shown = repr(corpus) if isinstance(corpus, str | os.PathLike) else f"a {type(corpus).__name__}"
-        raise TypeError(f"a corpus is wanted, not {shown}: asrlib.open_corpus(source, split) opens one")
+        given = repr(corpus) if isinstance(corpus, str | os.PathLike) else f"a {type(corpus).__name__}"
+        raise TypeError(f"a corpus is wanted, not {given}: asrlib.open_corpus(source, split) opens one")
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,10 +106,10 @@ class Corpus(Sequence[Utterance]):
         return self.seconds / 3600
 
     def sample(self, n: int | None, seed: int = 0) -> "Corpus":
-        """`n` utterances in corpus order, or all where n is None or not smaller than the corpus.
+        """`n` utterances in corpus order; all of them where n is None or not smaller than the corpus.
 
-        Chosen by a hash of seed and id: the choice is the same on every machine, and a smaller sample is
-        part of a larger one. Raises ValueError for n < 1.
+        A hash of seed and id chooses: the choice is the same on every machine, and a larger sample contains a smaller
+        one. Raises ValueError for n < 1.
         """
         if n is None or n >= len(self):
             return self
@@ -119,7 +119,7 @@ class Corpus(Sequence[Utterance]):
         return replace(self, utterances=tuple(u for i, u in enumerate(self) if i in chosen))
 
     def excerpt(self, seconds: float, seed: int = 0) -> "Corpus":
-        """As many utterances as last `seconds` together, at least one; chosen as `sample` chooses."""
+        """A `sample` that lasts at most `seconds` in all, but has at least one utterance."""
         order = self._shuffled(seed)
         total = list(itertools.accumulate(self[i].seconds for i in order))
         return self.sample(max(1, bisect.bisect_right(total, seconds)), seed) if order else self
@@ -130,18 +130,18 @@ class Corpus(Sequence[Utterance]):
     def usable(self, processor, frames: Callable[[int], int], check_audio: bool = True) -> "Corpus":
         """The corpus without the rows that a model with this processor cannot be trained or scored on.
 
-        frames: samples → encoder frames: of any model as `frames_of` gives it, a plain function of one with CTC.
-        check_audio: decode everything once; without it the headers are believed.
-        What is dropped joins `.rejected`. Raises ValueError if nothing is left.
+        frames: samples → encoder frames. `frames_of` gives it for any model; for CTC a plain function will do.
+        check_audio: decode everything once; otherwise the headers are trusted.
+        Dropped rows join `.rejected`. Raises ValueError if no row is left.
         """
         check = partial(_problem, processor=processor, frames=frames, check_audio=check_audio)
         judged = list(zip(self, _in_threads(check, self, f"checking {self.split}"), strict=True))
-        kept = [utterance for utterance, reason in judged if reason is None]
+        usable = [utterance for utterance, reason in judged if reason is None]
         dropped = [Rejected(utterance.id, reason, utterance.where) for utterance, reason in judged if reason]
-        return in_corpus(self.name, self.split, kept, [*self.rejected, *dropped])
+        return in_corpus(self.name, self.split, usable, [*self.rejected, *dropped])
 
     def write_rejected(self, path: str | os.PathLike) -> None:
-        """One JSON object a line: id, reason, where. An empty file says that nothing was rejected."""
+        """One JSON object a line: id, reason, where. The file is empty where nothing was rejected."""
         with atomic_write(path) as file:
             for row in self.rejected:
                 file.write(_valid_unicode(json.dumps(vars(row), ensure_ascii=False)) + "\n")
@@ -156,7 +156,7 @@ class Corpus(Sequence[Utterance]):
 
 @dataclass(frozen=True)
 class Row:
-    """An utterance as an opener found it, nothing checked yet."""
+    """An utterance that an opener found and nobody has checked yet."""
 
     id: str
     text: Any
@@ -171,17 +171,16 @@ def gather(name: str, split: str, rows: Iterable[Row | Rejected]) -> Corpus:
 
 
 def collect(name: str, split: str, admitted: Sequence[Utterance | Rejected]) -> Corpus:
-    """Sort what `admit` gave into utterances and rejected rows.
+    """Sort the results of `admit` into utterances and rejected rows.
 
-    Ids that occur again get a number, so that transcripts can be told apart.
-    Raises ValueError if there is no utterance.
+    Repeated ids get a number, so that transcripts can be told apart. Raises ValueError if there is no utterance.
     """
     utterances = told_apart(row for row in admitted if isinstance(row, Utterance))
     return in_corpus(name, split, utterances, [row for row in admitted if isinstance(row, Rejected)])
 
 
 def told_apart(utterances: Iterable[Utterance]) -> list[Utterance]:
-    """The utterances with a number behind each id that occurs again."""
+    """The utterances, with a number after each repeated id."""
     taken: set[str] = set()
     told_apart = []
     for utterance in utterances:
@@ -240,18 +239,18 @@ def _problem(utterance: Utterance, processor, frames: Callable[[int], int], chec
 
 
 def _in_threads(function: Callable, items: Sequence, label: str) -> list:
-    """map in threads (decoding releases the GIL), with a bar once it takes longer than a moment."""
+    """map in threads (decoding releases the GIL), with a progress bar after two seconds."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(tqdm(pool.map(function, items), total=len(items), desc=label, delay=2, leave=False))
 
 
 def named(value: Any, otherwise: str) -> str:
-    """An id or speaker as text; numbers are welcome, what is missing or blank becomes `otherwise`."""
+    """An id or speaker as text, also of a number; `otherwise` where it is missing or blank."""
     return str(value) if value is not None and str(value).strip() else otherwise
 
 
 def _valid_unicode(text: str) -> str:
-    """Lone surrogates (from undecodable file names and bytes) written as \\udcXX: such text fits any file."""
+    """`text` with lone surrogates (of undecodable names and bytes) written as \\udcXX, so that any file can hold it."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

@@ -1,9 +1,9 @@
 """LibriSpeech from the Hugging Face hub, as parquet shards in a folder that `open_corpus` reads.
 
-root/all/train.clean.100/0000.parquet     a shard, under its name on the hub; whole, or not there
-root/.cache/huggingface/                  what huggingface_hub keeps of downloads on their way, and checksums
+root/all/train.clean.100/0000.parquet     a shard, under its name on the hub; whole or absent
+root/.cache/huggingface/                  unfinished downloads and checksums of huggingface_hub
 
-huggingface_hub resumes what was interrupted, verifies checksums, and leaves alone what is there already.
+huggingface_hub resumes an interrupted download, verifies checksums, and downloads no file twice.
 """
 
 import errno
@@ -30,7 +30,7 @@ HUB_FOLDERS = {  # split → its folder in the hub's repository
 
 
 def prepare_librispeech(root: str | os.PathLike, splits: Iterable[str]) -> None:
-    """Afterwards `root` holds the splits, as `open_corpus(root, split)` reads them.
+    """Downloads the splits that `root` lacks; `open_corpus(root, split)` reads them.
 
     Raises ValueError for an unknown split, OSError where `root` cannot be written or its disk is too small, and
     ConnectionError where the hub cannot be reached.
@@ -43,7 +43,7 @@ def prepare_librispeech(root: str | os.PathLike, splits: Iterable[str]) -> None:
         return
     if unpacked:
         raise ValueError(
-            f"{root} holds {', '.join(unpacked)} in folders of audio, beside which shards are not read: "
+            f"{root} holds {', '.join(unpacked)} in folders of audio, and shards beside these are not read: "
             f"give another --root for {', '.join(wanted)}"
         )
     download = partial(
@@ -62,7 +62,7 @@ def prepare_librispeech(root: str | os.PathLike, splits: Iterable[str]) -> None:
         raise _explained(error, root) from error
     # Without a network the library returns whatever is in the folder.
     if missing := [shard.filename for shard in shards if not (root / shard.filename).is_file()]:
-        raise ConnectionError(f"{missing[0]} of {HUB_LIBRISPEECH} did not come: give the same command again")
+        raise ConnectionError(f"{missing[0]} of {HUB_LIBRISPEECH} did not arrive: give the same command again")
 
 
 def _check_space(root: Path, needed: int) -> None:
@@ -76,12 +76,12 @@ def _explained(error: Exception, root: Path) -> OSError:
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT):
         return OSError(
-            f"the disk of {root} is too small: {error.strerror}. Make room and give the same command again, which "
+            f"the disk of {root} is too small: {error.strerror}. Make room and give the same command again, and it "
             "resumes; or choose fewer splits or another --root"
         )
     if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         return OSError(f"{root} cannot be written to: {error.strerror}. Give another --root")
     return ConnectionError(
-        f"{HUB_LIBRISPEECH} cannot be downloaded: {one_line(error) or type(error).__name__} Is the network there, and "
+        f"{HUB_LIBRISPEECH} cannot be downloaded: {one_line(error) or type(error).__name__} Is there a network, and "
         "does it need a proxy (HTTPS_PROXY)? The same command, given again, resumes"
     )

@@ -11,13 +11,13 @@ from asrlib.data.audio import SAMPLE_RATE
 from asrlib.data.corpus import Corpus
 
 WINDOW_MS = 25
-SMALLEST_STD = 0.01  # of a log energy, nepers: a bin that never moved must not blow up what it hears later
+SMALLEST_STD = 0.01  # of a log energy, nepers: a bin that was constant must not amplify later input without bound
 
 
 def log_mel(mel_bins: int = 80, frame_shift_ms: float = 10.0) -> LasrFeatureExtractor:
-    """The feature extractor that gives log mel energies [T, F], one frame every `frame_shift_ms`, not normalised.
+    """The feature extractor of log mel energies [T, F], one frame every `frame_shift_ms`, not normalised.
 
-    Windows of 25 ms that fit into the audio make a frame, so that audio shorter than one makes none (an error).
+    Each window of 25 ms that fits into the audio makes a frame; the extractor refuses audio shorter than a window.
     Raises ValueError where the shift is no whole number of samples.
     """
     shift = frame_shift_ms * SAMPLE_RATE / 1000
@@ -34,13 +34,13 @@ def log_mel(mel_bins: int = 80, frame_shift_ms: float = 10.0) -> LasrFeatureExtr
 
 
 def feature_statistics(corpus: Corpus, processor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation [F] of each feature over all frames of `corpus`, float32: to normalise by.
+    """Mean and standard deviation [F] of each feature over all frames of `corpus`, float32, for normalisation.
 
-    One utterance at a time: memory does not grow with the corpus. Raises ValueError where the corpus is empty, and
-    UnusableAudio where an utterance cannot be decoded.
+    Reads one utterance at a time, so memory does not grow with the corpus. Raises ValueError where the corpus is empty,
+    and UnusableAudio where an utterance cannot be decoded.
     """
     if not len(corpus):
-        raise ValueError(f"{corpus.name} {corpus.split} is empty: there is nothing to take a mean of")
+        raise ValueError(f"{corpus.name} {corpus.split} is empty: its features have no mean")
     name = processor.feature_extractor.model_input_names[0]
     frames, total_F, squares_F = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for utterance in tqdm(corpus, desc="feature statistics", unit="utt", leave=None):

@@ -1,7 +1,6 @@
 """Data sets in the form of the Hugging Face hub: on the hub, as a folder of parquet files, or saved to disk.
 
-Audio stays in the memory-mapped table, encoded as it came, and is decoded by soundfile row by row
-(`datasets` itself would need torchcodec).
+Audio stays encoded in the memory-mapped table, and soundfile decodes it row by row (`datasets` would need torchcodec).
 """
 
 import glob
@@ -24,15 +23,15 @@ P = TypeVar("P", bound=PurePath)
 
 HUB_LIBRISPEECH = "openslr/librispeech_asr"
 TEXT_COLUMNS = ("text", "sentence", "transcription")
-DEPTHS = ("", "*/", "*/*/")  # below its folder that a parquet file may lie
+DEPTHS = ("", "*/", "*/*/")  # subfolders in which parquet files are looked for
 SPEAKER_COLUMNS = ("speaker_id", "speaker", "client_id")
 
 
 def hub_names(split: str) -> list[tuple[str | None, str]]:
-    """Where LibriSpeech's `split` may be in the hub's layout, as (configuration, split), best first.
+    """The possible places of LibriSpeech's `split` in the hub's layout, as (configuration, split), best first.
 
     train-clean-100 is train.clean.100 of "all" and train.100 of "clean"; dev is called validation there.
-    Any other name is taken as it is, from whatever configuration has it (None).
+    Any other name stays as it is, and any configuration may have it (None).
     """
     match = re.fullmatch(r"(train|dev|test)-(clean|other)(-\d+)?", split)
     if not match:
@@ -45,12 +44,12 @@ def hub_names(split: str) -> list[tuple[str | None, str]]:
 def open_hub(source: str, split: str, revision: str | None = None) -> Corpus:
     """`owner/name` or `owner/name:configuration` from the hub, through the cache of `datasets`.
 
-    Raises FileNotFoundError where it cannot be had, ValueError for columns that are not understood.
+    Raises FileNotFoundError where it cannot be loaded, ValueError for unknown columns.
     """
     name, _, configuration = source.partition(":")
     try:
         if name == HUB_LIBRISPEECH:
-            # By file, because asking for a split by name downloads all splits of the configuration: 60 GB.
+            # By file: a split's name would download all splits of the configuration, 60 GB.
             configuration = configuration or "all"
             part = f"{configuration}/{dict(hub_names(split)).get(configuration, split)}"
             files = {"train": [f"{part}-*.parquet", f"{part}/*.parquet"]}
@@ -66,14 +65,14 @@ def open_hub(source: str, split: str, revision: str | None = None) -> Corpus:
 
 
 def holds_tables(folder: Path) -> bool:
-    """Whether `folder` holds parquet files, or what `save_to_disk` of a Dataset or DatasetDict wrote."""
+    """Whether `folder` holds parquet files, or a Dataset or DatasetDict that `save_to_disk` wrote."""
     return _saved_to_disk(folder) or bool(find_shards(folder))
 
 
 def open_folder(folder: Path, split: str | None = None) -> Corpus:
-    """One split of a folder for which `holds_tables` says yes. split: by default the only one, or "train".
+    """One split of a folder for which `holds_tables` is true. split: by default the only one, or "train".
 
-    Raises FileNotFoundError naming the splits there are, ValueError for tables that cannot be read.
+    Raises FileNotFoundError, which names the splits there are, and ValueError for tables that cannot be read.
     """
     try:
         if _saved_to_disk(folder):
@@ -93,12 +92,12 @@ def open_folder(folder: Path, split: str | None = None) -> Corpus:
 
 
 def find_shards(folder: Path) -> dict[tuple[str, str], list[Path]]:
-    """The parquet files in `folder` and down to two folders below it, as `group_shards` groups them."""
+    """The parquet files in `folder` and up to two levels below it, grouped by `group_shards`."""
     return group_shards(path for depth in DEPTHS for path in folder.resolve().glob(f"{depth}*.parquet"))
 
 
 def check_shards(folder: Path, splits: Iterable[str]) -> None:
-    """Raises FileNotFoundError for a split that `folder` has not, ValueError for a shard of one that is cut short."""
+    """Raises FileNotFoundError for a split that `folder` lacks, ValueError for a shard that is cut short."""
     if _saved_to_disk(folder):
         return
     shards = find_shards(folder)
@@ -120,7 +119,7 @@ def group_shards(paths: Iterable[P]) -> dict[tuple[str, str], list[P]]:
 
 
 def _check_footer(shard: Path) -> None:
-    """ValueError for a shard that was not copied to its end, by name: `datasets` only says that there is one."""
+    """Raises ValueError for a shard that is cut short, and names it: `datasets` does not."""
     try:
         parquet.read_metadata(shard)
     except pyarrow.ArrowException as error:
@@ -132,20 +131,20 @@ def _saved_to_disk(folder: Path) -> bool:
 
 
 def choose_split(tables: dict[tuple[str, str], T], split: str | None, folder: Path | str) -> tuple[str, T]:
-    """The name and the table of the split asked for, `split` being LibriSpeech's name or the table's own.
+    """The name and the table of a split; `split` is LibriSpeech's name or the table's own.
 
-    folder: where they were found, a path or URL. Raises FileNotFoundError naming the splits there are, ValueError for
-    one that is there more than once.
+    folder: the path or URL of the tables, for messages. Raises FileNotFoundError, which names the splits there are, and
+    ValueError for a split that is there more than once.
     """
     if split is None:
         split = next(iter(tables))[1] if len(tables) == 1 else "train"
     for configuration, name in hub_names(split):
-        found = [key for key in tables if key[1] == name and configuration in (None, key[0])]
-        if len(found) > 1:
-            places = " or ".join(f"{folder}/{key[0]}" for key in found)
+        keys = [key for key in tables if key[1] == name and configuration in (None, key[0])]
+        if len(keys) > 1:
+            places = " or ".join(f"{folder}/{key[0]}" for key in keys)
             raise ValueError(f"split '{split}' is in {folder} more than once: open {places} instead")
-        if found:
-            return split, tables[found[0]]
+        if keys:
+            return split, tables[keys[0]]
     names = ", ".join(f"{configuration}/{name}".lstrip("/") for configuration, name in tables)
     raise FileNotFoundError(f"no split '{split}' in {folder}; splits found: {names}")
 
@@ -157,7 +156,7 @@ def from_table(table: datasets.Dataset, name: str, split: str, folder: Path | No
     """Columns: audio; text, sentence or transcription; optional speaker_id, speaker or client_id, and id.
 
     folder: where relative audio paths start, for tables that hold paths in place of bytes.
-    Raises ValueError naming the columns found where one is missing, or where no row is usable.
+    Raises ValueError where a column is missing, naming those found, and where no row is usable.
     """
     columns = table.column_names
     text, speaker = known_columns(columns, f"{name} {split}")
@@ -178,11 +177,11 @@ def from_table(table: datasets.Dataset, name: str, split: str, folder: Path | No
 
 
 def known_columns(columns: list[str], name: str) -> tuple[str, str | None]:
-    """Those of the text and, if there is one, the speaker; ValueError where text or audio is missing in `name`."""
+    """The columns of the text and, if there is one, of the speaker. ValueError where `name` lacks text or audio."""
     text = next((column for column in TEXT_COLUMNS if column in columns), None)
     speaker = next((column for column in SPEAKER_COLUMNS if column in columns), None)
-    for found, wanted in ("audio" in columns, "audio"), (text, " or ".join(TEXT_COLUMNS)):
-        if not found:
+    for present, wanted in ("audio" in columns, "audio"), (text, " or ".join(TEXT_COLUMNS)):
+        if not present:
             raise ValueError(f"{name} has no column {wanted}; columns found: {', '.join(columns)}")
     return text, speaker
 

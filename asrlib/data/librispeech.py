@@ -1,4 +1,4 @@
-"""LibriSpeech as OpenSLR's archives unpack it, and folders in that layout."""
+"""LibriSpeech in the layout of OpenSLR's archives, and other folders in that layout."""
 
 import os
 import unicodedata
@@ -16,26 +16,26 @@ def open_librispeech(root: str | os.PathLike, split: str | None = None) -> Corpu
 
     root: the folder that holds the split (root/SPLIT or root/CORPUS/SPLIT), or the split itself.
     Audio without a transcript and transcripts without audio are rejected rows.
-    Raises FileNotFoundError, naming the splits there are; ValueError if no row is usable.
+    Raises FileNotFoundError, which names the splits there are, and ValueError if no row is usable.
     """
     root = Path(root)
     splits = find_splits(root)
     if split is None:
         split = next(iter(splits)) if len(splits) == 1 else "train"
     if split not in splits:
-        found = ", ".join(splits) or "none (a split holds SPEAKER/CHAPTER/*.trans.txt)"
-        raise FileNotFoundError(f"no split '{split}' in {root}; splits found: {found}")
+        names = ", ".join(splits) or "none (a split holds SPEAKER/CHAPTER/*.trans.txt)"
+        raise FileNotFoundError(f"no split '{split}' in {root}; splits found: {names}")
     return gather(splits[split].resolve().parent.name, split, _librispeech_rows(splits[split]))
 
 
 def find_splits(root: Path) -> dict[str, Path]:
-    """Name → folder of the LibriSpeech splits at `root`: `root` alone where it is one itself."""
+    """Name → folder of the LibriSpeech splits at `root`; `root` alone if it is a split."""
     if _is_split(root):
         return {root.resolve().name: root}
     folders = sorted(root.glob("*/"))
     splits = [folder for folder in folders if _is_split(folder)]
     below = [inner for folder in folders if folder not in splits for inner in sorted(folder.glob("*/"))]
-    # Of two that have one name the nearer counts.
+    # Of two with the same name, the one nearer to `root` counts.
     return {folder.name: folder for folder in [*filter(_is_split, below), *splits]}
 
 
@@ -45,15 +45,14 @@ def _is_split(folder: Path) -> bool:
 
 def _librispeech_rows(folder: Path) -> Iterator[Row | Rejected]:
     for chapter in sorted(folder.glob("*/*/")):
-        audio: dict[str, Path] = {}  # by id; ids that differ in how accents are composed are one
+        audio: dict[str, Path] = {}  # by id, in one composition of accents
         texts: dict[str, tuple[str, str]] = {}  # id → text, where
         files = sorted(chapter.glob("*"))
         for path in files:
-            if (
-                path.suffix.lower() in AUDIO_SUFFIXES
-                and (first := audio.setdefault(_composed(path.stem), path)) != path
-            ):
-                yield Rejected(path.stem, f"the same utterance as {first.name}", str(path))
+            if path.suffix.lower() in AUDIO_SUFFIXES:
+                first = audio.setdefault(_composed(path.stem), path)
+                if first != path:
+                    yield Rejected(path.stem, f"the same utterance as {first.name}", str(path))
         spaced = sorted((id for id in audio if any(map(str.isspace, id))), key=len, reverse=True)
         for path in files:
             if path.name.endswith(".trans.txt") and not path.name.startswith("."):
@@ -67,7 +66,7 @@ def _librispeech_rows(folder: Path) -> Iterator[Row | Rejected]:
                 yield Row(audio[id].stem, texts[id][0], chapter.parent.name, str(audio[id]), partial(bytes, audio[id]))
             elif id in texts:
                 yield Rejected(id, "transcript without audio", texts[id][1])
-            elif not id.startswith("."):  # where no transcript is of it, it is another system's, as ._ID.flac
+            elif not id.startswith("."):  # macOS leaves ._ID.flac beside ID.flac
                 yield Rejected(id, "audio without transcript", str(audio[id]))
 
 
@@ -76,7 +75,7 @@ def _composed(id: str) -> str:
 
 
 def _id_and_text(line: str, spaced: Iterable[str]) -> tuple[str, str]:
-    """Of a line "ID TEXT"; no ID where it is blank. `spaced`: the IDs that have a space in them, longest first."""
+    """The parts of a line "ID TEXT"; the ID of a blank line is "". `spaced`: IDs that contain spaces, longest first."""
     for id in spaced:
         end = next((end for end in range(len(line), 0, -1) if _composed(line[:end]) == id), None)
         if end is not None and not line[end : end + 1].strip():

@@ -15,9 +15,9 @@ from asrlib.data.text import COMPOSITIONS
 def open_manifest(path: str | os.PathLike, split: str | None = None) -> Corpus:
     """A .jsonl (one object a line) or .csv (with a header) file, UTF-8.
 
-    Columns: audio (a path, relative ones from the manifest's folder) and text; optional speaker, id and split. With a
-    column `split` the rows of that split are taken; without one the file is one split, named as the file is, so that
-    nobody tests on what was trained on. Raises ValueError naming missing columns or splits.
+    Columns: audio (a path; relative paths start at the manifest's folder) and text; optional speaker, id and split.
+    With a column `split`, the rows of that split are taken. Without it the whole file is one split that has the file's
+    name, so that nobody tests on training speech. Raises ValueError, which names missing columns or splits.
     """
     path = Path(path)
     rows = read_manifest(path, split)
@@ -25,7 +25,7 @@ def open_manifest(path: str | os.PathLike, split: str | None = None) -> Corpus:
 
 
 def read_manifest(path: Path, split: str | None = None) -> list[tuple[int, dict | str]]:
-    """Line number and row of each utterance of `split`, or what is wrong with the line; raises as `open_manifest`."""
+    """Line number and row of each utterance of `split`, or the line's fault. Raises what `open_manifest` raises."""
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
     if path.suffix.lower() not in readers:
         raise ValueError(f"{path} is no manifest: expected a .jsonl or .csv file")
@@ -39,9 +39,9 @@ def read_manifest(path: Path, split: str | None = None) -> list[tuple[int, dict 
             f"{path} has no column {' and no column '.join(missing)}; columns found: {', '.join(columns) or 'none'}"
         )
     if split and "split" in columns:
-        found = {str(row.get("split")) for _, row in rows if isinstance(row, dict)}
-        if split not in found:
-            raise ValueError(f"{path} has no rows of split {split!r}; splits found: {', '.join(sorted(found))}")
+        splits = {str(row.get("split")) for _, row in rows if isinstance(row, dict)}
+        if split not in splits:
+            raise ValueError(f"{path} has no rows of split {split!r}; splits found: {', '.join(sorted(splits))}")
         rows = [(line, row) for line, row in rows if isinstance(row, str) or str(row.get("split")) == split]
     elif split and split != path.stem:
         raise ValueError(
@@ -69,13 +69,13 @@ def _manifest_rows(manifest: Path, rows: list[tuple[int, dict | str]]) -> Iterat
 
 
 def _find(folder: Path, name: str) -> Path | None:
-    """The file of that name; of another composition of its accents, as file systems and programs change them."""
+    """The file of that name, also with its accents composed otherwise: file systems and programs change them."""
     names = [name] if name.isascii() else [name, *(unicodedata.normalize(form, name) for form in COMPOSITIONS)]
-    return next((folder / one for one in names if os.path.exists(folder / one)), None)
+    return next((folder / spelling for spelling in names if os.path.exists(folder / spelling)), None)
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict | str]]:
-    """Line number and object of each line that is not blank, or what is wrong with the line."""
+    """Line number and object of each line that is not blank, or the line's fault."""
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # splitlines would cut at U+2028 in a text
         if line.strip():
             try:
@@ -86,7 +86,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict | str]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict | str]]:
-    """Line number (the last of its lines) and cells of each row, or what is wrong with the row."""
+    """Number of the last line and cells of each row, or the row's fault."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         try:
             for row in (reader := csv.DictReader(file)):

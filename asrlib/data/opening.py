@@ -14,11 +14,11 @@ def open_corpus(source: str | os.PathLike, split: str | None = None, revision: s
 
     source: "synthetic" · a LibriSpeech folder · a manifest (.jsonl or .csv) or a folder of SPLIT.jsonl or
         SPLIT.csv · a folder of parquet files or one written by `Dataset.save_to_disk` · the URL of such a folder of
-        parquet files, whose audio is fetched when it is wanted and never stored (`asrlib.data.remote`) · otherwise a
+        parquet files, whose audio is fetched when it is needed and never stored (`asrlib.data.remote`) · otherwise a
         data set on the hub, `owner/name` or `owner/name:configuration`. Relative paths start at the project root.
     split: by default the only one there is, otherwise "train". "a+b" joins splits a and b.
     revision: of a data set on the hub. A URL carries its own: hf://datasets/owner/name@refs%2Fpr%2F3.
-    Raises FileNotFoundError or ValueError, saying what was found instead, and for a URL UnreadableShard.
+    Raises FileNotFoundError or ValueError, which say what was found instead, and UnreadableShard for a URL.
     """
     if split and "+" in split:
         parts = [open_corpus(source, part, revision) for part in parts_of(split)]
@@ -46,7 +46,7 @@ def open_corpus(source: str | os.PathLike, split: str | None = None, revision: s
 
             if holds_tables(path):
                 return open_folder(path, split)
-        return open_librispeech(path, split)  # which also says what was looked for
+        return open_librispeech(path, split)  # its error says what was looked for
     if re.fullmatch(HUB_ID, str(source)):
         from asrlib.data.hub import open_hub
 
@@ -58,7 +58,7 @@ def open_corpus(source: str | os.PathLike, split: str | None = None, revision: s
 
 
 def manifest_of(path: Path, split: str) -> Path | None:
-    """The manifest at `path`, or for `split` in that folder, if there is one."""
+    """The manifest at `path`, or the one of `split` in that folder; None if there is none."""
     return next(filter(Path.is_file, [path, path / f"{split}.jsonl", path / f"{split}.csv"]), None)
 
 
@@ -83,10 +83,10 @@ def open_usable(
     rejected: Path | None = None,
     seconds: float | None = None,
 ) -> Corpus:
-    """What every notebook begins with: open a split, take a sample of it, drop what this model cannot use.
+    """Open a split, take a sample of it, and drop the utterances that this model cannot use.
 
     `frames`: samples → encoder frames. `samples` and `seconds` bound the sample. `rejected`: a folder for SPLIT.jsonl,
-    the rows dropped and why.
+    which lists the dropped rows and the reasons.
     """
     corpus = open_corpus(source, split).sample(samples, seed)
     if seconds is not None:
@@ -98,7 +98,7 @@ def open_usable(
 
 
 def speech_table(corpora: dict[str, Corpus]):
-    """DataFrame: one row a corpus, with what a reader asks first."""
+    """DataFrame with one row a corpus: utterances, minutes, speakers, rejected rows and words."""
     import pandas as pd
 
     rows = {
@@ -115,20 +115,20 @@ def speech_table(corpora: dict[str, Corpus]):
 
 
 def check_splits(source: str | os.PathLike, splits: Iterable[str]) -> None:
-    """Raises FileNotFoundError or ValueError where `open_corpus` is sure to fail, as far as can be told at a glance.
+    """Raises FileNotFoundError or ValueError where a quick look shows that `open_corpus` would fail.
 
-    That is without the hub, but what is at a URL is listed.
+    The look lists a folder or a URL, and does not ask the hub.
     """
     asked = [part for split in splits for part in parts_of(split)]
     if re.match(URL, str(source)):
         from asrlib.data.remote import check_remote
 
         return check_remote(str(source), asked)
-    path, found = resolve(source), None
+    path, present = resolve(source), None
     if source == "synthetic":
         from asrlib.data.synthetic import SPLITS
 
-        found = list(SPLITS)
+        present = list(SPLITS)
     elif path.exists():
         from asrlib.data.manifest import read_manifest
 
@@ -137,31 +137,32 @@ def check_splits(source: str | os.PathLike, splits: Iterable[str]) -> None:
             if manifest is not None:
                 read_manifest(manifest, split)
         asked = [split for split, manifest in listed.items() if manifest is None]
-        found = _splits_in(path, asked) if asked else None
+        present = _splits_in(path, asked) if asked else None
     elif not re.fullmatch(HUB_ID, str(source)):
         raise FileNotFoundError(f"there is no corpus at {path}")
-    missing = [split for split in asked if found is not None and split not in found]
+    missing = [split for split in asked if present is not None and split not in present]
     if missing:
-        raise ValueError(f"corpus {source} has no split {missing[0]!r}: it has {', '.join(sorted(found))}")
+        raise ValueError(f"corpus {source} has no split {missing[0]!r}: it has {', '.join(sorted(present))}")
 
 
 def _splits_in(folder: Path, asked: list[str]) -> list[str] | None:
-    """The splits of a folder, None where it has tables, and the splits `asked` for are among them.
+    """The splits of a folder; None where it has tables, whose splits `asked` for are then checked.
 
     Raises FileNotFoundError where it holds no speech, ValueError for a table that is cut short.
     """
     from asrlib.data.librispeech import AUDIO_SUFFIXES, find_splits
 
-    if found := [*find_splits(folder), *(file.stem for file in folder.iterdir() if file.suffix in (".jsonl", ".csv"))]:
-        return found
+    manifests = (file.stem for file in folder.iterdir() if file.suffix in (".jsonl", ".csv"))
+    if splits := [*find_splits(folder), *manifests]:
+        return splits
     from asrlib.data.hub import check_shards, holds_tables
 
     if holds_tables(folder):
         check_shards(folder, asked)
         return None
-    files = (file for depth in range(1, 5) for file in folder.glob("*/" * (depth - 1) + "*"))  # as deep as it may lie
+    files = (file for depth in range(4) for file in folder.glob("*/" * depth + "*"))  # CORPUS/SPLIT/SPEAKER/CHAPTER
     audio = next((file for file in files if file.suffix.lower() in AUDIO_SUFFIXES), None)
-    transcripts = f", and nothing says what is said in {audio.relative_to(folder)}" if audio else ""
+    transcripts = f", and no transcript of {audio.relative_to(folder)}" if audio else ""
     raise FileNotFoundError(
         f"{folder} holds no corpus{transcripts}: give SPLIT/SPEAKER/CHAPTER/*.trans.txt beside audio, SPLIT.csv, "
         "SPLIT.jsonl, or parquet files"

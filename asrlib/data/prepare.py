@@ -1,9 +1,9 @@
-"""Brings a published corpus to this machine, once, for those who have a network.
+"""Downloads a published corpus to this machine.
 
     python -m asrlib data prepare librispeech --root DIR
     python -m asrlib data prepare librispeech --root DIR --splits train-clean-100 train-clean-360 dev-clean
 
-Interrupted or killed, the same command goes on where it was. Splits that are there already are left alone.
+If it is interrupted or killed, the same command resumes. Splits that are there already are not downloaded again.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     prepare = parser.add_subparsers(required=True, metavar="prepare").add_parser("prepare", help="download a corpus")
     add = prepare.add_argument
     add("corpus", choices=["librispeech"])
-    add("--root", required=True, type=Path, metavar="DIR", help="holds the splits, or will hold them")
+    add("--root", required=True, type=Path, metavar="DIR", help="the folder of the splits")
     add(
         "--splits",
         nargs="+",

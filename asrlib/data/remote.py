@@ -1,13 +1,13 @@
 """Speech that does not fit the disk: parquet shards at a URL of fsspec, in the hub's layout, streamed and never stored.
 
-    open_corpus("hf://datasets/openslr/librispeech_asr", "train-clean-100")    # @refs%2Fpr%2F3 behind it: a revision
+    open_corpus("hf://datasets/openslr/librispeech_asr", "train-clean-100")    # append @refs%2Fpr%2F3 for a revision
     open_corpus("s3://bucket/folder", "train")                                 # needs the package s3fs
 
-What is kept, in the user's cache, is an index: ids, texts and lengths. Lengths are told by the audio's own headers
-alone, so that a first opening reads every shard once, and a later one nothing. Audio is fetched by row group when it is
-wanted, and held in memory as long as there is room; `BucketBatchSampler` asks for it in an order in which that is once
-an epoch and process. A sample of few utterances still costs all row groups that they are in. Credentials are those of
-fsspec's own configuration.
+The user's cache keeps an index of ids, texts and lengths. Only the audio's own headers state lengths, so the first
+opening reads every shard once, and later ones read no shard. Audio is fetched by row group when it is needed, and
+stays in memory while there is room. In the order of `BucketBatchSampler`, each process fetches a row group once an
+epoch. A sample of few utterances still fetches the whole row groups that hold them. Credentials come from fsspec's own
+configuration.
 
 Tested on storage in memory and in folders, never against the hub or a bucket.
 """
@@ -46,16 +46,16 @@ from asrlib.runs.fingerprints import fingerprint
 
 T = TypeVar("T")
 
-INDEX = "streamed-1"  # folder of the user's cache; another number when what is in it changes
+INDEX = "streamed-1"  # folder of the user's cache; a new form of the index gets a new number
 PAUSES_SECONDS = (1, 4, 16)  # before a part of a shard is asked for again
-# What tells that a file is no longer the one it was, as the kinds of storage call it: size, checksum, or time.
+# Facts that show that a file has changed, by the names that kinds of storage give to size, checksum and time.
 TELLING = ("size", "blob_id", "ETag", "etag", "md5Hash", "mtime", "created")
 
 
 class UnreadableShard(Exception):
-    """A part of a shard cannot be had, and why.
+    """A part of a shard cannot be fetched; the message is the reason.
 
-    No OSError or ValueError, which are taken for damaged audio: nothing is rejected for a lost connection.
+    It is no OSError or ValueError, which mean damaged audio: a lost connection must not reject utterances.
     """
 
 
@@ -67,28 +67,30 @@ class Shard:
 
 
 def open_remote(url: str, split: str | None = None) -> Corpus:
-    """One split of the shards at `url`, or down to two folders below it; see `asrlib.data.hub.find_shards` for names.
+    """One split of the shards at `url` and up to two levels below it; see `asrlib.data.hub.find_shards` for names.
 
-    Raises FileNotFoundError where nothing can be listed or there is no such split, ValueError for columns that are not
-    understood or where no row is usable, UnreadableShard.
+    Raises FileNotFoundError where nothing can be listed or there is no such split, ValueError for unknown columns or
+    where no row is usable, and UnreadableShard.
     """
     split, shards = choose_split(_find(url), split, url)
-    found: list[Utterance | Rejected] = []
+    spoken: list[Utterance | Rejected] = []
     total = sum(shard.size for shard in shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"indexing {split}", delay=2, leave=False) as progress:
         for shard in shards:
             for number, (size, rows) in enumerate(_index(shard, progress)):
                 group = RowGroup(shard.url, shard.version, number, size)
                 for row, (id, text, speaker, seconds, reason) in enumerate(rows):
-                    id, where = id or f"{split}-{len(found):06d}", f"{shard.url}, row group {number}, row {row}"
-                    source = partial(_audio, group, row)
-                    spoken = Utterance(id, text, speaker, seconds, where, source, group)
-                    found.append(Rejected(id, reason, where) if reason else spoken)
-    return collect(url, split, found)
+                    id, where = id or f"{split}-{len(spoken):06d}", f"{shard.url}, row group {number}, row {row}"
+                    if reason:
+                        spoken.append(Rejected(id, reason, where))
+                    else:
+                        source = partial(_audio, group, row)
+                        spoken.append(Utterance(id, text, speaker, seconds, where, source, group))
+    return collect(url, split, spoken)
 
 
 def check_remote(url: str, splits: Iterable[str]) -> None:
-    """Raises FileNotFoundError or ValueError where `open_remote` would, as far as a list of the files tells."""
+    """Raises FileNotFoundError or ValueError where the list of the files shows that `open_remote` would."""
     tables = _find(url)
     for split in splits:
         choose_split(tables, split, url)
@@ -104,7 +106,7 @@ def _find(url: str) -> dict[tuple[str, str], list[Shard]]:
         raise FileNotFoundError(f"no corpus can be listed at {url}: {one_line(error)}") from error
     paths = {PurePosixPath(path): path for path in files if path.endswith(".parquet")}
     if not paths:
-        raise FileNotFoundError(f"there is no .parquet file at {url}, nor down to two folders below it")
+        raise FileNotFoundError(f"there is no .parquet file at {url}, nor up to two levels below it")
 
     def shard(path: PurePosixPath) -> Shard:
         address, facts = storage.unstrip_protocol(paths[path]), files[paths[path]]
@@ -118,8 +120,8 @@ def _find(url: str) -> dict[tuple[str, str], list[Shard]]:
 
 
 def _index(shard: Shard, progress: tqdm) -> list[tuple[int, list]]:
-    """Of each row group the bytes of its audio, and of each row [id, text, speaker, seconds, None], or the reason why
-    it cannot be used in the last place. Made by one pass over the shard, unless the cache has it."""
+    """For each row group the bytes of its audio, and its rows [id, text, speaker, seconds, reason]; the reason says why
+    a row cannot be used, or is None. One pass over the shard makes it, unless the cache has it."""
     path = user_cache() / INDEX / f"{shard.version}.json"
     if path.is_file():
         progress.update(shard.size)
@@ -151,9 +153,9 @@ def _admitted(audio: pyarrow.ChunkedArray, labels: list[dict[str, Any]], text: s
 
 
 class RowGroups:
-    """The audio of the row groups asked for last, HELD_BYTES of it, or of one larger than that.
+    """The audio of the row groups used last: up to HELD_BYTES, or one larger row group.
 
-    Fetched by one thread at a time, so that what several want is fetched once.
+    One thread fetches at a time, so that a row group that several want is fetched once.
     """
 
     def __init__(self):
@@ -167,13 +169,13 @@ class RowGroups:
                     self.held.popitem(last=False)
                 audio, _ = _fetch(group.url, group.number)
                 if _size(audio) != group.bytes:
-                    raise UnreadableShard(f"{group.url} is not what it was when it was opened: open the corpus again")
+                    raise UnreadableShard(f"{group.url} has changed since it was opened: open the corpus again")
                 self.held[group] = audio
             self.held.move_to_end(group)
             return self.held[group]
 
 
-row_groups = RowGroups()  # of this process; sources only name what they want of it, so that they can be pickled
+row_groups = RowGroups()  # of this process; sources hold names alone, so that they can be pickled
 
 
 def _audio(group: RowGroup, row: int) -> BinaryIO:
@@ -187,23 +189,23 @@ def _file(encoded: pyarrow.Scalar) -> BinaryIO:
 
 
 def _fetch(url: str, number: int, labels: Sequence[str] = ()) -> tuple[pyarrow.ChunkedArray, list[dict[str, Any]]]:
-    """The encoded audio of a row group, and of each row the columns `labels`."""
+    """The encoded audio of a row group, and the columns `labels` of each row."""
     columns = ["audio.bytes", *labels]
     table = _read(url, f"row group {number}", lambda file: file.read_row_group(number, columns=columns))
     return compute.struct_field(table["audio"], "bytes"), table.select(labels).to_pylist()
 
 
 def _size(audio: pyarrow.ChunkedArray) -> int:
-    """Bytes, without what Arrow adds."""
+    """Bytes of the audio alone, without Arrow's overhead."""
     return compute.sum(compute.binary_length(audio)).as_py() or 0
 
 
 def _read(url: str, part: str, read: Callable[[parquet.ParquetFile], T]) -> T:
-    """What `read` gives for the shard, tried again where that fails. Raises UnreadableShard, naming the `part`."""
+    """The result of `read` on the shard, with retries. Raises UnreadableShard, which names the `part`."""
     for pause in (0, *PAUSES_SECONDS):
         time.sleep(pause)
         try:
-            storage, path = url_to_fs(url)  # in a process that was forked another one
+            storage, path = url_to_fs(url)  # a forked process needs its own
             with storage.open(path, cache_type="none") as file:  # parquet knows which bytes it needs
                 return read(parquet.ParquetFile(file))
         except pyarrow.ArrowInvalid as error:
@@ -211,6 +213,6 @@ def _read(url: str, part: str, read: Callable[[parquet.ParquetFile], T]) -> T:
         except Exception as error:  # each kind of storage has its own
             last = error
     raise UnreadableShard(
-        f"{part} of {url} could not be fetched, tried {len(PAUSES_SECONDS) + 1} times: {one_line(last)}. Is there a "
-        "connection, and the file whole? What was begun goes on there when it is started again"
+        f"{part} of {url} could not be fetched in {len(PAUSES_SECONDS) + 1} attempts: {one_line(last)}. Is there a "
+        "connection, and is the file whole? Started again, the work resumes there"
     ) from last

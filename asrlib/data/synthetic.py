@@ -1,13 +1,13 @@
 """The embedded corpus: sentences from a small grammar, spoken by espeak-ng in many voices.
 
-No download, no system package: the wheel `espeakng-loader` carries the synthesiser. The corpus is
-written once, as a LibriSpeech folder (`SPLIT/SPEAKER/CHAPTER/*.flac` beside `*.trans.txt`), into a
-cache and read back through the very opener that reads LibriSpeech itself.
+It needs no download and no system package: the wheel `espeakng-loader` carries the synthesiser. The corpus is written
+once into a cache, as a LibriSpeech folder (`SPLIT/SPEAKER/CHAPTER/*.flac` beside `*.trans.txt`), and read back by the
+opener of LibriSpeech.
 
-    python -m asrlib.data.synthetic            # make it now, print where it lies
+    python -m asrlib.data.synthetic            # make it now, print its folders
 
-Splits never share a voice, nor, but for the two test splits among themselves, a sentence: a hash of the sentence
-decides which split may speak it.
+Splits share no voice. They share no sentence either, except for the two test splits: a hash of the sentence decides
+which split may speak it.
 """
 
 import ctypes
@@ -125,7 +125,7 @@ class Spoken:
 
 
 def script(split: str) -> Iterator[Spoken]:
-    """What is said in `split`, by whom and how: a pure function of the seed."""
+    """The utterances of `split`, with their voices: a pure function of the seed."""
     plan = SPLITS[split]
     speakers = [f"gmw/{accent}+{variant}" for variant in VARIANTS[split].split() for accent in ACCENTS]
     first_id = 1000 * (1 + list(SPLITS).index(split))
@@ -178,10 +178,10 @@ class Espeak:
         self.sample_rate = self._library.espeak_Initialize(_RETRIEVAL, 0, data, 0)  # Hz
         if self.sample_rate <= 0:
             raise RuntimeError(f"espeak-ng did not start from {data.decode()}: reinstall espeakng-loader")
-        # The breath of some voices is noise, which espeak-ng seeds by the clock.
+        # Some voices breathe noise, and espeak-ng seeds it by the clock.
         self._library.espeak_ng_SetRandSeed(ctypes.c_long(SEED))
         self._samples: list[np.ndarray] = []
-        self._callback = _SYNTH_CALLBACK(self._collect)  # kept: C holds only a pointer to it
+        self._callback = _SYNTH_CALLBACK(self._collect)  # must live on: C holds only a pointer to it
         self._library.espeak_SetSynthCallback(self._callback)
 
     def _collect(self, samples, count, _events) -> int:
@@ -211,37 +211,36 @@ def add_noise(audio: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.
 
 
 def _speak_block(folder: Path, block: list[Spoken]) -> int:
-    """Speaks one block into `folder`. Runs in a process of its own, since espeak-ng carries state from one
-    utterance to the next that no call resets: equal bytes need an equal history."""
+    """Speaks one block into `folder`, in a process of its own: espeak-ng carries state from one utterance to the next,
+    which no call resets, so equal bytes need an equal history."""
     import soundfile
     import soxr
 
     espeak = Espeak()
-    for one in block:
-        audio = soxr.resample(
-            espeak.say(one.text, one.voice, one.words_per_minute, one.pitch), espeak.sample_rate, SAMPLE_RATE
-        )
-        rng = np.random.default_rng([SEED, one.speaker, one.index])
+    for spoken in block:
+        audio = espeak.say(spoken.text, spoken.voice, spoken.words_per_minute, spoken.pitch)
+        audio = soxr.resample(audio, espeak.sample_rate, SAMPLE_RATE)
+        rng = np.random.default_rng([SEED, spoken.speaker, spoken.index])
         audio = audio * (0.1 / max(np.sqrt(np.mean(audio**2)), 1e-4)) * 10 ** rng.uniform(-0.3, 0.1)
-        if one.snr_db is not None:
-            audio = add_noise(audio, one.snr_db, rng)
-        chapter = folder / one.split / str(one.speaker) / "1"
+        if spoken.snr_db is not None:
+            audio = add_noise(audio, spoken.snr_db, rng)
+        chapter = folder / spoken.split / str(spoken.speaker) / "1"
         chapter.mkdir(parents=True, exist_ok=True)
-        soundfile.write(chapter / f"{_utterance_id(one)}.flac", np.clip(audio, -1, 1), SAMPLE_RATE, "PCM_16")
+        soundfile.write(chapter / f"{_utterance_id(spoken)}.flac", np.clip(audio, -1, 1), SAMPLE_RATE, "PCM_16")
     return len(block)
 
 
-def _utterance_id(one: Spoken) -> str:
-    return f"{one.speaker}-1-{one.index:04d}"
+def _utterance_id(spoken: Spoken) -> str:
+    return f"{spoken.speaker}-1-{spoken.index:04d}"
 
 
 def cache_folder() -> Path:
-    """Where the corpus lies, below the user's cache."""
+    """The corpus' folder in the user's cache."""
     return user_cache() / f"synthetic-{VERSION}"
 
 
 def make_split(split: str, root: Path) -> Path:
-    """Makes `root/split` unless it is there. Written beside and renamed: a split is whole or absent."""
+    """Makes `root/split` unless it is there. It is written under another name and renamed: whole or absent."""
     from tqdm import tqdm
 
     if (root / split).is_dir():
@@ -256,9 +255,9 @@ def make_split(split: str, root: Path) -> Path:
                 progress.update(done.result())
         for chapter in (beside / split).glob("*/*"):
             lines = sorted(
-                f"{_utterance_id(one)} {one.text.upper()}\n"
-                for one in everything
-                if str(one.speaker) == chapter.parent.name
+                f"{_utterance_id(spoken)} {spoken.text.upper()}\n"
+                for spoken in everything
+                if str(spoken.speaker) == chapter.parent.name
             )
             transcript = chapter / f"{chapter.parent.name}-{chapter.name}.trans.txt"
             transcript.write_text("".join(lines), encoding="utf-8")
@@ -273,7 +272,7 @@ def make_split(split: str, root: Path) -> Path:
 
 
 def open_synthetic(split: str = "train"):
-    """The embedded corpus' `split` as a `Corpus`; speaks it first where the cache has none."""
+    """A `split` of the embedded corpus as a `Corpus`; it is spoken first if the cache lacks it."""
     from asrlib.data.librispeech import open_librispeech
 
     if split not in SPLITS:

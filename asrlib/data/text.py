@@ -1,7 +1,7 @@
-"""Transcripts as a tokenizer needs them.
+"""Transcripts in the form that a tokenizer needs.
 
-`processor` is a model's processor, or its tokenizer alone. What it can spell is asked of the tokenizer: a vocabulary of
-single characters, in which a special token (usually "|") stands for the space, of pieces of words, or of bytes.
+`processor` is a model's processor, or its tokenizer alone. The tokenizer's vocabulary decides what can be spelt: it
+has single characters, with a special token (usually "|") for the space, or pieces of words, or bytes.
 """
 
 import json
@@ -16,11 +16,10 @@ COMPOSITIONS = ("NFC", "NFD")  # é as one character, or as e and an accent: the
 
 
 def normalise_text(text: str, processor) -> str:
-    """Fit each character to the vocabulary's case and accents, make every run of white space one space.
+    """Fit each character to the vocabulary's case and accents, and make every run of white space one space.
 
-    LibriSpeech is upper case, many vocabularies are lower case. Accents are part of their letters, or characters of
-    their own, whichever way more of the text is known. A character that fits no way is left as it is, for
-    `unknown_characters` to name.
+    LibriSpeech is upper case, many vocabularies are lower case. An accent becomes part of its letter or a character of
+    its own, whichever leaves fewer unknown characters. Unknown characters stay, for `unknown_characters` to name.
     """
     if _spells_everything(_tokenizer(processor)):
         return " ".join(text.split())
@@ -31,7 +30,7 @@ def normalise_text(text: str, processor) -> str:
 
 
 def folded(text: str) -> str:
-    """As error rates see it: case, repeated white space and how accents are composed do not count."""
+    """`text` as error rates see it, without regard to case, repeated white space and the composition of accents."""
     return " ".join(unicodedata.normalize("NFC", text.casefold()).split())
 
 
@@ -89,16 +88,17 @@ def _basic_normaliser():
 
 
 def unknown_characters(text: str, processor) -> list[str]:
-    """The characters of normalised text that cannot be written, sorted, each once."""
+    """The characters of normalised text that the vocabulary lacks, sorted, each once."""
     if _spells_everything(_tokenizer(processor)):
         return []
     return sorted(set(text) - _characters(processor))
 
 
 def label_ids(text: str, processor) -> list[int]:
-    """Token ids of normalised text, without begin or end marks; what looks like a special token, as <s>, is spelt.
+    """Token ids of normalised text, without begin or end marks. Text like <s> is spelt, and is no special token.
 
-    A tokenizer with a prompt, as Whisper's, puts what follows its first token before them, and its end mark behind.
+    If the tokenizer has a prompt, as Whisper's has, the ids stand between the prompt, without its first token, and the
+    end mark.
     """
     tokenizer = _tokenizer(processor)
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
@@ -112,7 +112,7 @@ def ctc_length(ids: list[int]) -> int:
 
 
 def ctc_problem(ids: list[int], samples: int, frames: int) -> str | None:
-    """Why CTC cannot emit these labels in the `frames` of so many samples, or None."""
+    """Why CTC cannot emit these labels in `frames` frames, made of `samples` samples, or None."""
     needed, seconds = ctc_length(ids), samples / SAMPLE_RATE
     if needed <= frames:
         return None
@@ -124,7 +124,7 @@ def _tokenizer(processor):
 
 
 def _characters(processor) -> frozenset[str]:
-    """What can be written with the vocabulary."""
+    """The characters that the vocabulary can write."""
     tokenizer = _tokenizer(processor)
     spelt_by = _pieced if getattr(tokenizer, "is_fast", False) else _single
     return spelt_by(tokenizer, len(tokenizer))
@@ -132,15 +132,16 @@ def _characters(processor) -> frozenset[str]:
 
 @lru_cache(8)
 def _spells_everything(tokenizer) -> bool:
-    """Whether it is made of bytes: then even what no corpus holds comes back."""
-    return getattr(tokenizer, "is_fast", False) and all(_comes_back(one, tokenizer) for one in ("\U0001f600", "\u4e00"))
+    """Whether the vocabulary is made of bytes: then even characters that no corpus holds survive a round trip."""
+    rare = ("\U0001f600", "\u4e00")
+    return getattr(tokenizer, "is_fast", False) and all(_comes_back(character, tokenizer) for character in rare)
 
 
 @lru_cache(8)
 def _pieced(tokenizer, size: int) -> frozenset[str]:
-    """Of pieces of words: of the characters in its pieces those that come back when they are written and read."""
-    found = {character for piece in tokenizer.get_vocab() for character in piece}
-    return frozenset({one for one in found if _comes_back(one, tokenizer)} | {" "})
+    """Of a vocabulary of pieces of words, the characters that survive a round trip."""
+    characters = {character for piece in tokenizer.get_vocab() for character in piece}
+    return frozenset({character for character in characters if _comes_back(character, tokenizer)} | {" "})
 
 
 def _comes_back(character: str, tokenizer) -> bool:
@@ -150,8 +151,8 @@ def _comes_back(character: str, tokenizer) -> bool:
 
 @lru_cache(8)
 def _single(tokenizer, size: int) -> frozenset[str]:
-    """Of single characters, with a space where its delimiter is there."""
-    # The tokenizer adds special tokens that the vocabulary lacks, with ids for which the model has no output.
+    """Of a vocabulary of single characters; the space is known if its delimiter is."""
+    # The tokenizer adds special tokens that the vocabulary lacks, and the model has no output for their ids.
     tokens = {token for token, id in tokenizer.get_vocab().items() if id < tokenizer.vocab_size}
     delimiter = getattr(tokenizer, "word_delimiter_token", " ")
     letters = {token for token in tokens if len(token) == 1} - {*tokenizer.all_special_tokens, delimiter}

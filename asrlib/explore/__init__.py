@@ -1,6 +1,6 @@
-"""Panels for JupyterLab: what one would like to turn a knob of, and see or hear what it does.
+"""Panels for JupyterLab: controls to try out, whose effects can be seen or heard at once.
 
-They share a `Workbench`: the run at hand, its recogniser, what it was converted to, and an utterance.
+They share a `Workbench`: a run, its recogniser, its conversion, and an utterance.
 """
 
 from asrlib.explore.attention_panel import attention_panel

@@ -1,4 +1,4 @@
-"""Where a head looks, before conversion and after."""
+"""The attention of a head, before conversion and after."""
 
 import ipywidgets as widgets
 
@@ -25,7 +25,7 @@ class AttentionPanel(Panel):
         bench.observe(self.refresh, ["converted", "place"])
 
     def refresh(self, change=None) -> None:
-        """Lets the models attend anew; without a converted one, the baseline alone."""
+        """Computes the attention anew, of the baseline and of the converted model, if there is one."""
         with self.working("attending to the utterance"):
             model, inputs = self.bench.required(), self.bench.inputs()
             self.names = layer_names(model, list(attention_parts(model)))
@@ -44,22 +44,21 @@ class AttentionPanel(Panel):
     def _draw(self) -> None:
         self.advance("drawing", 0.7)
         layer, head, utterance = self.layer.value, self.head.value, self.bench.utterance
-        named, names = self.names[layer], {"MHA": "MHA"}
+        layer_name, titles = self.names[layer], {"MHA": "MHA"}
         if "MLA" in self.weights:
             latent = self.bench.converted
             chosen = layer_names(latent, getattr(latent.config, "latent_parts", None))
-            width = dict(zip(chosen, latent.config.latent_dim, strict=True)).get(named)
-            names["MLA"] = f"MLA, latent_dim {width}" if width else "MLA, as it was here"
-        weights = {name: self.weights[kind][layer][head].numpy() for kind, name in names.items()}
-        about = f"layer {named}, head {head} in {utterance.id}"
-        tokens = named.startswith(("decoder", "cross")), named.startswith("decoder")
-        config = self.bench.required().config  # of a window, what its encoder hears at once, or else the utterance
-        seconds = (
-            config.max_source_positions / frames_per_second(config) if attends_across(config) else utterance.seconds
-        )
+            width = dict(zip(chosen, latent.config.latent_dim, strict=True)).get(layer_name)
+            titles["MLA"] = f"MLA, latent_dim {width}" if width else "MLA, unchanged in this layer"
+        weights = {title: self.weights[kind][layer][head].numpy() for kind, title in titles.items()}
+        about = f"layer {layer_name}, head {head} in {utterance.id}"
+        tokens = layer_name.startswith(("decoder", "cross")), layer_name.startswith("decoder")
+        config, seconds = self.bench.required().config, utterance.seconds
+        if attends_across(config):  # its encoder always reads a whole window
+            seconds = config.max_source_positions / frames_per_second(config)
         self.map.value = html(as_image(attention_maps(weights, seconds, about, tokens)))
 
 
 def attention_panel(bench: Workbench) -> None:
-    """Attention weights of a layer and head over the utterance, of MHA and beside them of what it was converted to."""
+    """Attention weights of a layer and head over the utterance, of MHA and, beside them, of the converted model."""
     AttentionPanel(bench).show()

@@ -1,4 +1,4 @@
-"""The recogniser converted as one likes, and at once what that costs and saves."""
+"""Converting the recogniser with chosen settings, and what that costs and saves."""
 
 import ipywidgets as widgets
 import traitlets
@@ -19,7 +19,7 @@ from asrlib.reporting.method_figures import error_by_layer
 from asrlib.reporting.numbers import change, percent, size
 from asrlib.reporting.tables import diff_transcripts
 
-FIRST_CUT = 16  # of the cache, at the start: MHA's divided by so many
+FIRST_CUT = 16  # at the start, the cache is MHA's divided by this
 LIMITS = {f"excellent: below {percent(EXCELLENT, 0)}": EXCELLENT, f"good: below {percent(GOOD, 0)}": GOOD}
 
 
@@ -48,10 +48,10 @@ class ConversionPanel(Panel):
 
     def refresh(self, change=None) -> None:
         """Converts anew."""
-        if self.busy:  # the slider is being given other limits
+        if self.busy:  # the limits of the slider are changing
             return
-        for shown in (self.cache, self.transcripts, self.figure):
-            shown.value = ""
+        for output in (self.cache, self.transcripts, self.figure):
+            output.value = ""
         with self.working("collecting statistics of calibration speech"):
             self._limit_width()
             latent = self.bench.latent(self.latent_dim.value, self.method.value, self.latent_layout.value)
@@ -59,14 +59,14 @@ class ConversionPanel(Panel):
             self.bench.converted = latent
 
     def measure(self, change=None) -> None:
-        """Shows what the conversion makes of another utterance."""
+        """Shows the results on another utterance."""
         if self.bench.converted is not None:
             with self.working("transcribing"):
                 self._measure(self.bench.converted)
 
     def _limit_width(self) -> None:
         config, layout = self.bench.required().config, self.latent_layout.value
-        self.latent_dim.min = 1  # first, so that the limits never cross
+        self.latent_dim.min = 1  # first, so that the minimum never exceeds the maximum
         self.latent_dim.max = exact_latent_dim(config, layout)
         self.latent_dim.min = 2 if layout == "split" else 1
         width = encoder_config(config).hidden_size
@@ -83,13 +83,13 @@ class ConversionPanel(Panel):
         errors = self.bench.errors(latent)
         self.advance("drawing", 0.8)
         verdict = summarise_quality(errors)["verdict"]
-        note = Markup("<p>By the error of the attention outputs on this utterance: {}.</p>").format(verdict)
+        note = Markup("<p>Quality by the error of the attention outputs on this utterance: {}.</p>").format(verdict)
         self.figure.value = html(note + as_image(error_by_layer(errors, LIMITS)))
 
 
 def utterance_dropdown(bench: Workbench) -> widgets.Dropdown:
-    """A choice of the utterance that all panels look at."""
-    options = [(f"{one.id}: {one.text}", place) for place, one in enumerate(bench.utterances)]
+    """A choice of the utterance for all panels."""
+    options = [(f"{utterance.id}: {utterance.text}", place) for place, utterance in enumerate(bench.utterances)]
     dropdown = widgets.Dropdown(options=options, description="utterance", style=NAMED, layout=WIDE)
     traitlets.link((bench, "place"), (dropdown, "value"))
     return dropdown
@@ -102,18 +102,19 @@ def _cache(mha: PreTrainedModel, mla: PreTrainedModel) -> Markup:
     )
 
 
-def _compared(said: str, before: str, after: str) -> Markup:
-    """What was said, and what was heard of it, errors marked."""
-    said, before, after = (folded(text) for text in (said, before, after))
-    shown = {
-        "said": said,
-        "heard by MHA": diff_transcripts(said, before),
-        "heard by MLA": diff_transcripts(said, after),
-        "from MHA to MLA": diff_transcripts(before, after) if before != after else "no word is another",
-    }
-    return rows(shown)
+def _compared(reference: str, before: str, after: str) -> Markup:
+    """The reference and the transcripts, with errors marked."""
+    reference, before, after = (folded(text) for text in (reference, before, after))
+    return rows(
+        {
+            "said": reference,
+            "heard by MHA": diff_transcripts(reference, before),
+            "heard by MLA": diff_transcripts(reference, after),
+            "from MHA to MLA": diff_transcripts(before, after) if before != after else "no word changes",
+        }
+    )
 
 
 def conversion_panel(bench: Workbench) -> None:
-    """Width, method and layout of a conversion; cache, transcripts and the error of each layer that they lead to."""
+    """Width, method and layout of a conversion, with the resulting cache, transcripts and errors of the layers."""
     ConversionPanel(bench).show()

@@ -1,4 +1,4 @@
-"""A button that records the microphone of the browser which shows it."""
+"""A button that records from the browser's microphone."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,13 +7,13 @@ import anywidget
 import numpy as np
 import traitlets
 
-LONGEST = 60.0  # seconds, of what is recorded at once
+LONGEST = 60.0  # seconds of a recording
 
 
 class Microphone(anywidget.AnyWidget):
-    """Calls `heard(samples_S, rate)` with what was recorded, float32 and mono, and `failed(reason)` where nothing was.
+    """Calls `heard(samples_S, rate)` with the recording, float32 and mono, or `failed(reason)` if there is none.
 
-    A browser lets a page record that comes from this machine or over https, and asks its user.
+    A browser allows recording only in pages from this machine or over https, and asks its user.
     """
 
     _esm = Path(__file__).with_name("microphone.js")

@@ -1,4 +1,4 @@
-"""One's own speech, as both models hear it."""
+"""The user's own speech, transcribed by both models."""
 
 import io
 
@@ -29,7 +29,7 @@ class OwnSpeechPanel(Panel):
         bench.observe(self.refresh, ["baseline", "converted"])
 
     def refresh(self, change=None) -> None:
-        """Both models hear the recording, if there is one yet."""
+        """Transcribes the recording with both models, if there is one yet."""
         if self.samples_S is not None and self.bench.baseline is not None:
             with self.working("transcribing"):
                 self._transcribe()
@@ -38,7 +38,7 @@ class OwnSpeechPanel(Panel):
         if not change["new"]:
             return
         (file,) = change["new"]
-        self.upload.value = ()  # so that the same file, uploaded again, is a change
+        self.upload.value = ()  # so that uploading the same file again is a change
         self._take_up(bytes(file["content"]), file["name"])
 
     def recorded(self, samples_S: np.ndarray, rate: int) -> None:
@@ -64,7 +64,7 @@ class OwnSpeechPanel(Panel):
         if seconds > LONGEST:
             raise ValueError(f"{name} is {seconds:.0f} s long: give {LONGEST:.0f} s at most")
         if not frames_of(self.bench.required())(len(samples_S)):
-            raise ValueError(f"{name} is {seconds:.3f} s long, which is no frame of the model's: give a longer one")
+            raise ValueError(f"{name} is {seconds:.3f} s long, less than a frame of the model: give a longer one")
 
     def _transcribe(self) -> None:
         wave = as_wave(self.samples_S)
@@ -74,12 +74,13 @@ class OwnSpeechPanel(Panel):
         before, *after = (
             folded(transcribe(model, self.bench.processor, corpus)[0]["hypothesis"]) for model in models if model
         )
-        shown = {"heard by MHA": before or Markup("<i>nothing</i>")}
+        nothing = Markup("<i>nothing</i>")
+        texts = {"heard by MHA": before or nothing}
         if after:
-            shown["heard by MLA"] = diff_transcripts(before, after[0]) if before or after[0] else shown["heard by MHA"]
-        self.transcripts.value = html(rows(shown))
+            texts["heard by MLA"] = diff_transcripts(before, after[0]) if before or after[0] else nothing
+        self.transcripts.value = html(rows(texts))
 
 
 def own_speech_panel(bench: Workbench) -> None:
-    """Speech uploaded in any format that soundfile knows, or recorded here, transcribed before and after conversion."""
+    """Speech that is uploaded (any format of soundfile) or recorded, transcribed before and after conversion."""
     OwnSpeechPanel(bench).show()

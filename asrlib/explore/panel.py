@@ -1,4 +1,4 @@
-"""What all panels have: controls that are locked while it works, a bar that moves, and a sentence if it fails."""
+"""The base of all panels: controls that are locked during work, a progress bar, and a sentence after an error."""
 
 import contextlib
 import io
@@ -30,34 +30,34 @@ STYLE = Markup("""<style>
 
 
 class Panel(widgets.VBox):
-    """`controls`, by name, above what `shown` they change; `refresh` is what a change calls.
+    """`controls`, by name, above the `outputs` that they change.
 
-    Subclasses say what it does. What takes longer than a moment it does within `working`.
+    Subclasses define `refresh`, which a change calls. Work that takes longer than a moment runs within `working`.
     """
 
-    def __init__(self, controls: Mapping[str, widgets.Widget], shown: Sequence[widgets.Widget]):
+    def __init__(self, controls: Mapping[str, widgets.Widget], outputs: Sequence[widgets.Widget]):
         self.controls = dict(controls)
         self.busy = False
         self.bar = widgets.FloatProgress(min=0, max=1, layout=widgets.Layout(width="16rem"))
         self.doing = widgets.HTML()
         self.work = widgets.HBox([self.bar, self.doing])
-        self.work.layout.visibility = "hidden"  # its room stays, or all below it would jump
+        self.work.layout.visibility = "hidden"  # its space stays, otherwise everything below would move
         self.failure = widgets.HTML(layout=widgets.Layout(display="none"))
         style = widgets.HTML(STYLE, layout=widgets.Layout(display="none"))
-        super().__init__([*self.controls.values(), self.work, self.failure, *shown, style])
+        super().__init__([*self.controls.values(), self.work, self.failure, *outputs, style])
         self.add_class(type(self).__name__)
 
     def refresh(self, change=None) -> None:
-        """Shows what goes with the controls as they are."""
+        """Shows the results for the present values of the controls."""
 
     def show(self) -> None:
-        """Displays the panel, then what it opens with: a bar can be seen only where there is a panel."""
+        """Displays the panel, and only then its first results, so that the progress bar is visible."""
         display(self)
         self.refresh()
 
     @contextlib.contextmanager
     def working(self, doing: str) -> Iterator[None]:
-        """Locks the controls until the block ends; an error ends it with one sentence in the panel."""
+        """Locks the controls until the block ends; shows an error as one sentence in the panel."""
         were_locked = {control: control.disabled for control in self.controls.values()}
         self.busy = True
         self.fail("")
@@ -69,7 +69,7 @@ class Panel(widgets.VBox):
                 yield
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
             self.fail(str(error))
-        except Exception as error:  # a defect: the log has its traceback
+        except Exception as error:  # a defect, whose traceback goes to the log
             self.fail(f"{type(error).__name__}: {error}")
             raise
         finally:
@@ -78,23 +78,23 @@ class Panel(widgets.VBox):
             self.busy, self.work.layout.visibility = False, "hidden"
 
     def fail(self, sentence: str) -> None:
-        """Says why something does not work; an empty sentence, that all is well."""
-        said = html(Markup('<p class="error" role="alert">This does not work: {}</p>').format(sentence))
-        self.failure.value, self.failure.layout.display = (said, "") if sentence else ("", "none")
+        """Shows why something failed; an empty sentence removes the message."""
+        message = html(Markup('<p class="error" role="alert">Error: {}</p>').format(sentence))
+        self.failure.value, self.failure.layout.display = (message, "") if sentence else ("", "none")
 
     def advance(self, doing: str, share: float) -> None:
-        """What is being done, and how much of it is done."""
+        """Shows the work at hand and its finished share."""
         self.work.layout.visibility = "visible"
         self.doing.value, self.bar.value = Markup("{} …").format(doing), share
 
 
 @contextlib.contextmanager
 def progress_of_bars(advance: Callable[[str, float], None]) -> Iterator[None]:
-    """Meanwhile bars of tqdm call `advance` with what they describe and the share that is done, and print nothing.
+    """Inside, tqdm's bars print nothing, and call `advance` with their description and finished share.
 
-    The functions that panels call have their bars in a terminal. `tqdm.display` is what tqdm wants overloaded to show
-    them elsewhere; those functions make the bars themselves, so it is exchanged in the class. That of transformers, of
-    weights being loaded, would leave a dead widget.
+    The library's functions make bars for a terminal. tqdm documents `display` as the method to override, and since the
+    functions make the bars themselves, it is replaced in the class. The bar of transformers for loading weights would
+    leave a dead widget, so it is disabled.
     """
     usual, of_transformers = tqdm.display, logging.is_progress_bar_enabled()
 
@@ -114,14 +114,14 @@ def progress_of_bars(advance: Callable[[str, float], None]) -> Iterator[None]:
 
 
 def html(pieces: Markup) -> Markup:
-    """What a panel shows, in its style."""
+    """`pieces` in the style of panels."""
     return Markup('<div class="asrlib">{}</div>').format(pieces)
 
 
 def rows(named: Mapping[str, str | Markup]) -> Markup:
-    """A line for each, its name before it."""
+    """A table with a row for each name and value."""
     row = Markup('<tr><th scope="row">{}</th><td>{}</td></tr>')
-    return Markup("<table>{}</table>").format(Markup("").join(row.format(*one) for one in named.items()))
+    return Markup("<table>{}</table>").format(Markup("").join(row.format(*item) for item in named.items()))
 
 
 def player(samples_S: np.ndarray, autoplay: bool = False) -> widgets.Audio:

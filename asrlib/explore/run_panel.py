@@ -1,4 +1,4 @@
-"""Which run the other panels look at."""
+"""The choice of a run for the other panels."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,8 +32,8 @@ class RunPanel(Panel):
         model, config = self.bench.baseline, self.bench.baseline.config
         encoder = encoder_config(config)
         return Markup(
-            "<p>{:.3g} million parameters, {} layers of width {}, {} heads, {:.4g} frames a second. Of a stream it "
-            "keeps {} per second of audio. Models of this run: {}.</p>"
+            "<p>{:.3g} million parameters, {} layers of width {}, {} heads, {:.4g} frames a second. A stream keeps {} "
+            "per second of audio. Models of this run: {}.</p>"
         ).format(
             model.num_parameters() / 1e6,
             encoder.num_hidden_layers,
@@ -46,5 +46,5 @@ class RunPanel(Panel):
 
 
 def run_panel(bench: Workbench, runs: Mapping[str, Path]) -> None:
-    """A choice of `runs` (of `found_runs`), which opens with the first."""
+    """A choice among `runs` (of `found_runs`); the first is open at the start."""
     RunPanel(bench, runs).show()

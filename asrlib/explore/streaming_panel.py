@@ -1,4 +1,4 @@
-"""An utterance recognised while it is spoken."""
+"""Recognising an utterance while it is spoken."""
 
 import copy
 import time
@@ -22,11 +22,11 @@ from asrlib.reporting.tables import diff_transcripts
 from asrlib.streaming.streams import Recognition, chunks_of
 
 CONVERTED_HERE = "converted here"
-PIECE = SAMPLE_RATE // 25  # samples of speech that come at once
+PIECE = SAMPLE_RATE // 25  # samples of speech that arrive together
 
 
 class StreamingPanel(Panel):
-    """`pace` waits so many seconds for speech to come; recognition that is slower than speech waits for nothing."""
+    """`pace(seconds)` waits for speech to arrive; recognition slower than speech does not wait."""
 
     def __init__(self, bench: Workbench, pace: Callable[[float], None] = time.sleep):
         self.bench, self.pace = bench, pace
@@ -58,11 +58,13 @@ class StreamingPanel(Panel):
         bench.observe(self.refresh, ["models", "converted"])
 
     def refresh(self, change=None) -> None:
-        """Offers the models that there are."""
-        offered = [*self.bench.models, *[CONVERTED_HERE] * (self.bench.converted is not None)]
-        was = self.model.value
+        """Offers the models of the run and the converted one, if there is one."""
+        offered = list(self.bench.models)
+        if self.bench.converted is not None:
+            offered.append(CONVERTED_HERE)
+        chosen = self.model.value
         self.model.options = offered
-        self.model.value = was if was in offered else next(iter(offered), None)
+        self.model.value = chosen if chosen in offered else next(iter(offered), None)
 
     def stream(self, _=None) -> None:
         self.text.value = self.account.value = ""
@@ -73,18 +75,18 @@ class StreamingPanel(Panel):
             model, processor = self._loaded()
             chunks = chunks_of(model.config, **{name: control.value for name, control in self.chosen.items()})
             recognition = Recognition(model, processor, chunks, self.cache.value)
-            self.work.layout.visibility = "hidden"  # its place takes the bar of what was heard
+            self.work.layout.visibility = "hidden"  # the bar "heard" shows the progress from here on
             self.speech.children = [player(samples_S, autoplay=True)]
             for share, words in _as_spoken(recognition, samples_S, self.pace):
                 self.heard.value, self.text.value = share, html(Markup("<p>{}</p>").format(folded(words)))
                 self.account.value = html(_account(recognition))
-            said, heard = folded(utterance.text), folded(recognition.text)
-            self.text.value = html(rows({"said": said, "heard": diff_transcripts(said, heard)}))
+            reference, transcript = folded(utterance.text), folded(recognition.text)
+            self.text.value = html(rows({"said": reference, "heard": diff_transcripts(reference, transcript)}))
 
     def _loaded(self):
         if self.model.value is None:
-            raise ValueError("no model is there: choose a run that has one")
-        if self.model.value == CONVERTED_HERE:  # a copy: streams exchange the attention modules
+            raise ValueError("there is no model: choose a run that has one")
+        if self.model.value == CONVERTED_HERE:  # a copy, because streams change the attention modules
             return copy.deepcopy(self.bench.converted), self.bench.processor
         return load(self.bench.models[self.model.value])
 
@@ -92,7 +94,7 @@ class StreamingPanel(Panel):
 def _as_spoken(
     recognition: Recognition, samples_S: np.ndarray, pace: Callable[[float], None]
 ) -> Iterator[tuple[float, str]]:
-    """(share of the audio that was heard, text so far), whenever there is more of either."""
+    """(share of the audio heard, text so far), after every piece and chunk."""
     words = ""
     for start in range(0, len(samples_S), PIECE):
         began = time.perf_counter()
@@ -115,5 +117,5 @@ def _account(recognition: Recognition) -> Markup:
 
 
 def streaming_panel(bench: Workbench) -> None:
-    """The utterance, recognised while it is spoken: text and cache after every chunk."""
+    """Recognises the utterance while it is spoken, with text and cache after every chunk."""
     StreamingPanel(bench).show()

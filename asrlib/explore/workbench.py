@@ -1,4 +1,4 @@
-"""What the panels share: a run, its recogniser, what it was converted to, and an utterance."""
+"""The state that panels share: a run, its recogniser, the converted model, and an utterance."""
 
 from pathlib import Path
 
@@ -22,27 +22,27 @@ FIRST_RUN = "demo"
 
 
 def found_runs(root: Path | None = None) -> dict[str, Path]:
-    """{name: folder of its models} of all runs under reports/ that keep a baseline, and of the shipped models.
+    """{name: folder of its models} of all runs under reports/ with a baseline, and of the shipped models.
 
-    The demo run comes first, then the newest; shipped models come last.
+    The demo run comes first, then other runs, newest first, and shipped models last.
     """
     reports = (root or project_root(Path.cwd())) / "reports"
-    kept = sorted(reports.glob("**/models/baseline/config.json"), key=lambda path: -path.stat().st_mtime)
-    runs = {str(path.parents[2].relative_to(reports)): path.parents[1] for path in kept}
+    configs = sorted(reports.glob("**/models/baseline/config.json"), key=lambda path: -path.stat().st_mtime)
+    runs = {str(path.parents[2].relative_to(reports)): path.parents[1] for path in configs}
     shipped = {f"{path.parent.name} (shipped)": path.parent for path in sorted(PRETRAINED.glob("*/config.json"))}
     return {name: runs[name] for name in [FIRST_RUN] if name in runs} | runs | shipped
 
 
 class Workbench(traitlets.HasTraits):
-    """Panels read what lies here, and observe what another panel lays down.
+    """Panels read the state here, and observe changes by other panels.
 
-    `utterances` are to choose from, of speech that no model at hand was trained on; `calibration` is training speech,
-    of which `calibration_seconds` tell what matters in keys and values.
+    The user chooses among `utterances`, of speech that no model was trained on. `calibration` is training speech;
+    conversion takes statistics of `calibration_seconds` of it.
     """
 
     models = traitlets.Dict()  # of the run, name → folder
-    baseline = traitlets.Any()  # the run's recogniser with standard attention; None before one is open
-    converted = traitlets.Any()  # what it was converted to; None before that
+    baseline = traitlets.Any()  # the run's recogniser with standard attention; None before a run is open
+    converted = traitlets.Any()  # the converted recogniser; None before a conversion
     place = traitlets.Int(0)  # of the utterance
 
     def __init__(self, utterances: Corpus, calibration: Corpus, calibration_seconds: float = 120.0):
@@ -62,12 +62,12 @@ class Workbench(traitlets.HasTraits):
         return self.utterances[self.place]
 
     def open(self, folder: Path) -> None:
-        """Takes up the run whose models lie in `folder`, or the one model that it is.
+        """Opens the run whose models lie in `folder`, or the single model in `folder`.
 
-        Raises OSError or ValueError where the recogniser cannot be loaded; there is none then.
+        Raises OSError or ValueError where the recogniser cannot be loaded; then no recogniser is open.
         """
-        kept = sorted(path.parent for path in folder.glob("*/config.json"))
-        models = {path.name: path for path in kept} or {folder.name: folder}
+        folders = sorted(path.parent for path in folder.glob("*/config.json"))
+        models = {path.name: path for path in folders} or {folder.name: folder}
         self.baseline = self.converted = None
         self._forget()
         self.models = models
@@ -75,14 +75,14 @@ class Workbench(traitlets.HasTraits):
         self.baseline = model.to(choose_device("auto", model))
 
     def required(self) -> PreTrainedModel:
-        """The baseline; ValueError where there is none."""
+        """The baseline. Raises ValueError where none is open."""
         if self.baseline is None:
             raise ValueError("no recogniser is loaded: choose a run that has one")
         return self.baseline
 
     @property
     def statistics(self) -> Statistics:
-        """Of the calibration speech, collected when they are first asked for: enough for every method."""
+        """Statistics of the calibration speech for every method, collected at the first use."""
         if self._statistics is None:
             self._statistics = collect_statistics(
                 self.required(), self.processor, self.calibration, self.calibration_seconds, attention=True
@@ -90,7 +90,7 @@ class Workbench(traitlets.HasTraits):
         return self._statistics
 
     def latent(self, latent_dim: int, method: str, layout: str) -> PreTrainedModel:
-        """The baseline converted; what does not depend on the width is computed once."""
+        """The converted baseline. The decomposition, which does not depend on the width, is computed once."""
         model, statistics = self.required(), self.statistics
         if (method, layout) not in self._decompositions:
             self._decompositions[method, layout] = decompose(model, layout, method, statistics)
@@ -105,12 +105,12 @@ class Workbench(traitlets.HasTraits):
         return latent.to(choose_device(None, model))
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        """What models read of the utterance, a batch of one."""
+        """The models' input for the utterance, a batch of one."""
         chosen = SpeechDataset(self.utterances[self.place : self.place + 1], self.processor)
         return SpeechCollator(self.processor)([chosen[0]])
 
     def errors(self, latent: PreTrainedModel) -> pd.DataFrame:
-        """Of `latent` against the baseline on the utterance, layer by layer."""
+        """The errors of `latent` against the baseline on the utterance, layer by layer."""
         return analyze_compression_quality(self.required(), latent, self.inputs())
 
     def heard(self, model: PreTrainedModel) -> str:

@@ -1,1 +1,1 @@
-"""A run's model as something that works without asrlib: a folder for the hub, standard attention, or ONNX graphs."""
+"""A run's model in forms that work without asrlib: a folder for the hub, standard attention, or ONNX graphs."""

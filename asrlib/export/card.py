@@ -25,13 +25,13 @@ from asrlib.runs import Run, read_json, resolve
 
 @dataclass(frozen=True)
 class Export:
-    """What is exported: of which run, which of its models, as what, by which command."""
+    """An export: the run, its model, the form, and the command."""
 
     run: Run
     system: str  # baseline, converted or finetuned
     to: str
     command: str
-    licence: str | None = None  # None: what the base model says of itself
+    licence: str | None = None  # None: that of the base model's card
 
     @property
     def title(self) -> str:
@@ -39,8 +39,8 @@ class Export:
 
 
 def model_card(export: Export, config, what: str, loading: str, unknown: list[str] = ()) -> str:
-    """README.md as text. `config` is the exported model's; `what` says what the folder holds, `loading` how it is
-    loaded, and `unknown` what this kind of export leaves open."""
+    """README.md as text. `config` is the exported model's. `what` describes the folder, `loading` says how to load it,
+    and `unknown` what this kind of export leaves open."""
     run, system = export.run, export.system
     metrics = {name: run.metrics_so_far(name) for name in ("baseline", "convert", "finetune", "evaluate", "benchmark")}
     scores = metrics["evaluate"].get("systems", {}).get(system, {})
@@ -80,20 +80,24 @@ def model_card(export: Export, config, what: str, loading: str, unknown: list[st
 
 def _tags(config) -> list[str]:
     family = family_of(config)
-    ctc = ["ctc"] if family.head.auto_model is AutoModelForCTC else []
-    return ["automatic-speech-recognition", *ctc, *["multi-head-latent-attention"] * family.is_latent(config)]
+    tags = {
+        "automatic-speech-recognition": True,
+        "ctc": family.head.auto_model is AutoModelForCTC,
+        "multi-head-latent-attention": family.is_latent(config),
+    }
+    return [tag for tag, fits in tags.items() if fits]
 
 
 def _measured(export: Export) -> list[list[str]]:
-    """Rows, the head first: the run's comparison of the baseline and the exported model. Their caches stand elsewhere,
-    and of what is not the run's model as it was measured, word and character errors alone."""
+    """Rows, the head first: the run's comparison of the baseline and the exported model. Caches are described elsewhere
+    in the card. Other forms than the hub's were not timed, so their rows are word and character errors alone."""
     table = comparison_table(export.run)
     systems = [name for name in dict.fromkeys(("baseline", export.system)) if name in table.index]
-    shown = readable_comparison(table.loc[systems]).drop(index="K/V cache per second of audio", errors="ignore")
+    rows = readable_comparison(table.loc[systems]).drop(index="K/V cache per second of audio", errors="ignore")
     if export.to != "hub":
-        shown = shown[shown.index.str.contains("WER|CER")]
-    shown = shown.reset_index()
-    return [[str(name) for name in shown.columns], *shown.values.tolist()]
+        rows = rows[rows.index.str.contains("WER|CER")]
+    rows = rows.reset_index()
+    return [[str(name) for name in rows.columns], *rows.values.tolist()]
 
 
 def _eval_results(scores: dict[str, dict], corpus: str | None) -> Iterator[EvalResult]:
@@ -139,10 +143,10 @@ def _made(metrics: dict[str, dict], system: str, provenance: dict[str, str], con
         )
         if convert.get("latent_dim"):
             widths = ", ".join(map(str, convert["latent_dim"]))
-            of = "a frame, layer by layer"
+            unit = "a frame, layer by layer"
             if parts := getattr(config, "latent_parts", None):
-                of = f"a token or a frame, layer by layer of {', then '.join(parts)}"
-            made[f"numbers kept of {of}"] = (
+                unit = f"a token or a frame, layer by layer of {', then '.join(parts)}"
+            made[f"numbers kept of {unit}"] = (
                 f"{widths} ({convert.get('layout', 'joint')}, ranks {convert.get('ranks', 'uniform')})"
             )
     if system == "finetuned" and "settings" in finetune:
@@ -151,8 +155,8 @@ def _made(metrics: dict[str, dict], system: str, provenance: dict[str, str], con
             f"{settings['epochs']:g} epochs over {finetune.get('utterances', '?')} utterances, trained: "
             f"{settings['trainable']}"
         )
-    named = ("versions", "machine", "finished")
-    return made | {name: provenance[name] for name in named if name in provenance}
+    facts = ("versions", "machine", "finished")
+    return made | {name: provenance[name] for name in facts if name in provenance}
 
 
 def _unknown(metrics: dict, scores: dict, provenance: dict[str, str], licence: str) -> Iterator[str]:
@@ -160,13 +164,13 @@ def _unknown(metrics: dict, scores: dict, provenance: dict[str, str], licence: s
     if scores:
         yield f"Word errors were measured on {' and '.join(scores)} of {corpus}, and not on other speech."
     seed = provenance.get("seed")
-    yield f"One run{f' with seed {seed}' if seed else ''}: how far another seed would differ was not measured."
+    yield f"This is one run{f' with seed {seed}' if seed else ''}: the spread over other seeds was not measured."
     if metrics["benchmark"]:
         yield "Speed and memory of the run's model were measured on one machine alone."
     if not metrics["evaluate"].get("paired"):
         yield "No test says whether the difference from the baseline is more than chance."
     if licence == "unknown":
-        yield "Under which licence the base model may be passed on."
+        yield "The licence of the base model is not known to the run."
 
 
 def _params(run: Run) -> dict:
@@ -180,12 +184,12 @@ def _params(run: Run) -> dict:
 
 
 def _hub_id(source: str | None) -> str | None:
-    """`source` where it is an id on the hub, and no folder."""
+    """`source` if it is a hub id and not a folder, otherwise None."""
     return source if source and re.fullmatch(HUB_ID, source) and not resolve(source).exists() else None
 
 
 def _name_of(source: str | None) -> str:
-    """What to call a model or a corpus: a folder by its name, for where it lay concerns nobody."""
+    """The name of a model or a corpus for readers: of a folder its last part, without the path."""
     if not source:
         return "unknown"
     return source if _hub_id(source) or "://" in source else Path(source).name
@@ -195,19 +199,18 @@ def _licence(export: Export, base: str | None) -> tuple[str, str]:
     """(identifier for the hub, sentences)"""
     code = "Code in this folder, if any, is asrlib's, under the MIT licence."
     if export.licence:
-        return export.licence, f"Weights: {export.licence}, as was said at the export. {code}"
+        return export.licence, f"Weights: {export.licence}, given at the export. {code}"
     if base and Path(base).name == base and (PRETRAINED / base / "config.json").is_file():
-        return "mit", "Weights and code: MIT, as the base model, which asrlib brings along."
-    said = _said_by_the_base(base)
-    if said:
-        return said, f"Weights: {said}, as the base model's own card says. {code}"
+        return "mit", "Weights and code: MIT, the licence of the base model, which comes with asrlib."
+    if licence := _licence_of_base(base):
+        return licence, f"Weights: {licence}, by the base model's own card. {code}"
     if base in architectures():
-        return "unknown", f"Weights: trained from scratch, by whom and for whom the run does not know. {code}"
-    return "unknown", f"Weights: whatever the base model's licence asks; the run does not know it. {code}"
+        return "unknown", f"Weights: trained from scratch; the run does not record their owner. {code}"
+    return "unknown", f"Weights: under the base model's licence, which the run does not know. {code}"
 
 
-def _said_by_the_base(base: str | None) -> str | None:
-    """The licence that the card of the base model names, where that card is on this machine."""
+def _licence_of_base(base: str | None) -> str | None:
+    """The licence in the base model's card, if that card is on this machine."""
     if not base:
         return None
     card = resolve(base) / "README.md"
@@ -218,5 +221,5 @@ def _said_by_the_base(base: str | None) -> str | None:
         card = Path(cached)
     try:
         return ModelCard.load(card).data.to_dict().get("license")
-    except ValueError:  # its YAML head is none
+    except ValueError:  # its head is not valid YAML
         return None

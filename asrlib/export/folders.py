@@ -1,4 +1,4 @@
-"""Folders that transformers loads without asrlib: with the code that the model needs, or with standard attention."""
+"""Folders that transformers loads without asrlib, with the model's code or with standard attention."""
 
 import copy
 from pathlib import Path
@@ -13,13 +13,13 @@ from asrlib.models.registry import family_of, is_latent
 
 
 def needs_code(config) -> bool:
-    """Does transformers lack the classes of such a model?"""
+    """Whether transformers lacks the classes of such a model."""
     return not type(config).__module__.startswith("transformers.")
 
 
 def write_hub_folder(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
-    """A folder that the head's Auto class loads by `from_pretrained(folder, trust_remote_code=True)` where asrlib is
-    not installed: weights, configs, processor, and the modules that the model's class needs.
+    """Writes weights, configs, processor, and the modules that the model's class needs. Without asrlib, the head's Auto
+    class loads the folder by `from_pretrained(folder, trust_remote_code=True)`.
 
     Raises ValueError where the model's class or attention is not asrlib's own code.
     """
@@ -30,20 +30,20 @@ def write_hub_folder(model: PreTrainedModel, processor: ProcessorMixin, folder: 
     for needed in filter(None, (type(model), type(model.config), kind)):
         if not needed.__module__.startswith("asrlib."):
             raise ValueError(
-                f"{needed.__name__} is in {needed.__module__}, outside of asrlib: only asrlib's own code can go along "
+                f"{needed.__name__} is in {needed.__module__}, outside asrlib: only asrlib's own code can be exported "
                 "(--to standard needs none)"
             )
     for name, source in self_contained(type(model).__module__).items():
         (folder / name).write_text(source, encoding="utf-8")
     config = type(model.config).from_pretrained(folder)
     classes = {"AutoConfig": type(model.config), family_of(config).head.auto_model.__name__: type(model)}
-    # Which class in which file; what `register_for_auto_class` writes, which knows of no absolute imports.
-    config.auto_map = {auto: f"{flat_name(of.__module__)}.{of.__name__}" for auto, of in classes.items()}
+    # The file of each class. `register_for_auto_class` would write the same, but does not support absolute imports.
+    config.auto_map = {auto: f"{flat_name(cls.__module__)}.{cls.__name__}" for auto, cls in classes.items()}
     config.save_pretrained(folder)
 
 
 def standard(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with multi-head attention that computes what `model` does.
+    """A model with multi-head attention that computes the same as `model`.
 
     Raises ValueError where its attention is neither latent nor multi-head.
     """
@@ -52,24 +52,24 @@ def standard(model: PreTrainedModel) -> PreTrainedModel:
     attention = getattr(model.config, "attention", "mha")
     if attention != "mha":
         raise ValueError(
-            f"the model's attention is {attention!r}, which no multi-head attention computes: use --to hub or onnx"
+            f"the model's attention is {attention!r}, and no multi-head attention equals it: use --to hub or onnx"
         )
     return model
 
 
 def write_folder(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
-    """Weights, configs and processor, without code. What asrlib tells `generate` is the folder's default."""
+    """Writes weights, configs and processor, without code. asrlib's arguments of `generate` become the defaults."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    if told := generation_settings(model, processor):
+    if settings := generation_settings(model, processor):
         generation = copy.deepcopy(model.generation_config)
-        for name, value in told.items():
+        for name, value in settings.items():
             setattr(generation, name, value)
         generation.save_pretrained(folder)
 
 
 def described(model: PreTrainedModel, processor: ProcessorMixin, to: str) -> tuple[str, str]:
-    """(what the folder holds, how it is loaded), for its card."""
+    """(description of the folder, how to load it), for its card."""
     config = model.config
     kind = getattr(config, "attention", "mha")
     attention = "latent" if is_latent(config) else "multi-head" if kind == "mha" else kind

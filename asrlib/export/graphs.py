@@ -1,11 +1,11 @@
-"""Models as they are traced to graphs: of whole utterances, or a step of streams, whose past comes in and goes out.
+"""Models in the form that is traced to a graph: over whole utterances, or for one step of streams.
 
-Both are what `asrlib.streaming.streams` works with, layers that find the past in a memory: here its tensors are inputs
-and outputs of the graph, and a whole utterance is a stream that has no past. Models that cannot stream are traced as
-they are, over whole utterances alone.
+Both use the layers of `asrlib.streaming.streams`, which find the past in a memory. The memory's tensors become inputs
+and outputs of the graph; a whole utterance is a stream without a past. Models that cannot stream are traced unchanged,
+over whole utterances alone.
 
-Shapes: B streams, S samples or frames of features, n frames worked on at once, t frames kept, T = t + n, D width,
-V tokens, C channels.
+Shapes: B streams, S samples or frames of features, n frames of a step, t frames kept, T = t + n, D width, V tokens,
+C channels.
 """
 
 from collections.abc import Iterator
@@ -23,21 +23,18 @@ from asrlib.models.registry import attention_modules, family_of, frame_counts
 from asrlib.streaming.memory import LayerMemory, Tensors
 from asrlib.streaming.streams import prepared, through_layers
 
-USUAL_FRAMES = 500  # of an utterance, for which the form of attention is chosen: whichever multiplies less
+USUAL_FRAMES = 500  # of an utterance: a graph has the form of attention that multiplies less for this many
 
 
 def check_head(config) -> None:
-    """Raises ValueError unless a model of such a config writes by CTC."""
+    """Raises ValueError unless a model of this config has CTC."""
     if family_of(config).head.auto_model is not AutoModelForCTC:
-        raise ValueError(
-            f"a graph is made of models with CTC, and {config.model_type} writes token by token: use --to hub or "
-            "standard"
-        )
+        raise ValueError(f"graphs need CTC, and {config.model_type} writes token by token: use --to hub or standard")
 
 
 class GraphMemory(LayerMemory):
-    """Of one layer: takes what is kept from `past`, in the order in which the layer asks, and leaves what is to be kept
-    in `present`, of which `names` says what it is. Without a past, nothing came before."""
+    """The memory of one layer. It takes kept tensors from `past`, in the order in which the layer asks, and puts the
+    tensors to keep into `present`, with their `names`. `past` None is the start of a stream."""
 
     def __init__(self, chunks: Chunks, past: Iterator[torch.Tensor] | None):
         super().__init__(chunks, cache_format("float32"))
@@ -48,7 +45,7 @@ class GraphMemory(LayerMemory):
         self.present.append(tensor)
 
     def frames(self, new: Tensors) -> tuple[Tensors, torch.Tensor]:
-        before = [one[:, :0] if self.past is None else next(self.past) for one in new]
+        before = [x_BnN[:, :0] if self.past is None else next(self.past) for x_BnN in new]
         both = tuple(torch.cat(pair, dim=1) for pair in zip(before, new, strict=True))
         for number, (past_BtN, new_BnN) in enumerate(zip(before, new, strict=True)):
             kept_BtN = torch.cat([past_BtN, new_BnN[:, : self.central]], dim=1)
@@ -58,9 +55,9 @@ class GraphMemory(LayerMemory):
         return both, torch.cat([self.kept_Bn.new_ones(before[0].shape[:2]), self.kept_Bn], dim=1)
 
     def sums(self, central: Tensors) -> Tensors:
-        before = tuple(torch.zeros_like(one) if self.past is None else next(self.past) for one in central)
-        for number, (earlier, one) in enumerate(zip(before, central, strict=True)):
-            self._keep(f"sums{number}", earlier + one)
+        before = tuple(torch.zeros_like(chunk) if self.past is None else next(self.past) for chunk in central)
+        for number, (earlier, chunk) in enumerate(zip(before, central, strict=True)):
+            self._keep(f"sums{number}", earlier + chunk)
         return before
 
     def before(self, convolution: nn.Module, x_BCn: torch.Tensor, reach: int) -> torch.Tensor:
@@ -70,7 +67,7 @@ class GraphMemory(LayerMemory):
         return before_BCr
 
     def positions(self, attention, frames: int) -> torch.Tensor:
-        """Of any number of frames; a constant of the graph where a stream keeps no more than so many."""
+        """See LayerMemory. Where a stream keeps a limited number of frames, they are a constant of the graph."""
         queries, left = self.kept_Bn.shape[1], self.chunks.left
         if self.past is not None and left is not None:
             most = left + self.chunks.block
@@ -88,17 +85,17 @@ def _distances(attention, frames: int, queries: int) -> torch.Tensor:
 class OfflineGraph(nn.Module):
     """Inputs [B, S(, F)] and which of them are speech [B, S] → logits [B, n, V], and how many frames are speech [B].
 
-    Takes `model` over: its attention works in blocks, and in one form. What is beyond an utterance reaches no other
-    frame, so that a batch gives what its utterances give alone; but for `one_at_a_time`, whose feature encoder
-    normalises over all that is in a row. Raises ValueError where an adapter behind the encoder thins its frames out,
-    and where something else than CTC writes.
+    Changes `model`: its attention works in blocks, and in one form. Padding reaches no frame of speech, so a batch
+    gives the same as its utterances alone. The exception are models with `one_at_a_time`, whose feature encoder
+    normalises over a whole row. Raises ValueError where an adapter after the encoder reduces the frames, and for other
+    heads than CTC.
     """
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         check_head(model.config)
         if getattr(model.config, "add_adapter", False):
-            raise ValueError("an adapter behind the encoder does not go into a graph yet: use --to hub or standard")
+            raise ValueError("graphs do not support an adapter behind the encoder yet: use --to hub or standard")
         self.model = family_of(model.config).work_in_blocks(model).eval()
         self.streams = can_stream(model.config)
         self.one_at_a_time = getattr(model.config, "feat_extract_norm", "layer") == "group"
@@ -122,8 +119,8 @@ def can_stream(config) -> bool:
 
 @contextmanager
 def _padding_silenced(model: PreTrainedModel, frames_B: torch.Tensor) -> Iterator[None]:
-    """`models.inference.padding_silenced` of the layers, where lengths are symbols. Convolutions that pad nothing
-    themselves were given zeros on their left, and hear no later frame."""
+    """`models.inference.padding_silenced` of the layers, for symbolic lengths. Convolutions without own padding
+    get zeros on their left and read no later frame."""
 
     def silence(convolution: nn.Conv1d, inputs: tuple) -> tuple:
         x_BCT, *others = inputs
@@ -141,11 +138,11 @@ def _padding_silenced(model: PreTrainedModel, frames_B: torch.Tensor) -> Iterato
 
 
 class StreamGraph(nn.Module):
-    """A step of streams: inputs of the frames of a chunk and of its lookahead, which of them are speech, and what was
-    kept → logits [B, c, V] of the chunk, how many of its frames are speech [B], and what is to be kept.
+    """A step of streams: the inputs of a chunk and its lookahead, which of them are speech, and the kept tensors →
+    logits [B, c, V] of the chunk, how many of its frames are speech [B], and the tensors to keep.
 
-    Takes `model` over. `state_names` and `state` (of streams that begin) say what is kept, layer by layer. Raises
-    ValueError where the model cannot stream.
+    Changes `model`. `first_state` gives the names and shapes of the kept tensors, layer by layer. Raises ValueError
+    where the model cannot stream.
     """
 
     def __init__(self, model: PreTrainedModel, chunks: Chunks):
@@ -160,7 +157,7 @@ class StreamGraph(nn.Module):
 
     @torch.no_grad()
     def first_state(self, inputs: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        """By name, what streams of this batch begin with: no frames, and zeros."""
+        """{name: kept tensor} at the start of streams with this batch: no frames, and zeros."""
         memories = _pass(self.model, inputs, attention_mask, self.chunks)[2]
         return {
             f"layer{layer}_{name}": tensor[:, :0] if name.startswith("frames") else torch.zeros_like(tensor)
@@ -186,7 +183,7 @@ def _pass(model, inputs, attention_mask, chunks: Chunks | None, past: Iterator[t
 
 
 def fix_form(model: PreTrainedModel, queries: int, frames: int) -> None:
-    """Latent attention of `model` in the form that multiplies less for so many: a graph has but one."""
+    """Sets latent attention of `model` to the form that multiplies less at these sizes: a graph has one form."""
     for attention in attention_modules(model):
         if isinstance(attention, LatentMemory):
             sizes = queries, frames, attention.num_heads, attention.head_size, attention.latent_kv.ranks

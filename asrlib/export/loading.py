@@ -1,4 +1,4 @@
-"""How an exported folder is loaded and asked for a text: Python for its card, by what writes the text."""
+"""Python code for a card: how to load an exported folder and transcribe, for each kind of head."""
 
 from transformers import AutoModelForRNNT, AutoModelForSpeechSeq2Seq, PreTrainedModel, ProcessorMixin
 
@@ -7,21 +7,22 @@ from asrlib.models.registry import family_of
 
 
 def loading(model: PreTrainedModel, processor: ProcessorMixin, register: bool = False, trust: bool = False) -> str:
-    """For a card: `loading_code`, and what else must be known of a folder with (`trust`) or without code."""
+    """For a card: `loading_code`, and remarks on a folder with (`trust`) or without code."""
     return "\n\n".join([loading_code(model, processor, register, trust), *_remarks(model.config, trust)])
 
 
 def loading_code(model: PreTrainedModel, processor: ProcessorMixin, register: bool = False, trust: bool = False) -> str:
-    """A block of Python for a card, in which FOLDER is the folder and `audio` what is heard; `register` says whether
-    asrlib's classes are needed, `trust` whether the folder's own code is."""
-    auto, trusting = family_of(model.config).head.auto_model, ", trust_remote_code=True" * trust
+    """A block of Python for a card; FOLDER stands for the folder, and `audio` for the samples. `register`: the model
+    needs asrlib's classes. `trust`: it needs the folder's own code."""
+    auto, trusting = family_of(model.config).head.auto_model, ", trust_remote_code=True" if trust else ""
+    registering = ["asrlib.register()  # now transformers' Auto classes know the model"] if register else []
     return "\n".join(
         [
             "```python",
-            *["import asrlib"] * register,
+            *(["import asrlib"] if register else []),
             f"from transformers import {auto.__name__}, AutoProcessor",
             "",
-            *["asrlib.register()  # transformers' Auto classes know the model from here on"] * register,
+            *registering,
             f'model = {auto.__name__}.from_pretrained("FOLDER"{trusting}).eval()',
             f'processor = AutoProcessor.from_pretrained("FOLDER"{trusting})',
             'inputs = processor(audio, sampling_rate=16_000, return_tensors="pt")  # float samples, mono',
@@ -32,7 +33,7 @@ def loading_code(model: PreTrainedModel, processor: ProcessorMixin, register: bo
 
 
 def generation_settings(model: PreTrainedModel, processor: ProcessorMixin) -> dict[str, str | int]:
-    """What asrlib tells `generate` whoever speaks: the language and the task, or where a transducer starts."""
+    """asrlib's arguments of `generate` for any speech: language and task, or the start token of a transducer."""
     head = family_of(model.config).head
     if head.auto_model is AutoModelForSpeechSeq2Seq:
         return head.prompt(model, processor)
@@ -42,25 +43,25 @@ def generation_settings(model: PreTrainedModel, processor: ProcessorMixin) -> di
 
 
 def _text(model: PreTrainedModel, processor: ProcessorMixin) -> list[str]:
-    """Lines that print what a model says of `inputs`, as asrlib has it said."""
+    """Lines that print a model's transcript of `inputs`, the same as asrlib's."""
     auto = family_of(model.config).head.auto_model
     if auto is AutoModelForSpeechSeq2Seq:
-        told = "".join(f', {name}="{value}"' for name, value in generation_settings(model, processor).items())
+        settings = "".join(f', {name}="{value}"' for name, value in generation_settings(model, processor).items())
         return [
-            f"ids = model.generate(**inputs{told})",
+            f"ids = model.generate(**inputs{settings})",
             "print(processor.batch_decode(ids, skip_special_tokens=True))",
         ]
     if auto is AutoModelForRNNT:
         return [
             *_lookahead(model.config),
-            "said = model.generate(**inputs)",
-            "print(processor.batch_decode(said.sequences, skip_special_tokens=True, group_tokens=False))",
+            "output = model.generate(**inputs)",
+            "print(processor.batch_decode(output.sequences, skip_special_tokens=True, group_tokens=False))",
         ]
     return ["print(processor.batch_decode(model(**inputs).logits.argmax(-1)))"]
 
 
 def _lookahead(config) -> list[str]:
-    """The model's own, with which asrlib measures; its processor may name another."""
+    """A line that sets the model's own lookahead, the one of asrlib's measurements; its processor may have another."""
     ahead = getattr(config.encoder_config, "default_num_lookahead_tokens", None)
     return [] if ahead is None else [f'inputs["num_lookahead_tokens"] = {ahead}  # frames of the encoder']
 
@@ -80,15 +81,15 @@ def _remarks(config, trust: bool) -> list[str]:
 
 
 _TRUSTED = """\
-`trust_remote_code` lets transformers run the Python files of this folder: read them first. Where asrlib is
-installed, `asrlib.register()` has its own code used instead{streams}."""
+`trust_remote_code` lets transformers run the Python files of this folder: read them first. If asrlib is installed,
+call `asrlib.register()`, and transformers uses asrlib's own code instead{streams}."""
 
 _PIPELINE = """\
-transformers' `pipeline` knows Whisper by the name of its model type, which this one has not: use `generate`."""
+transformers' `pipeline` recognises Whisper by its model type, and this model has another one: use `generate`."""
 
 _CHUNKS = """\
-It streams, too: given a generator of chunks of features as `input_features`, `generate` hears them one by one."""
+The model also streams: give `generate` a generator of chunks of features as `input_features`."""
 
 _EAGER = """\
-Leave `attn_implementation` as it is: eager attention of transformers 5.23 hears other frames than it should in this
-class, unless `asrlib.register()` was called."""
+Do not change `attn_implementation`: in this class, eager attention of transformers 5.23 attends to wrong frames, unless
+`asrlib.register()` was called."""

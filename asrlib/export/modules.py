@@ -1,9 +1,9 @@
-"""Our own code as a few files beside a model, which import each other and libraries alone.
+"""Our own code as a few files beside a model, which import only each other and libraries.
 
-transformers copies such files from a folder or the hub into a package of its own and imports them there, if it is told
-to trust them. It follows relative imports within one folder, so the modules are laid into one, and their absolute
-imports of each other made relative. Left out are families' records, and imports that nothing else needs. What the rest
-says is what the package says: nothing is written twice.
+If it may trust them, transformers copies such files from a folder or the hub into a package of its own and imports them
+there. It follows relative imports within one folder, so all modules go into one folder, and their imports of each other
+become relative. Families' records are left out, and the imports that only these need. The rest is the package's own
+source.
 """
 
 import ast
@@ -21,9 +21,9 @@ def flat_name(module: str) -> str:
 
 
 def self_contained(module: str) -> dict[str, str]:
-    """{file name: source} of `module` and of all of asrlib that it imports, for one folder.
+    """{file name: source} of `module` and of all modules of asrlib that it imports, for one folder.
 
-    Raises ValueError where a module is none of asrlib's, or imports it in a form that cannot be laid flat.
+    Raises ValueError for a module outside asrlib, and for an import of asrlib that cannot become relative.
     """
     files, waiting = {}, [module]
     while waiting:
@@ -37,7 +37,7 @@ def self_contained(module: str) -> dict[str, str]:
 def _flattened(module: str) -> tuple[str, list[str]]:
     """(source of `module` for a flat folder, the modules of asrlib that it imports)."""
     if not module.startswith(f"{PACKAGE}."):
-        raise ValueError(f"the model's code is in {module}, outside of asrlib: only asrlib's own code can go along")
+        raise ValueError(f"the model's code is in {module}, outside asrlib: only asrlib's own code can be exported")
     source = inspect.getsource(import_module(module))
     lines, imported = source.splitlines(keepends=True), []
     tree = ast.parse(source)
@@ -65,7 +65,7 @@ def _flattened(module: str) -> tuple[str, list[str]]:
 
 
 def _is_record(node: ast.stmt) -> bool:
-    """Does this statement make the record of a family? That is asrlib's alone; a model needs none of it."""
+    """Whether this statement makes the record of a family, which a model by itself does not need."""
     call = node.value if isinstance(node, ast.Assign) else None
     return isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in ("Family", "replace")
 

@@ -1,4 +1,4 @@
-"""Graphs at work: whole utterances and streams through onnxruntime, beside what PyTorch makes of the same speech.
+"""Graphs at work: whole utterances and streams through onnxruntime, compared with PyTorch on the same speech.
 
 Shapes: B batch, S samples or frames of features, T frames, V tokens.
 """
@@ -21,20 +21,20 @@ from asrlib.measuring.word_errors import score
 from asrlib.models.registry import frame_counts
 from asrlib.streaming.normalising import HeardSoFar
 
-LARGEST_DIFFERENCE = 1e-4  # of logits, that rounding in another order may make
+LARGEST_DIFFERENCE = 1e-4  # of logits: the effect of rounding in another order
 
 
 # ---- running -----------------------------------------------------------------------------------------------
 
 
 class OnnxModel(nn.Module):
-    """A graph of whole utterances, as something that `asrlib.evaluate` takes in the place of `model`."""
+    """A graph of whole utterances that stands in for `model` in `asrlib.evaluate`."""
 
     def __init__(self, path: Path, model: PreTrainedModel):
         super().__init__()
         self.session = session(path)
         self.config, self.main_input_name, self.dtype = model.config, model.main_input_name, torch.float32
-        for lengths in ("_get_feat_extract_output_lengths", "_get_subsampling_output_length"):  # by which frames count
+        for lengths in ("_get_feat_extract_output_lengths", "_get_subsampling_output_length"):  # they count frames
             if hasattr(model, lengths):
                 setattr(self, lengths, getattr(model, lengths))
 
@@ -52,9 +52,9 @@ def session(path: Path):
 
 
 def stream_logits(running, about: dict, inputs: np.ndarray, frames: int) -> np.ndarray:
-    """Logits [B, T, V] of `frames` frames of inputs [B, S(, F)], chunk by chunk, what is kept handed on as it comes.
+    """Logits [B, T, V] of `frames` frames of inputs [B, S(, F)], chunk by chunk; each step gets the last one's state.
 
-    `about` is what `write_streaming` returned; these dozen lines are all that a client needs.
+    `about` is the result of `write_streaming`. A client needs no more than these dozen lines.
     """
     hop, reach, size = about["hop"], about["reach"], about["chunk_frames"]
     state = {name: np.zeros([len(inputs), *shape[1:]], np.float32) for name, shape in about["first_state"].items()}
@@ -76,14 +76,14 @@ Heard = tuple[list[np.ndarray], list[dict]]  # logits [T, V] of each utterance, 
 
 
 def transcribed(model: nn.Module, processor: Wav2Vec2Processor, corpus: Corpus, chunks: Chunks | None = None) -> Heard:
-    """What `asrlib.measuring.word_errors` finds, of whole utterances or in chunks; `model` may be an `OnnxModel`."""
+    """Logits and transcripts, of whole utterances or in chunks; `model` may be an `OnnxModel`."""
     logits = [None] * len(corpus)
     predictions = transcribe(model, processor, corpus, device="cpu", record=logits.__setitem__, chunks=chunks)
     return [logits_TV.numpy() for logits_TV in logits], predictions
 
 
 def streamed(path: Path, about: dict, model: PreTrainedModel, processor: Wav2Vec2Processor, corpus: Corpus) -> Heard:
-    """The same of a graph of streams, one after the other; `about` is what `write_streaming` returned."""
+    """The same for a graph of streams, one after the other; `about` is the result of `write_streaming`."""
     running, collate = session(path), HeardSoFar(processor)
     logits, predictions = [], []
     for utterance, item in zip(tqdm(corpus, desc="streams", unit="utt"), SpeechDataset(corpus, processor), strict=True):
@@ -98,11 +98,8 @@ def streamed(path: Path, about: dict, model: PreTrainedModel, processor: Wav2Vec
 
 
 def compared(ours: Heard, theirs: Heard) -> dict:
-    """What was found of a graph beside PyTorch.
-
-    {utterances, largest_difference (of logits), equal_transcripts, wer, wer_interval, wer_pytorch, change: {difference,
-    interval, p} (of the WER, of the paired bootstrap)}
-    """
+    """A graph compared with PyTorch: {utterances, largest_difference (of logits), equal_transcripts, wer, wer_interval,
+    wer_pytorch, change: {difference, interval, p} (of the WER, by paired bootstrap)}."""
     differences = [np.abs(a - b).max(initial=0) for a, b in zip(ours[0], theirs[0], strict=True)]
     texts = [[prediction["hypothesis"] for prediction in predictions] for predictions in (ours[1], theirs[1])]
     graph, pytorch = score(ours[1]), score(theirs[1])
@@ -117,10 +114,11 @@ def compared(ours: Heard, theirs: Heard) -> dict:
     }
 
 
-def check_agrees(found: dict) -> None:
-    """Raises ValueError where a graph in float32 does not compute what PyTorch does."""
-    if found["largest_difference"] > LARGEST_DIFFERENCE or found["equal_transcripts"] < found["utterances"]:
+def check_agrees(checked: dict) -> None:
+    """Raises ValueError where a graph in float32 does not compute the same as PyTorch; `checked` is of `compared`."""
+    differing = checked["utterances"] - checked["equal_transcripts"]
+    if checked["largest_difference"] > LARGEST_DIFFERENCE or differing:
         raise ValueError(
-            f"the graph does not compute what the model does: logits differ by {found['largest_difference']:.2g}, and "
-            f"{found['utterances'] - found['equal_transcripts']} of {found['utterances']} transcripts; nothing is kept"
+            f"the graph does not compute the same as the model: logits differ by {checked['largest_difference']:.2g}, "
+            f"and {differing} of {checked['utterances']} transcripts; nothing was written"
         )

@@ -1,4 +1,4 @@
-"""A folder with ONNX graphs, each checked on speech of the run before it is kept, and with the processor's files."""
+"""A folder with ONNX graphs and the processor's files. Each graph is checked on speech of the run before it is kept."""
 
 import argparse
 import copy
@@ -19,7 +19,7 @@ NEEDED = ("onnx", "onnxruntime", "onnxscript")
 
 
 def check_installed() -> None:
-    """Raises OSError where what writes and runs ONNX is missing."""
+    """Raises OSError where a package that writes or runs ONNX is missing."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise OSError(f"{' and '.join(missing)} not installed: pip install -c constraints.txt -e '.[onnx]'")
@@ -28,10 +28,10 @@ def check_installed() -> None:
 def write(
     args: argparse.Namespace, run: Run, model: PreTrainedModel, processor: Wav2Vec2Processor, folder: Path
 ) -> dict:
-    """Fills `folder`; returns what export.json says of it. A graph is made of a copy of `model`, which stays as it was
-    loaded, to be compared with.
+    """Fills `folder`; returns the facts for export.json. Graphs come from copies of `model`, which stays unchanged for
+    the comparison.
 
-    Raises ValueError where a graph in float32 does not compute what the model does, or the model cannot stream.
+    Raises ValueError where a graph in float32 does not compute the same as the model, or the model cannot stream.
     """
     whole = speech_of(run)
     corpus = whole[: args.utterances]
@@ -44,7 +44,7 @@ def write(
         chunks = chunks_of(model.config, chunk, left, args.lookahead or 0.0)
         about = write_streaming(copy.deepcopy(model), chunks, path)
 
-    def heard(graph: Path) -> Heard:
+    def by_graph(graph: Path) -> Heard:
         if chunks is None:
             return transcribed(OnnxModel(graph, model), processor, corpus)
         return streamed(graph, about, model, processor, corpus)
@@ -53,12 +53,12 @@ def write(
     checked = {
         "speech": f"{corpus.split} of {Path(corpus.name).name}",
         "of_utterances": len(whole),
-        "float32": compared(heard(path), by_pytorch),
+        "float32": compared(by_graph(path), by_pytorch),
     }
     check_agrees(checked["float32"])
     if args.int8:
         about["int8"] = write_int8(path, quantised)
-        checked["int8"] = compared(heard(quantised), by_pytorch)
+        checked["int8"] = compared(by_graph(quantised), by_pytorch)
     processor.save_pretrained(folder)
     return about | {"checked": checked}
 
@@ -70,13 +70,13 @@ def speech_of(run: Run) -> Corpus:
 
 
 def summary(about: dict) -> str:
-    """What was found, in one line."""
+    """The result of the check, in one line."""
     checked = about["checked"]
-    found = checked["float32"]
+    exact = checked["float32"]
     parts = [
-        f"{found['equal_transcripts']} of {found['utterances']} transcripts equal to PyTorch's ({checked['speech']}, "
-        f"{_share(about)}), logits within {found['largest_difference']:.1e}",
-        f"WER {100 * found['wer']:.2f} % ({in_per_cent(found['wer_interval'])})",
+        f"{exact['equal_transcripts']} of {exact['utterances']} transcripts equal to PyTorch's ({checked['speech']}, "
+        f"{_share(about)}), logits within {exact['largest_difference']:.1e}",
+        f"WER {100 * exact['wer']:.2f} % ({in_per_cent(exact['wer_interval'])})",
     ]
     if "int8" in checked:
         rounded = checked["int8"]
@@ -90,30 +90,30 @@ def summary(about: dict) -> str:
 
 def _share(about: dict) -> str:
     checked = about["checked"]
-    used, of = checked["float32"]["utterances"], checked["of_utterances"]
-    return f"all {of:,} utterances" if used == of else f"the first {used:,} of {of:,} utterances"
+    used, total = checked["float32"]["utterances"], checked["of_utterances"]
+    return f"all {total:,} utterances" if used == total else f"the first {used:,} of {total:,} utterances"
 
 
 def described(model: PreTrainedModel, about: dict) -> tuple[str, str]:
-    """(what the folder holds, how it is loaded), for its card."""
+    """(description of the folder, how to load it), for its card."""
     of_stream = "chunk_frames" in about
-    kind = "a step of a stream, whose past is input and output" if of_stream else "whole utterances"
-    free = "batch and length are free"
+    kind = "a step of a stream, with its past as input and output" if of_stream else "whole utterances"
+    free = "The batch and the length are free."
     if about.get("one_at_a_time"):
-        free = "one at a time, for its feature encoder normalises over all that it is given, of any length"
-    found = about["checked"]["float32"]
+        free = "It takes one utterance at a time, of any length, because its feature encoder normalises over its input."
+    exact = about["checked"]["float32"]
     lines = [
-        f"A speech recogniser as an ONNX graph of opset {about['opset']}, of {kind}; {free}. "
-        "Transcripts are the largest logit of each frame, decoded as CTC.",
+        f"A speech recogniser as an ONNX graph of opset {about['opset']}, for {kind}. {free} "
+        "The largest logit of each frame gives the transcript, decoded as CTC.",
         "",
         "| graph | MB | WER | change, points | largest difference of logits from PyTorch | equal transcripts |",
         "|---|---|---|---|---|---|",
         *(_row(name, size, about["checked"][name]) for name, size in _graphs(about).items()),
         "",
-        f"Measured on {about['checked']['speech']}, {_share(about)}, where PyTorch has a WER of "
-        f"{100 * found['wer_pytorch']:.2f} %{_in_chunks(about)}; in brackets 95 % intervals (bootstrap over "
-        "utterances, of the change paired). What follows is of the run's model in PyTorch"
-        f"{', and of whole utterances' if of_stream else ''}.",
+        f"Measured on {about['checked']['speech']}, {_share(about)}. There PyTorch has a WER of "
+        f"{100 * exact['wer_pytorch']:.2f} %{' in the same chunks' if of_stream else ''}. Brackets hold 95 % intervals "
+        "(bootstrap over utterances, paired for the change). The rest of this card describes the run's model in PyTorch"
+        f"{', over whole utterances' if of_stream else ''}.",
     ]
     return "\n".join(lines), _STREAMING if of_stream else _OFFLINE.format(inputs=model.main_input_name)
 
@@ -122,17 +122,14 @@ def _graphs(about: dict) -> dict[str, dict]:
     return {"float32": about} | ({"int8": about["int8"]} if "int8" in about else {})
 
 
-def _row(name: str, size: dict, found: dict) -> str:
-    change = found["change"]
+def _row(name: str, size: dict, checked: dict) -> str:
+    change = checked["change"]
     return (
-        f"| {name} | {size['bytes'] / 1e6:.2f} | {100 * found['wer']:.2f} % ({in_per_cent(found['wer_interval'])}) | "
+        f"| {name} | {size['bytes'] / 1e6:.2f} | "
+        f"{100 * checked['wer']:.2f} % ({in_per_cent(checked['wer_interval'])}) | "
         f"{in_points(change['difference'])} ({in_per_cent(change['interval'], '+.2f')}) | "
-        f"{found['largest_difference']:.2g} | {found['equal_transcripts']} of {found['utterances']} |"
+        f"{checked['largest_difference']:.2g} | {checked['equal_transcripts']} of {checked['utterances']} |"
     )
-
-
-def _in_chunks(about: dict) -> str:
-    return " in the same chunks" if "chunk_frames" in about else ""
 
 
 _OFFLINE = """\
@@ -149,10 +146,10 @@ print(processor.batch_decode([row[:count].argmax(-1) for row, count in zip(logit
 ```"""
 
 _STREAMING = """\
-`export.json` says what a step takes: frame i reads inputs from i·`hop` to i·`hop` + `reach`, a step takes
-`chunk_frames` frames and `lookahead_frames` behind them (which the next step takes again), and `first_state` is the
-shape of what a stream begins with, zeros. Each `present_…` is the next step's `past_…`. Where the processor normalises
-whole recordings, a stream must normalise by what it has heard so far.
+`export.json` describes a step. Frame i reads inputs from i·`hop` to i·`hop` + `reach`. A step takes `chunk_frames`
+frames and then `lookahead_frames` more, which the next step takes again. A stream begins with zeros of the shapes in
+`first_state`, and each `present_…` is the next step's `past_…`. If the processor normalises whole recordings, a stream
+must normalise by the samples so far.
 
 ```python
 import json

@@ -1,4 +1,4 @@
-"""ONNX graphs of a model, written.
+"""Writing ONNX graphs of a model.
 
 Shapes: B batch, S samples or frames of features.
 """
@@ -21,7 +21,7 @@ from asrlib.models.registry import frame_counts
 
 OPSET = 18
 BATCH, LENGTH = {0: Dim.DYNAMIC}, {1: Dim.DYNAMIC}
-LARGEST_FILE = 1 << 30  # bytes of weights; more are laid beside the graph, as no file of protobuf may reach 2 GiB
+LARGEST_FILE = 1 << 30  # bytes of weights; more go into a second file, as protobuf files must stay below 2 GiB
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Window:
 
 
 def write_offline(model: PreTrainedModel, path: Path) -> dict:
-    """The graph of whole utterances: inputs and attention_mask of the processor → logits and frames. Returns what
-    export.json says of it. Takes `model` over."""
+    """Writes the graph of whole utterances: inputs and attention_mask of the processor → logits and frames. Changes
+    `model`; returns the facts for export.json."""
     graph = OfflineGraph(model).eval()
     inputs, mask_BS = _example(model, batch=1 if graph.one_at_a_time else 2, length=Window.of(model).length(30))
     names = [model.main_input_name, "attention_mask"]
@@ -58,8 +58,8 @@ def write_offline(model: PreTrainedModel, path: Path) -> dict:
 
 
 def write_streaming(model: PreTrainedModel, chunks: Chunks, path: Path) -> dict:
-    """The graph of a step of streams: inputs of a chunk and its lookahead, and what was kept → logits, frames, and what
-    is to be kept. Returns what export.json says of it. Takes `model` over; ValueError where it cannot stream."""
+    """Writes the graph of a step of streams: inputs of a chunk and its lookahead, and kept tensors → logits, frames,
+    and the tensors to keep. Changes `model`; returns the facts for export.json. ValueError where it cannot stream."""
     window, graph = Window.of(model), StreamGraph(model, chunks).eval()
     inputs, mask_BS = _example(model, batch=2, length=window.length(max(chunks.block, 2)))
     state = graph.first_state(inputs, mask_BS)
@@ -88,7 +88,7 @@ def _grows(name: str) -> bool:
 
 
 def _some_past(name: str, tensor: torch.Tensor, left: int | None) -> torch.Tensor:
-    """What a stream has kept that has begun, to trace with."""
+    """The kept tensor of a stream that has begun, for tracing."""
     if not _grows(name) or left == 0:
         return tensor
     frames = 5 if left is None else min(5, left)
@@ -101,19 +101,19 @@ def _example(model: PreTrainedModel, batch: int, length: int) -> tuple[torch.Ten
 
 
 def _bins(config) -> tuple[int]:
-    """Numbers of a frame of features."""
+    """(numbers of a frame of features,)"""
     names = ("num_mel_bins", "feature_projection_input_dim")
-    sizes = (getattr(one, name, None) for name in names for one in (encoder_config(config), config))
+    sizes = (getattr(part, name, None) for name in names for part in (encoder_config(config), config))
     return (next(filter(None, sizes)),)
 
 
 def _write(
     graph: nn.Module, tensors: tuple, names: list[str], outputs: list[str], free: list[dict], path: Path
 ) -> None:
-    """`free` are the axes of each tensor that may have any length, equal ones by one name."""
-    shapes = (*free[:2], tuple(free[2:])) if len(free) > 2 else tuple(free)  # what is kept is one argument, *state
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # else it misses torchvision, which nothing here needs
-    with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # of names that equal axes share
+    """`free` are the axes of each tensor that may have any length; equal lengths share a name."""
+    shapes = (*free[:2], tuple(free[2:])) if len(free) > 2 else tuple(free)  # kept tensors are one argument, *state
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # otherwise it warns that torchvision is missing
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # about names that equal axes share
         program = torch.onnx.export(
             graph, tensors, dynamo=True, input_names=names, output_names=outputs, dynamic_shapes=shapes,
             opset_version=OPSET, verbose=False,
@@ -127,7 +127,7 @@ def _size(path: Path) -> dict:
 
 
 def write_int8(path: Path, quantised: Path) -> dict:
-    """The same graph with the weights of its matrix products in 8 bits; activations are rounded as they come."""
+    """The same graph with the weights of its matrix products in 8 bits; activations are rounded at run time."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     quantize_dynamic(path, quantised, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])

@@ -1,1 +1,1 @@
-"""Word errors and whether they differ, time, memory, cache. Knows nothing of training."""
+"""Word errors and their differences, time, memory and cache. Knows nothing of training."""

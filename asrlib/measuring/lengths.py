@@ -1,11 +1,11 @@
-"""How time and memory of one pass grow with the length of the audio, for several systems side by side.
+"""The growth of time and memory of one pass with the length of the audio, for several systems side by side.
 
     python -m asrlib lengths --size published --seconds 10 60
 
-times recognisers with random weights: multi-head attention as transformers works it, the same worked in blocks as
-`attention.relative` does, and latents. What the blocks bring is so told from what latents bring.
+times recognisers with random weights: multi-head attention by transformers, the same in blocks by `attention.relative`,
+and latents. This separates the gain by blocks from the gain by latents.
 
-Shapes: S samples of audio, or what a system reads of them.
+Shapes: S samples of audio, or frames of features.
 """
 
 import argparse
@@ -40,8 +40,8 @@ from asrlib.models.loading import load
 from asrlib.models.out_of_memory import is_out_of_memory
 from asrlib.runs import write_json
 
-LONG_PASS = 5.0  # seconds: one such pass is enough, whatever disturbs it weighs little
-PROFILED_AUDIO = 60.0  # seconds: the memory of longer audio is not worth another long pass, under the CPU's profiler
+LONG_PASS = 5.0  # seconds: a pass this long is measured once, as disturbances weigh little
+PROFILED_AUDIO = 60.0  # seconds: on the CPU, the memory of a long pass over longer audio is not measured
 
 
 def benchmark_lengths(
@@ -59,16 +59,16 @@ def benchmark_lengths(
     {seconds: lengths in rising order, systems: {name: {ms: [one a length], peak_memory_bytes: [one a length],
     stopped}}, budget_seconds, device, threads, dtype}
 
-    Audio of a length is utterances of `corpus` joined end to end, from its first on, over and over where it is too
-    short. `processors` is everyone's, or {name: processor}; what they do is not timed. `ms` is the median of `repeats`
-    passes after one to warm up; where that one takes longer than LONG_PASS, it is the measurement.
-    `peak_memory_bytes` is what a pass takes on top of weights and input; None where the device cannot tell, and for a
-    long pass over more than PROFILED_AUDIO on the CPU.
+    Utterances of `corpus` are joined end to end, from the first on and again from the start, to make audio of each
+    length. All systems share `processors`, or it is {name: processor}; their work is not timed. `ms` is the median of
+    `repeats` passes after a warm-up pass. A warm-up longer than LONG_PASS is itself the measurement.
+    `peak_memory_bytes` is the memory of a pass, without weights and input. It is None where the device cannot tell, and
+    on the CPU for a long pass over more than PROFILED_AUDIO.
 
-    A system that runs out of memory, or one pass of which takes longer than `budget_seconds`, is not tried at longer
-    lengths: its lists go on with None, and `stopped` is {"seconds": the length at which it was, "reason": "memory" |
-    "time"}. `stopped` is None for one that was measured at every length. `device`: see
-    `models.inference.choose_device`. Raises ValueError where there is nothing to measure, or no processor for a system.
+    A system that runs out of memory, or takes longer than `budget_seconds` for one pass, is not tried at longer
+    lengths: its lists continue with None, and `stopped` is {"seconds": that length, "reason": "memory" | "time"}.
+    `stopped` is None for a system that was measured at every length. `device`: see `models.inference.choose_device`.
+    Raises ValueError where there is nothing to measure, or a system has no processor.
     """
     if not systems or not len(corpus) or not seconds or repeats < 1:
         raise ValueError("a benchmark needs at least one system, one utterance, one length and one repeat")
@@ -98,13 +98,13 @@ def benchmark_lengths(
 
 
 def check_lengths(config) -> None:
-    """Raises ValueError where all audio is heard in windows of one length."""
+    """Raises ValueError for a model that hears all audio in windows of one length."""
     if attends_across(config):
-        raise ValueError(f"benchmark_seconds times lengths of audio, and a {config.model_type} has one: leave it out")
+        raise ValueError(f"benchmark_seconds times lengths of audio, and {config.model_type} has one: leave it out")
 
 
 def joined(corpus: Corpus, seconds: float) -> np.ndarray:
-    """float32 [S] of that length: utterances end to end, from the first on, and over again where they are too short."""
+    """float32 [S] of that length: utterances end to end, from the first on and again from the start."""
     missing = wanted = round(seconds * SAMPLE_RATE)
     pieces = []
     for utterance in itertools.cycle(corpus):
@@ -117,7 +117,7 @@ def joined(corpus: Corpus, seconds: float) -> np.ndarray:
 def _measure(
     work: dict[str, Callable[[], object]], length: float, turn: int, repeats: int, device: torch.device
 ) -> dict[str, tuple[float, int | None]]:
-    """{name: (milliseconds, bytes)} at one length; those that ran out of memory are not among them."""
+    """{name: (milliseconds, bytes)} at one length, without the systems that ran out of memory."""
     exhausted: set[str] = set()
 
     def attempt(name: str) -> None:
@@ -138,8 +138,8 @@ def _measure(
 
     peaks: dict[str, int | None] = {}
     for name in times:
-        told = device.type != "cpu" or length <= PROFILED_AUDIO or name in short
-        peaks[name] = peak_memory_bytes(passes[name], device) if told and name not in exhausted else None
+        profiled = device.type != "cpu" or length <= PROFILED_AUDIO or name in short
+        peaks[name] = peak_memory_bytes(passes[name], device) if profiled and name not in exhausted else None
     return {name: (ms, peaks[name]) for name, ms in times.items() if name not in exhausted}
 
 

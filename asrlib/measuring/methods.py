@@ -1,12 +1,12 @@
-"""What each way to convert a recogniser costs at each cut of its cache, and down to where it costs nothing.
+"""The cost of each way to convert a recogniser at each cut of its cache, and the deepest cut that costs nothing.
 
     python -m asrlib methods synthetic-conformer synthetic --calibration train --splits validation
 
-prints one table, every recipe at every cut on every split: how far the logits are from the baseline's (relative error,
-KL divergence), word errors with intervals and significance, seconds of the conversion; and below it the break points.
-With --out FOLDER the rows are kept, and the same command, given again, measures only those that are missing:
+prints one table with every recipe at every cut on every split: the difference of the logits from the baseline's
+(relative error, KL divergence), word errors with intervals and significance, and the seconds of the conversion. Below
+it stand the break points. --out FOLDER keeps the rows; the same command, given again, measures the missing ones alone:
 
-    settings.json  what the rows belong to     rows.jsonl            one row a line
+    settings.json  what was measured           rows.jsonl            one row a line
     table.csv      the numbers, for figures    predictions/*.jsonl   transcripts
 
 Names: N utterances, T frames, V tokens of the vocabulary.
@@ -18,9 +18,10 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -60,16 +61,15 @@ from asrlib.models.registry import chosen_parts, frames_of, latent_modules
 from asrlib.runs import BadParameter, atomic_write, resolve
 from asrlib.runs.fingerprints import fingerprint
 
-CUTS = (0.5, 0.75, 0.875, 0.9375, 0.96875, 0.984375)  # of the cache: it is halved at each step
-ROOMS = ("attention", "conversion", "models")  # whose code decides what a row says …
-NEUTRAL = ("benchmark.py", "recipes.py", "rows.py")  # … but for these: one more recipe must not outdate other rows
+CUTS = (0.5, 0.75, 0.875, 0.9375, 0.96875, 0.984375)  # of the cache: each step halves it
+ROOMS = ("attention", "conversion", "models")  # the code that decides a row's numbers
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------
 
 
 def errors_by_width(model, batch: Mapping, recipe: Recipe, statistics: Statistics, parts=None) -> pd.DataFrame:
-    """`analyze_compression_quality` on `batch` of `recipe` at the widths from d/32 to d, one row a layer and width."""
+    """`analyze_compression_quality` of `recipe` on `batch`, at widths from d/32 to d, one row a layer and width."""
     settings = {"layout": recipe.layout, "method": recipe.method, "statistics": statistics, "parts": parts}
     decomposition = decompose(model, **settings)
     width = encoder_config(model.config).hidden_size
@@ -93,23 +93,23 @@ def benchmark(
     device: str | None = None,
     statistics: Statistics | None = None,
 ) -> Iterator[Row]:
-    """The rows of every recipe at every cut, on every corpus of `corpora` (by split), as soon as each is measured.
+    """Yields the rows of every recipe at every cut, on every corpus of `corpora` (by split), once each is measured.
 
-    First the baseline (cut 0) and, for context, the model with its attention set to zero (cut 1); then recipe by
-    recipe, each from the shallowest cut to the deepest. A recipe has no row at a cut that it cannot reach, which a
-    warning says. `out` is a folder that keeps the rows: those already there are not measured again. The baseline's
+    First come the baseline (cut 0) and, for context, the model with its attention set to zero (cut 1). Then each recipe
+    follows, from its shallowest cut to its deepest. A warning names the cuts that a recipe cannot reach; they have no
+    rows. `out` is a folder that keeps the rows; rows that are there already are not measured again. The baseline's
     logits stay in memory, about 25 MB an hour of speech for 32 tokens. `device`: see `models.inference.choose_device`.
-    `statistics` are collected from the calibration speech where they are not given.
+    `statistics` are collected from the calibration speech if they are not given.
 
-    Raises ValueError, before anything is measured, where a cut is out of reach for every recipe, where the calibration
-    speech is unfit (see `collect_statistics`), or where `out` holds rows of another model, other speech or settings.
+    Raises ValueError before the first measurement where no recipe reaches a cut, where the calibration speech is unfit
+    (see `collect_statistics`), or where `out` holds rows of another model, other speech or other settings.
     """
     plan = reachable(model.config, recipes, cuts)
     for recipe, reached in plan.items():
         if missing := [cut for cut in sorted(cuts) if cut not in reached]:
             reason = recipe.obstacle(model.config, missing[0])
             warnings.warn(f"no row for {recipe.name!r} at a cut of {percents(missing)}: {reason}", stacklevel=2)
-    kept: dict[tuple[str, float, str], Row] = {}
+    rows: dict[tuple[str, float, str], Row] = {}
     if out is not None:
         speech = {f"speech of {split}": corpus.fingerprint() for split, corpus in corpora.items()}
         ways = {f"recipe {recipe.name!r}": dataclasses.asdict(recipe) for recipe in plan}
@@ -122,76 +122,66 @@ def benchmark(
             "code of asrlib": _code_fingerprint(),
         }
         check_settings(resolve(out), settings | speech | ways)
-        kept = read_rows(resolve(out))
+        rows = read_rows(resolve(out))
     asked = [(recipe.name, cut, split) for recipe, reached in plan.items() for cut in reached for split in corpora]
-    if statistics is None and any(key not in kept for key in asked):
+    if statistics is None and any(key not in rows for key in asked):
         attention = any(METHODS[recipe.method].needs_attention for recipe in plan)
         statistics = collect_statistics(
             model, processor, calibration, calibration_seconds, batch_seconds or 60.0, device, attention
         )
-    how = {"processor": processor, "batch_seconds": batch_seconds, "device": device}
-    return _rows(model, statistics, corpora, plan, kept, None if out is None else resolve(out), how)
+    settings = {"processor": processor, "batch_seconds": batch_seconds, "device": device}
+    references = {split: _Reference(model, corpus, settings) for split, corpus in corpora.items()}
+    total = len(corpora) * (2 + sum(map(len, plan.values())))
+    progress = tqdm(_measurements(model, statistics, references, plan), "benchmark", total, unit="row")
+    return _rows(progress, rows, None if out is None else resolve(out))
 
 
-def _rows(model, statistics, corpora, plan, kept, out: Path | None, how: dict) -> Iterator[Row]:
-    given = []
+Key = tuple[str, float, str]  # of a row: recipe, cut, split
 
-    @functools.cache
-    def reference(split: str) -> _Reference:
-        return _Reference.of(model, corpora[split], how)
 
-    def keep(name: str, cut: float, split: str, outcome: dict) -> None:
-        kept[name, cut, split] = Row(name, cut, split=split, **outcome)
-        if out is not None:
-            write_row(out, kept[name, cut, split])
+def _measurements(model, statistics, references: "dict[str, _Reference]", plan) -> Iterator[tuple[Key, Callable]]:
+    """The keys of all rows, each with a function that measures the row's other fields. What several rows share is
+    computed when the first of them is measured."""
+    for split, reference in references.items():
+        yield (BASELINE, 0.0, split), reference.itself
+        yield (ZEROED, 1.0, split), reference.without_attention
+    for recipe, cuts in plan.items():
+        prepare = functools.cache(functools.partial(_timed, recipe.converter, model, statistics))
+        for cut in cuts:
+            convert_once = functools.cache(functools.partial(_converted, prepare, cut, statistics))
+            for split, reference in references.items():
+                yield (recipe.name, cut, split), functools.partial(reference.compare, convert_once)
 
-    def give(*key) -> Row:
-        progress.update()
-        given.append(kept[key])
-        return kept[key]
 
+def _rows(measurements: tqdm, rows: dict[Key, Row], out: Path | None) -> Iterator[Row]:
+    """The rows in order. A row that `rows` lacks is measured, and kept in `out`."""
+    yielded = []
     try:
-        with tqdm(total=len(corpora) * (2 + sum(map(len, plan.values()))), desc="benchmark", unit="row") as progress:
-            for split in corpora:
-                if (BASELINE, 0.0, split) not in kept:
-                    keep(BASELINE, 0.0, split, reference(split).itself())
-                yield give(BASELINE, 0.0, split)
-                if (ZEROED, 1.0, split) not in kept:
-                    keep(ZEROED, 1.0, split, reference(split).without_attention())
-                yield give(ZEROED, 1.0, split)
-            for recipe, cuts in plan.items():
-                converted = _converted(recipe, model, statistics)
-                for cut in cuts:
-                    progress.set_postfix_str(f"{recipe.name}, {percents([cut])}")
-                    for split in corpora:
-                        if (recipe.name, cut, split) not in kept:
-                            keep(recipe.name, cut, split, reference(split).compare(*converted(cut)))
-                        yield give(recipe.name, cut, split)
-    finally:  # interrupted, too
-        if out is not None and given:
+        for (name, cut, split), measure in measurements:
+            measurements.set_postfix_str(f"{name}, {percents([cut])}")
+            if (name, cut, split) not in rows:
+                row = rows[name, cut, split] = Row(name, cut, split=split, **measure())
+                if out is not None:
+                    write_row(out, row)
+            yielded.append(rows[name, cut, split])
+            yield yielded[-1]
+    finally:  # also after an interruption
+        if out is not None and yielded:
             with atomic_write(out / "table.csv") as file:
-                as_frame(given).to_csv(file, index=False)
+                as_frame(yielded).to_csv(file, index=False)
 
 
-def _converted(recipe: Recipe, model: PreTrainedModel, statistics: Statistics) -> Callable:
-    """cut → (latent model, error of its attention outputs, seconds it takes alone).
+def _timed(function: Callable, *arguments) -> tuple[Any, float]:
+    """(what the function returns, seconds)"""
+    started = perf_counter()
+    return function(*arguments), perf_counter() - started
 
-    Nothing is computed before it is asked for, nor twice running.
-    """
 
-    def timed(function: Callable, *arguments) -> tuple:
-        started = perf_counter()
-        return function(*arguments), perf_counter() - started
-
-    prepared = functools.cache(lambda: timed(recipe.converter, model, statistics))
-
-    @functools.lru_cache(maxsize=1)  # one split after the other asks for the same
-    def at(cut: float) -> tuple[PreTrainedModel, float, float]:
-        convert_to, shared_seconds = prepared()
-        latent, seconds = timed(convert_to, cut)
-        return latent, _output_error(latent, statistics), shared_seconds + seconds
-
-    return at
+def _converted(prepare: Callable, cut: float, statistics: Statistics) -> tuple[PreTrainedModel, float, float]:
+    """(latent model, error of its attention outputs, seconds that this cut takes alone)"""
+    convert_to, shared_seconds = prepare()
+    latent, seconds = _timed(convert_to, cut)
+    return latent, _output_error(latent, statistics), shared_seconds + seconds
 
 
 @torch.no_grad()
@@ -204,39 +194,38 @@ def _output_error(latent: PreTrainedModel, statistics: Statistics) -> float:
 
 @dataclass(frozen=True)
 class _Reference:
-    """The baseline on one split: what every other system is compared with."""
+    """The baseline on one split, with which every other system is compared. It is transcribed once it is needed."""
 
     model: PreTrainedModel
     corpus: Corpus
-    how: dict  # to transcribe
-    logits: dict[int, torch.Tensor]  # [T, V] of each utterance, unpadded, on the CPU
-    result: EvaluationResult
+    settings: dict  # of `transcribe`
+    logits: dict[int, torch.Tensor] = field(default_factory=dict)  # [T, V] of each utterance, unpadded, on the CPU
 
-    @classmethod
-    def of(cls, model: PreTrainedModel, corpus: Corpus, how: dict) -> "_Reference":
-        logits: dict[int, torch.Tensor] = {}
-
+    @functools.cached_property
+    def result(self) -> EvaluationResult:
         def remember(index: int, logits_TV: torch.Tensor) -> None:
-            logits[index] = logits_TV.float().cpu()
+            self.logits[index] = logits_TV.float().cpu()
 
-        result = score(transcribe(model, corpus=corpus, record=remember, **how))
-        return cls(model, corpus, how, logits, result)
+        return score(transcribe(self.model, corpus=self.corpus, record=remember, **self.settings))
 
     def itself(self) -> dict:
         no_error_N4 = np.tile([0.0, 1.0, 0.0, 1.0], (len(self.corpus), 1))
         return self._outcome(self.result, no_error_N4, _kept(self.model))
 
     def without_attention(self) -> dict:
+        _ = self.result  # fills `logits`
         with zero_attention(self.model):
             result, sums_N4 = self._pass(self.model)
         return self._outcome(result, sums_N4, [0] * len(_kept(self.model)), output_error=1.0)
 
-    def compare(self, latent: PreTrainedModel, output_error: float, seconds: float) -> dict:
+    def compare(self, converted: Callable[[], tuple[PreTrainedModel, float, float]]) -> dict:
+        _ = self.result  # before the conversion: fills `logits`
+        latent, output_error, seconds = converted()
         result, sums_N4 = self._pass(latent)
         return self._outcome(result, sums_N4, _kept(latent), output_error, seconds)
 
     def _pass(self, system: PreTrainedModel) -> tuple[EvaluationResult, np.ndarray]:
-        """Word errors, and of each utterance: KL summed over frames, frames, ‖Δlogits‖², ‖logits‖² [N, 4]."""
+        """Word errors, and for each utterance: KL summed over frames, frames, ‖Δlogits‖², ‖logits‖² [N, 4]."""
         sums_N4 = np.zeros((len(self.corpus), 4))
 
         def compare(index: int, logits_TV: torch.Tensor) -> None:
@@ -245,7 +234,7 @@ class _Reference:
             kl, change = (log_p.exp() * (log_p - log_q)).sum(), (ours - theirs).square().sum()
             sums_N4[index] = kl.item(), len(ours), change.item(), theirs.square().sum().item()
 
-        return score(transcribe(system, corpus=self.corpus, record=compare, **self.how)), sums_N4
+        return score(transcribe(system, corpus=self.corpus, record=compare, **self.settings)), sums_N4
 
     def _outcome(
         self,
@@ -279,13 +268,13 @@ class _Reference:
 
 
 def _kept(model: PreTrainedModel) -> list[int]:
-    """Numbers that each attention module keeps of a frame, or of a token where it reads these."""
+    """Numbers that each attention module keeps of a frame or, in a decoder, of a token."""
     return cached_numbers(model.config, frames=1, tokens=1)
 
 
 def _code_fingerprint() -> str:
     root = Path(asrlib.__file__).parent
-    files = sorted(file for room in ROOMS for file in (root / room).rglob("*.py") if file.name not in NEUTRAL)
+    files = sorted(file for room in ROOMS for file in (root / room).rglob("*.py"))
     return fingerprint({str(file.relative_to(root)): file.read_text(encoding="utf-8") for file in files})
 
 
@@ -302,10 +291,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a shipped model, a folder, or a hub id")
     add("corpus", metavar="CORPUS", help="synthetic, a LibriSpeech folder, a manifest, or a hub id")
-    add("--calibration", required=True, metavar="SPLIT", help="of the corpus, no test split")
-    add("--splits", required=True, metavar="a,b", help="of the corpus, to measure on")
+    add("--calibration", required=True, metavar="SPLIT", help="split of calibration speech, not a test split")
+    add("--splits", required=True, metavar="a,b", help="splits to measure on")
     add("--cuts", metavar="50,75,…", help="%% of the cache (default: halved six times, 50 to 98.44)")
-    add("--methods", metavar="svd,…", help=f"default: all, which are: {'; '.join(RECIPES)}")
+    add("--methods", metavar="svd,…", help=f"default: all of {'; '.join(RECIPES)}")
     add("--samples", type=int, metavar="N", help="utterances a split (default: all)")
     add("--calibration-seconds", type=float, default=600.0, metavar="S", help="speech for statistics (default: 600)")
     add("--out", metavar="FOLDER", help="keeps rows, transcripts and table, and resumes (default: print only)")
@@ -315,7 +304,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """What was measured is printed, whatever happens. Raises BadParameter before anything was measured."""
+    """Prints the measured rows even after an error. Before the first row, raises BadParameter."""
     args = parse(argv)
     rows: list[Row] = []
     with warnings.catch_warnings():
@@ -337,7 +326,7 @@ def _asked_for(args: argparse.Namespace) -> Iterator[Row]:
     splits = [split.strip() for split in args.splits.split(",")]
     check_splits(args.corpus, [args.calibration, *splits])
     model, processor = asrlib.load(args.model)
-    reachable(model.config, recipes, cuts)  # before the speech is decoded, which may take long
+    reachable(model.config, recipes, cuts)  # before decoding the speech, which may take long
     usable = functools.partial(open_usable, args.corpus, processor=processor, frames=frames_of(model), seed=args.seed)
     calibration = usable(split=args.calibration, seconds=args.calibration_seconds)
     corpora = {split: usable(split=split, samples=args.samples) for split in splits}
@@ -347,17 +336,17 @@ def _asked_for(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def cuts_in(text: str) -> list[float]:
-    """Per cents with commas between them, as fractions. Raises ValueError."""
+    """Percentages with commas between them, as fractions. Raises ValueError."""
     try:
         return [round(float(word.strip().removesuffix("%")) / 100, 8) for word in text.split(",")]
     except ValueError:
-        raise ValueError(f"--cuts is {text!r}: give per cents with commas between them, like 50,87.5") from None
+        raise ValueError(f"--cuts is {text!r}: give percentages with commas between them, like 50,87.5") from None
 
 
 def _report(rows: list[Row]) -> str:
     table, breaks = as_table(rows), readable_break_points(break_point(rows))
     sizes = {row.split: f"{row.split}: {row.utterances} utterances, {row.words} words" for row in rows}
-    legend = "cached: numbers per frame and layer · KL: nats per frame · difference: points of WER, to the baseline's"
+    legend = "cached: numbers per frame and layer · KL: nats per frame · difference from the baseline: points of WER"
     parts = [_text(table), "\n".join([*sizes.values(), legend])]
     if len(breaks):
         parts += ["How far the cache can be cut before word errors rise significantly (p < 0.05)", _text(breaks)]
@@ -365,6 +354,6 @@ def _report(rows: list[Row]) -> str:
 
 
 def _text(table: pd.DataFrame) -> str:
-    """Method names start at the left, numbers end at the right."""
+    """The table as text: method names flush left, numbers flush right."""
     names = table["method"].str.len().max()
     return table.assign(method=table["method"].str.ljust(names)).to_string(index=False)

@@ -1,6 +1,6 @@
-"""Models with random weights that differ in their attention alone: time does not depend on what weights are.
+"""Models with random weights that differ in their attention alone, for timing: time does not depend on the weights.
 
-Models of a set share all weights but those of attention, so that a set takes little more memory than one of them.
+Models of a set share all weights except those of attention, so that a set takes little more memory than one model.
 """
 
 import copy
@@ -32,7 +32,7 @@ from asrlib.models.families.whisper import CACHED
 from asrlib.models.loading import load
 from asrlib.models.registry import FAMILIES, family_of, latent_modules
 
-IN_BLOCKS = "MHA in blocks"  # the baseline, worked by attention.relative
+IN_BLOCKS = "MHA in blocks"  # the baseline, computed by attention.relative
 PUBLISHED = dict(
     vocab_size=32,
     hidden_size=1024,
@@ -44,7 +44,7 @@ PUBLISHED = dict(
     position_embeddings_type="relative",
 )  # facebook/wav2vec2-conformer-rel-pos-large-960h-ft, 618.6 M parameters
 RECOGNISER_SIZES = {"shipped": "synthetic-conformer", "published": PUBLISHED}
-HOP = 80  # samples: 50 encoder frames a second, as wav2vec2 has
+HOP = 80  # samples: 50 encoder frames a second, like wav2vec2
 ENCODER_SIZES = {
     "shipped": dict(hidden_size=144, num_hidden_layers=4, num_attention_heads=4, conv_depthwise_kernel_size=15),
     "published": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, conv_depthwise_kernel_size=31),
@@ -63,9 +63,10 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def random_recognisers(size: str, shares: Sequence[int] = (2, 4, 8)) -> dict[str, nn.Module]:
-    """{name: wav2vec2-conformer in evaluation mode}, which share all weights but those of keys and values.
+    """{name: wav2vec2-conformer in evaluation mode}. They share all weights except those of keys and values.
 
-    Multi-head attention twice, and latents of a half, a fourth, … of the width, as `shares` says."""
+    Multi-head attention comes twice, by transformers and in blocks. Then follow latents, of the width divided by each
+    of `shares`."""
     torch.manual_seed(0)
     sizes = RECOGNISER_SIZES[size]
     config = Wav2Vec2ConformerConfig(**sizes) if isinstance(sizes, dict) else load(sizes)[0].config
@@ -84,7 +85,7 @@ def random_recognisers(size: str, shares: Sequence[int] = (2, 4, 8)) -> dict[str
 
 
 def in_blocks(model: nn.Module) -> nn.Module:
-    """`model` worked by `attention.relative`, sharing its parameters: what the blocks bring without any latent."""
+    """A model that shares the parameters of `model` and works in blocks, to measure the gain by blocks alone."""
     sharing = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     return family_of(model.config).work_in_blocks(sharing)
 
@@ -93,14 +94,14 @@ def in_blocks(model: nn.Module) -> nn.Module:
 
 
 def size_of(config) -> dict[str, int]:
-    """Of a model's encoder, by the names of SpeechEncoderConfig, with as many frames a second.
+    """The sizes of a model's encoder, by the names of SpeechEncoderConfig, and the hop for its frames a second.
 
-    Raises ValueError where it has none of these.
+    Raises ValueError where the config lacks one of them.
     """
     if not all(hasattr(config, name) for name in (*ENCODER_SIZES["shipped"], "inputs_to_logits_ratio")):
         raise ValueError(
-            f"benchmark_left_seconds times an encoder of this model's size, and a {config.model_type} is built "
-            "otherwise: say benchmark_stream_size (shipped or published), or leave it out"
+            f"benchmark_left_seconds times an encoder of this model's size, and {config.model_type} has other sizes: "
+            "give benchmark_stream_size (shipped or published), or leave it out"
         )
     return {name: getattr(config, name) for name in ENCODER_SIZES["shipped"]} | {
         "hop_length": config.inputs_to_logits_ratio // 4  # the subsampling of SpeechEncoder's
@@ -108,7 +109,7 @@ def size_of(config) -> dict[str, int]:
 
 
 def kinds_of(width: int, heads: int) -> dict[str, dict]:
-    """{name: settings of SpeechEncoderConfig}: standard attention first, then by falling cache."""
+    """{name: settings of SpeechEncoderConfig}: standard attention first, then by decreasing cache."""
     ranks = [width // 2, width // 4, width // 8]
     return {
         "MHA": {"attention": "mha"},
@@ -121,7 +122,7 @@ def kinds_of(width: int, heads: int) -> dict[str, dict]:
 def random_encoders(
     hidden_size: int, num_hidden_layers: int, num_attention_heads: int, hop_length: int = HOP, **others
 ) -> dict[str, SpeechEncoderForCTC]:
-    """{name: Conformer in evaluation mode}, which share all weights but those of attention."""
+    """{name: Conformer in evaluation mode}. They share all weights except those of attention."""
     torch.manual_seed(0)
     made, shared = {}, {}
     for name, kind in kinds_of(hidden_size, num_attention_heads).items():
@@ -141,8 +142,8 @@ def random_encoders(
 
 
 def window_models(latent_dims: Sequence[int] = (1024, 512, 128), **encoder) -> dict[str, PreTrainedModel]:
-    """{name: a model of one layer}: transformers' own, the same with its attention worked in blocks and projected
-    positions kept, as the latent twins have it, and these. `encoder` are settings of its encoder, else as published."""
+    """{name: a Nemotron of one layer}: transformers' own, the same in blocks with cached positions, and its latent
+    twins. `encoder` are settings of the encoder; others are as published."""
     torch.manual_seed(0)
     small = {"vocab_size": 8, "blank_token_id": 7, "decoder_hidden_size": 8, "num_decoder_layers": 1}  # not measured
     encoder = {"num_hidden_layers": 1, "subsampling_conv_channels": 8} | encoder
@@ -157,7 +158,7 @@ def window_models(latent_dims: Sequence[int] = (1024, 512, 128), **encoder) -> d
 
 
 def writer_config(name: str) -> WhisperConfig:
-    """Of Whisper's decoder; its encoder is not measured, and has one layer."""
+    """The config of a Whisper. Its encoder is not measured, and has one layer."""
     width, layers, heads = WRITER_SIZES[name]
     return WhisperConfig(
         d_model=width,
@@ -172,7 +173,7 @@ def writer_config(name: str) -> WhisperConfig:
 
 @dataclass(frozen=True)
 class Writer:
-    """A decoder, and the form of its latents: absorbed or expanded; "auto" also of one that has none."""
+    """A decoder, and the form of its latents: absorbed, expanded or auto (also for a decoder without latents)."""
 
     model: WhisperForConditionalGeneration
     form: str = "auto"
@@ -185,12 +186,10 @@ class Writer:
 def random_writers(
     config: WhisperConfig, cuts: Sequence[float], parts: Sequence[str] = CACHED, precision: str = "fp32"
 ) -> dict[str, Writer]:
-    """{name: writer}: standard attention first, then latents in `parts` that cut what they keep by `cuts`, each in both
-    forms, and at last as wide ones as the model, which are exact, of which all layers share that of cross-attention.
-    They share all weights but those of latents; these, and so what is kept, are fp32, bf16 or fp16."""
-    family, weights = FAMILIES[config.model_type], {}
-
-    dtype = PRECISIONS[precision]
+    """{name: writer}: standard attention first, then latents in `parts` with their cache cut by each of `cuts`, in both
+    forms. The last one has exact latents, as wide as the model, and all layers share that of cross-attention. All
+    writers share all weights except those of latents. Weights and cache are in `precision`: fp32, bf16 or fp16."""
+    family, weights, dtype = FAMILIES[config.model_type], {}, PRECISIONS[precision]
 
     def latent(width: int, shared: bool = False) -> WhisperForConditionalGeneration:
         settings = {"latent_dim": [width] * len(parts) * config.decoder_layers, "latent_shared": shared}
@@ -213,7 +212,7 @@ def random_writers(
 def _filled(
     kind: type, config, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """In evaluation mode. `weights` has what models share already, and takes what they do not have yet."""
+    """A model in evaluation mode with random weights. It takes those of `weights` that fit, and adds the others."""
     with torch.device("meta"):
         model = kind(config)
     own = {}
@@ -233,7 +232,7 @@ def _filled(
 
 
 def noise(seconds: float, count: int = 1, split: str = "all") -> Corpus:
-    """So many utterances, so long, in place of speech: what is in the audio makes a model no slower."""
+    """`count` utterances of noise, each `seconds` long: a model's time does not depend on the content of the audio."""
     samples_S = np.random.default_rng(0).normal(scale=0.1, size=round(seconds * SAMPLE_RATE)).astype(np.float32)
     source = partial(_as_file, samples_S)
     rows = [Utterance(f"noise-{i}", "A", "", len(samples_S) / SAMPLE_RATE, "memory", source) for i in range(count)]

@@ -1,4 +1,4 @@
-"""The ways to convert that `asrlib.measuring.methods` compares: a new one is a line in `all_recipes`."""
+"""The ways to convert that `asrlib.measuring.methods` compares. A new one is a line in `all_recipes`."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ Converter = Callable[[float], PreTrainedModel]  # cut → latent model
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way to convert, in the words of `convert`.
+    """A way to convert, by the arguments of `convert`.
 
-    Any frozen dataclass with a `name`, an `obstacle` and a `converter` can stand in its place.
+    Any frozen dataclass with a `name`, an `obstacle` and a `converter` can take its place.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Recipe:
     batch_norm: bool = False
 
     def obstacle(self, config, cut: float) -> str | None:
-        """Why a model of this config cannot be cut so far, or None."""
+        """Why the cache of a model of this config cannot be cut by `cut`, or None."""
         try:
             family_of(config).check_layout(config, self.layout)
             width = encoder_config(config).hidden_size
@@ -46,20 +46,30 @@ class Recipe:
 
     def converter(self, model: PreTrainedModel, statistics: Statistics) -> Converter:
         """Cut → latent model. What all cuts share is computed here, once."""
-        sequential = {"sequential": self.sequential, "reestimate_batch_norm": self.batch_norm}
-        parts = list(statistics.parts)  # that speech was collected of are those to convert
-        how = {"layout": self.layout, "method": self.method, "ranks": self.ranks, "statistics": statistics} | sequential
-        if not self.sequential or self.ranks != "uniform":  # else every layer is decomposed behind those before it
-            how["decomposition"] = decompose(model, self.layout, self.method, statistics, parts)
+        parts = list(statistics.parts)  # those with statistics are to be converted
+        decomposition = sensitivities = None
+        if not self.sequential or self.ranks != "uniform":  # else each layer is decomposed after those before it
+            decomposition = decompose(model, self.layout, self.method, statistics, parts)
         if self.ranks == "sensitivity":
-            how["sensitivities"] = measure_sensitivity(model, self.layout, statistics, how["decomposition"], parts)
-        how["parts"] = parts
-        return lambda cut: convert(model, cache_cut=cut, **how)
+            sensitivities = measure_sensitivity(model, self.layout, statistics, decomposition, parts)
+        return lambda cut: convert(
+            model,
+            cache_cut=cut,
+            layout=self.layout,
+            method=self.method,
+            ranks=self.ranks,
+            statistics=statistics,
+            decomposition=decomposition,
+            sequential=self.sequential,
+            reestimate_batch_norm=self.batch_norm,
+            sensitivities=sensitivities,
+            parts=parts,
+        )
 
 
 @dataclass(frozen=True)
 class GroupedRecipe:
-    """MHA → GQA, at the cuts that a number of key/value heads makes exactly."""
+    """MHA → GQA, at the cuts that some number of key/value heads makes exactly."""
 
     name: str
     method: str = "mean"
@@ -68,7 +78,7 @@ class GroupedRecipe:
         heads = encoder_config(config).num_attention_heads
         kept = (1 - cut) * heads
         if abs(kept - round(kept)) > 1e-9 or not round(kept) or heads % round(kept):
-            return f"no number of key/value heads that divides {heads} makes just this cut"
+            return f"no number of key/value heads that divides {heads} makes exactly this cut"
         return None
 
     def converter(self, model: PreTrainedModel, statistics: Statistics) -> Converter:
@@ -77,9 +87,9 @@ class GroupedRecipe:
 
 
 def all_recipes() -> dict[str, Recipe | GroupedRecipe]:
-    """By name: each method that makes latents, plainly, and what else is worth comparing."""
+    """By name: each method that makes latents, with the other arguments at their defaults, and further combinations."""
     recipes = (
-        Recipe("split svd", layout="split"),  # the first system's
+        Recipe("split svd", layout="split"),
         *(Recipe(name, method=name) for name in latent_methods()),
         Recipe("two_sided, energy", method="two_sided", ranks="energy"),
         Recipe("two_sided, sensitivity", method="two_sided", ranks="sensitivity"),
@@ -98,16 +108,16 @@ RECIPES = all_recipes()
 
 
 def reachable(config, recipes: Iterable[Recipe], cuts: Sequence[float]) -> dict[Recipe, list[float]]:
-    """The cuts that each recipe can reach, ascending. ValueError where there is one that none can."""
+    """The cuts that each recipe can reach, ascending. Raises ValueError where no recipe reaches a cut."""
     if is_latent(config):
-        raise ValueError(f"the model is latent already ({config.model_type}): give the one that it came from")
+        raise ValueError(f"the model is latent already ({config.model_type}): give the model it came from")
     for cut in cuts:
         if not 0 < cut < 1:
             raise ValueError(f"a cut is {percents([cut])}: it must lie between 0 and 100 % (75 % keeps a quarter)")
     recipes = list(recipes)
     names = [recipe.name for recipe in recipes]
     if len(set(names)) < len(names):
-        raise ValueError(f"two recipes have one name, of {', '.join(names)}: rows are told apart by it")
+        raise ValueError(f"two recipes have the same name, of {', '.join(names)}: give each its own")
     plan = {recipe: [cut for cut in sorted(set(cuts)) if not recipe.obstacle(config, cut)] for recipe in recipes}
     if not plan or not cuts:
         raise ValueError("nothing to measure: give at least one recipe and one cut")
@@ -118,7 +128,7 @@ def reachable(config, recipes: Iterable[Recipe], cuts: Sequence[float]) -> dict[
 
 
 def names_in(text: str, known: Iterable[str]) -> list[str]:
-    """The recipes in a list with commas, which their names may hold too: the longest name that fits is meant."""
+    """The recipes in a list with commas. Names may contain commas too, so the longest name that fits is taken."""
     known, names, words = list(known), [], [word.strip() for word in text.split(",")]
     while words:
         taken = next((n for n in range(len(words), 0, -1) if ", ".join(words[:n]) in known), None)

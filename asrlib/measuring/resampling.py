@@ -1,11 +1,6 @@
 """Bootstrap over utterances or speakers: the intervals of error rates."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
-
-if TYPE_CHECKING:
-    pass
 
 RESAMPLES = 10_000
 SEED = 0
@@ -15,7 +10,7 @@ def resample_sums(columns_GK: np.ndarray, resamples: int = RESAMPLES, seed: int 
     """Bootstrap: the sum of each column over G rows drawn with replacement, `resamples` times → [R, K]."""
     rows = len(columns_GK)
     generator = np.random.default_rng(seed)
-    block = max(1, 1_000_000 // rows)  # draws at once: bounds the memory, changes no number
+    block = max(1, 1_000_000 // rows)  # draws at once: limits the memory, and does not change the result
     sums = []
     for start in range(0, resamples, block):
         drawn = generator.integers(rows, size=(min(block, resamples - start), rows))
@@ -30,7 +25,7 @@ def interval(values_R: np.ndarray) -> tuple[float, float]:
 
 
 def sums_by_speaker(columns_NK: np.ndarray, predictions: list[dict]) -> np.ndarray:
-    """The columns added up over the utterances of each speaker: [G, K], in the order in which speakers appear."""
+    """The columns summed over the utterances of each speaker: [G, K], in the order of their first utterances."""
     places = {}
     rows = [places.setdefault(prediction["speaker"], len(places)) for prediction in predictions]
     sums_GK = np.zeros((len(places), columns_NK.shape[1]), columns_NK.dtype)
@@ -39,11 +34,11 @@ def sums_by_speaker(columns_NK: np.ndarray, predictions: list[dict]) -> np.ndarr
 
 
 def rate_interval(errors_words_G2: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the error rate, errors of all rows divided by words of all rows."""
+    """95 % interval of the error rate: errors of all rows divided by words of all rows."""
     sums_R2 = resample_sums(errors_words_G2)
-    return interval(_ratio(sums_R2[:, 0], sums_R2[:, 1]))
+    return interval(error_rates(sums_R2[:, 0], sums_R2[:, 1]))
 
 
-def _ratio(errors_R: np.ndarray, words_R: np.ndarray) -> np.ndarray:
-    """Error rates; NaN for the resamples that drew no reference word."""
+def error_rates(errors_R: np.ndarray, words_R: np.ndarray) -> np.ndarray:
+    """Error rates of resamples; NaN for those that drew no reference word."""
     return np.where(words_R > 0, errors_R / np.maximum(words_R, 1), np.nan)

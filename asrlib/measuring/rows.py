@@ -1,4 +1,4 @@
-"""The rows that `asrlib.measuring.methods` measures: kept in a folder, as tables, and where word errors begin."""
+"""The rows of `asrlib.measuring.methods`: kept in a folder, shown in tables, and their break points."""
 
 import contextlib
 import json
@@ -21,41 +21,39 @@ class Row:
     """One system on one split; intervals are 95 % over utterances, shares and error rates fractions."""
 
     recipe: str
-    cut: float  # of the cache, as asked
-    cut_reached: float  # as it came out
+    cut: float  # of the cache, as asked for
+    cut_reached: float  # the real cut
     latent_dim: tuple[int, ...]  # numbers cached per frame, one a layer
     split: str
-    output_error: (
-        float  # ‖ours − baseline's‖ / ‖baseline's‖ of attention outputs on calibration speech, RMS over layers
-    )
-    logit_error: float  # ‖ours − baseline's‖ / ‖baseline's‖ of the logits, over all unpadded frames
+    output_error: float  # of attention outputs on calibration speech, RMS over layers: ‖ours − theirs‖ / ‖theirs‖
+    logit_error: float  # ‖ours − theirs‖ / ‖theirs‖ of the logits, over all unpadded frames
     kl: float  # KL(baseline ‖ ours) of the CTC output, nats per frame
     kl_interval: tuple[float, float]
     wer: float
     wer_interval: tuple[float, float]
-    wer_difference: float  # to the baseline's
+    wer_difference: float  # from the baseline
     difference_interval: tuple[float, float]
-    p: float  # two-sided, of no difference: see significance.paired_bootstrap
-    seconds: float  # of the conversion, decomposition included, statistics not
+    p: float  # two-sided, against no difference: see significance.paired_bootstrap
+    seconds: float  # of the conversion, with decomposition, without statistics
     utterances: int
     words: int  # in the references
-    predictions: list[dict] = field(repr=False)  # transcripts, as `evaluation.transcribe` gives them
+    predictions: list[dict] = field(repr=False)  # the transcripts of `transcribing.transcribe`
 
 
 # ---- in a folder ------------------------------------------------------------------------------------------
 
 
 def check_settings(out: Path, settings: dict) -> None:
-    """Raises ValueError where `out` was begun with others; what it does not know yet, such as a split, is added."""
+    """Raises ValueError where `out` was begun with other settings. Adds new ones, such as those of another split."""
     path = out / "settings.json"
     known = read_json(path) if path.is_file() else {}
     if differing := [name for name in settings if name in known and known[name] != settings[name]]:
-        shown = [
+        changes = [
             f"{name} ({known[name]} there, {settings[name]} now)" if len(str(settings[name])) < 20 else name
             for name in differing
         ]
         raise ValueError(
-            f"{out} holds rows of another benchmark, which differs in {', '.join(shown)}: give another folder, or "
+            f"{out} holds rows of another benchmark, which differs in {', '.join(changes)}: give another folder, or "
             "delete this one to begin anew"
         )
     if settings.keys() - known.keys():
@@ -63,7 +61,7 @@ def check_settings(out: Path, settings: dict) -> None:
 
 
 def read_rows(out: Path) -> dict[tuple[str, float, str], Row]:
-    """(recipe, cut, split) → row, for all that are there with their transcripts."""
+    """(recipe, cut, split) → row, for all rows whose transcripts are there."""
     rows = {}
     for values in _whole_lines(out / "rows.jsonl"):
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
@@ -75,7 +73,7 @@ def read_rows(out: Path) -> dict[tuple[str, float, str], Row]:
 
 
 def _whole_lines(path: Path) -> list[dict]:
-    """The JSON lines of a file, but for those that a kill or a full disk cut short: these rows are missing."""
+    """The complete JSON lines of a file. A kill or a full disk may cut a line short; its row is then missing."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         with contextlib.suppress(json.JSONDecodeError):
@@ -100,14 +98,14 @@ def _predictions_path(out: Path, recipe: str, cut: float, split: str) -> Path:
 
 
 def in_order(rows: Iterable[Row]) -> list[Row]:
-    """By split, then cut, then recipe: splits and recipes in the order in which they first appear."""
+    """By split, then cut, then recipe; splits and recipes in the order of their first rows."""
     rows = list(rows)
-    splits, recipes = (list(dict.fromkeys(getattr(row, of) for row in rows)) for of in ("split", "recipe"))
+    splits, recipes = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("split", "recipe"))
     return sorted(rows, key=lambda row: (splits.index(row.split), row.cut, recipes.index(row.recipe)))
 
 
 def as_frame(rows: Iterable[Row]) -> pd.DataFrame:
-    """The numbers of all rows, fractions: a column for each field, _low and _high for its interval's ends."""
+    """The numbers of all rows, as fractions: a column for each field, and _low and _high for an interval's ends."""
     table = []
     for row in in_order(rows):
         values = {name: value for name, value in vars(row).items() if name != "predictions"}
@@ -119,7 +117,7 @@ def as_frame(rows: Iterable[Row]) -> pd.DataFrame:
 
 
 def as_table(rows: Iterable[Row]) -> pd.DataFrame:
-    """The rows to read, in the order of `in_order`; `cached` counts the numbers per frame and layer."""
+    """The rows for readers, in the order of `in_order`; `cached` counts the numbers per frame and layer."""
     table = []
     for row in in_order(rows):
         low, high = min(row.latent_dim), max(row.latent_dim)
@@ -145,12 +143,12 @@ def as_table(rows: Iterable[Row]) -> pd.DataFrame:
 
 
 def break_point(rows: Iterable[Row]) -> pd.DataFrame:
-    """Per split and recipe, how far the cache can be cut before word errors rise.
+    """For each split and recipe, how far the cache can be cut before word errors rise.
 
-    Going deeper step by step, `cut` is the last one before the first whose WER is significantly above the baseline's
-    (a difference above 0 with p < 0.05); a deeper one that happens to be no worse does not count. 0 where already the
-    first cut is. `cache` is the share of the baseline's that is left there, `broken_at` the cut that broke it. Where
-    none did, that is NaN and `deepest_tried` says so: the break lies deeper than was looked.
+    `broken_at` is the shallowest cut whose WER is significantly above the baseline's (a difference above 0 with
+    p < 0.05), and `cut` the one before it, or 0; deeper cuts do not count. `cache` is the share of the baseline's cache
+    that is left at `cut`. If no cut is significantly worse, `broken_at` is NaN and `deepest_tried` is true: the break
+    lies deeper than all measured cuts.
     """
     ways: dict[tuple[str, str], list[Row]] = {}
     for row in in_order(rows):
@@ -168,7 +166,7 @@ def break_point(rows: Iterable[Row]) -> pd.DataFrame:
 
 
 def readable_break_points(breaks: pd.DataFrame) -> pd.DataFrame:
-    """`break_point` to read."""
+    """`break_point` for readers."""
     table = []
     for row in breaks.itertuples():
         cut = f"{100 * row.cut:.4g} %" if row.cut else "none"
@@ -178,16 +176,16 @@ def readable_break_points(breaks: pd.DataFrame) -> pd.DataFrame:
 
 
 def first_broken(rows: Iterable[Row], recipe: str) -> list[tuple[str, dict]]:
-    """What one way to convert breaks first: (system, transcript) from the baseline on, one cut deeper at a time.
+    """The utterance that a recipe breaks first: (system, transcript) from the baseline on, one cut deeper at a time.
 
-    Of the utterance that the baseline hears without an error and the shallowest cut that harms any such utterance
-    harms most. Empty where no cut does harm.
+    Among the utterances that the baseline recognises without an error, it is the one with most errors at the shallowest
+    cut that makes any. Empty where no cut makes an error in them.
     """
     baseline, *steps = [row for row in in_order(rows) if row.recipe in (BASELINE, recipe)]
     steps = [row for row in steps if row.split == baseline.split]
-    said = [score([prediction]).wer for prediction in baseline.predictions]
+    errors = [score([prediction]).wer for prediction in baseline.predictions]
     for row in steps:
-        harm = [score([p]).wer if before == 0 else 0.0 for p, before in zip(row.predictions, said, strict=True)]
+        harm = [score([p]).wer if before == 0 else 0.0 for p, before in zip(row.predictions, errors, strict=True)]
         if max(harm) > 0:
             worst = harm.index(max(harm))
             labels = ["baseline", *(f"{100 * step.cut:.4g} %" for step in steps)]

@@ -1,8 +1,8 @@
 """Is one recogniser better than another, or was it chance? Intervals and tests of word error rates.
 
-Errors of one utterance hang together, and so do those of one speaker. Resampling utterances tells what other
-utterances of these speakers would have given; resampling speakers, what other speakers would have. With few speakers
-that interval is rough, and the wider one of the two the more honest.
+Errors within an utterance are correlated, and so are errors of a speaker. Resampling utterances estimates the results
+on other utterances of the same speakers, and resampling speakers those on other speakers. With few speakers the latter
+interval is rough, and the wider of the two is the safer one.
 
 Shapes: N utterances, G groups (utterances or speakers), K columns, R resamples.
 """
@@ -16,10 +16,11 @@ import jiwer
 import numpy as np
 
 from asrlib.data.text import as_counted
-from asrlib.measuring.resampling import _ratio, interval, resample_sums, sums_by_speaker
+from asrlib.measuring.resampling import error_rates, interval, resample_sums, sums_by_speaker
 
 if TYPE_CHECKING:
     from asrlib.measuring.word_errors import EvaluationResult
+
 RIGHT_BETWEEN_SEGMENTS = 2  # words both systems have right: `min_num_good` of NIST's sc_stats
 
 
@@ -27,10 +28,10 @@ RIGHT_BETWEEN_SEGMENTS = 2  # words both systems have right: `min_num_good` of N
 
 
 def compare_errors(a: "EvaluationResult", b: "EvaluationResult") -> dict:
-    """All that is said of two systems on the same utterances.
+    """All tests of two systems on the same utterances.
 
     {difference, interval, p} of `paired_bootstrap` over utterances; by_speaker: the same over speakers, with their
-    number, None where there is only one; matched_pairs: {segments, mean, z, p}. Raises ValueError where ids or
+    number, or None where there is only one; matched_pairs: {segments, mean, z, p}. Raises ValueError where ids or
     references differ.
     """
     speakers = len({prediction["speaker"] for prediction in a.predictions})
@@ -39,7 +40,7 @@ def compare_errors(a: "EvaluationResult", b: "EvaluationResult") -> dict:
 
 
 def paired_bootstrap(a: "EvaluationResult", b: "EvaluationResult", by_speaker: bool = False) -> dict:
-    """How much more wrong `b` is than `a`, on the same utterances: {difference, interval, p}.
+    """The difference in WER between `b` and `a` on the same utterances: {difference, interval, p}.
 
     `difference` is WER(b) − WER(a), `interval` its 95 % interval, `p` two-sided against no difference (Bisani
     and Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP 2004).
@@ -48,8 +49,8 @@ def paired_bootstrap(a: "EvaluationResult", b: "EvaluationResult", by_speaker: b
     order = pairing(a, b)
     columns_N3 = np.stack([a.errors_N, b.errors_N[order], a.words_N], axis=1)
     sums_R3 = resample_sums(sums_by_speaker(columns_N3, a.predictions) if by_speaker else columns_N3)
-    differences_R = _ratio(sums_R3[:, 1] - sums_R3[:, 0], sums_R3[:, 2])
-    # The draw itself counts as one resample, so that p is never 0.
+    differences_R = error_rates(sums_R3[:, 1] - sums_R3[:, 0], sums_R3[:, 2])
+    # The sample itself counts as a resample, so that p is never 0.
     tail = 1 + min(np.sum(differences_R <= 0), np.sum(differences_R >= 0))
     return {
         "difference": b.wer - a.wer,
@@ -61,12 +62,12 @@ def paired_bootstrap(a: "EvaluationResult", b: "EvaluationResult", by_speaker: b
 def matched_pairs(a: "EvaluationResult", b: "EvaluationResult") -> dict:
     """The matched-pairs test on segments of sentences, MAPSSWE: {segments, mean, z, p}.
 
-    A segment is what lies between two runs of at least two words that both systems have right, or between such a run
-    and an end of the utterance (Gillick and Cox, "Some statistical issues in the comparison of speech recognition
-    algorithms", ICASSP 1989; Pallett, Fisher and Fiscus 1990). `mean` is that of the errors of b less those of a in a
-    segment, z that divided by its standard error (variance over n − 1), p two-sided of the normal distribution. As in
-    NIST's sc_stats z is 0 where all segments differ alike. Two things are not as there: words are aligned with equal
-    costs, as the WER is, and an insertion at the end of an utterance counts whichever system made it.
+    A segment lies between two runs of at least two words that both systems have right, or between such a run and an end
+    of the utterance (Gillick and Cox, "Some statistical issues in the comparison of speech recognition algorithms",
+    ICASSP 1989; Pallett, Fisher and Fiscus 1990). `mean` is the mean over segments of the errors of b minus those of a,
+    z is `mean` divided by its standard error (variance over n − 1), and p is two-sided under the normal distribution.
+    As in NIST's sc_stats, z is 0 where all segments have the same difference. Unlike there, words are aligned with
+    equal costs, as for the WER, and an insertion at the end of an utterance counts for either system.
     Raises ValueError where ids or references differ.
     """
     segments = [
@@ -82,12 +83,12 @@ def matched_pairs(a: "EvaluationResult", b: "EvaluationResult") -> dict:
 
 
 def pairing(a: "EvaluationResult", b: "EvaluationResult") -> list[int]:
-    """For each utterance of `a` its place in `b`."""
+    """The place in `b` of each utterance of `a`."""
     of_b = {p["id"]: i for i, p in enumerate(b.predictions)}
     ids = [p["id"] for p in a.predictions]
     if len(ids) != len(of_b) or set(ids) != set(of_b):
         unpaired = sorted(set(ids) ^ set(of_b)) or ["(repeated ids)"]
-        raise ValueError(f"the results are not over the same utterances: {unpaired[0]!r} is not in both once")
+        raise ValueError(f"the results are not over the same utterances: {unpaired[0]!r} is not once in each")
     order = [of_b[i] for i in ids]
     for prediction, j in zip(a.predictions, order, strict=True):
         if as_counted(prediction, "reference") != as_counted(b.predictions[j], "reference"):
@@ -109,32 +110,32 @@ def _by_word(alignment: list[jiwer.AlignmentChunk]) -> list[int]:
 
 def _segments(ours: list[int], theirs: list[int]) -> list[tuple[int, int]]:
     """Errors of both systems in each segment of an utterance."""
-    # One letter a place: a word both have right, one that either has wrong, words inserted by either. Where nothing
-    # is inserted stands nothing, so that words that follow each other do so here; `places` leads back.
+    # One letter a place: c for a word that both have right, x for a word that either has wrong and for insertions of
+    # either. A place without insertions has no letter, so words stay neighbours. `places` maps letters to places.
     letters, places = [], []
     for place, wrong in enumerate(a + b for a, b in zip(ours, theirs, strict=True)):
         if wrong or place % 2:
             letters.append("x" if wrong else "c")
             places.append(place)
-    found = []
-    for piece in re.finditer(rf"(?:(?!c{{{RIGHT_BETWEEN_SEGMENTS}}}).)*x", "".join(letters)):
-        inside = places[piece.start() : piece.end()]
-        found.append((sum(ours[place] for place in inside), sum(theirs[place] for place in inside)))
-    return found
+    segments = []
+    for match in re.finditer(rf"(?:(?!c{{{RIGHT_BETWEEN_SEGMENTS}}}).)*x", "".join(letters)):
+        inside = places[match.start() : match.end()]
+        segments.append((sum(ours[place] for place in inside), sum(theirs[place] for place in inside)))
+    return segments
 
 
 # ---- many things at once -----------------------------------------------------------------------------------
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Two-sided p of the exact test (binomial with 1/2) that as many were lost as won."""
+    """Two-sided p of McNemar's exact test (binomial with 1/2) against equal numbers lost and won."""
     count = lost + won
     tail = sum(math.comb(count, k) for k in range(min(lost, won) + 1))
     return min(1.0, 2 * tail / 2**count)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm (1979): the k-th smallest of n is multiplied by n − k + 1, and no smaller than those before it."""
+    """Holm (1979): the k-th smallest of n p values is multiplied by n − k + 1, and is at least the one before it."""
     corrected, least = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(np.argsort(p_values, kind="stable")):
         least = max(least, min(1.0, (len(p_values) - rank) * p_values[index]))

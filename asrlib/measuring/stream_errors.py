@@ -1,4 +1,4 @@
-"""Word errors under streaming: what chunks, bounded contexts and coarser caches cost, all under the same mask."""
+"""Word errors under streaming: the cost of chunks, limited contexts and coarser caches."""
 
 from collections.abc import Iterator, Sequence
 
@@ -32,13 +32,14 @@ def streaming_errors(
     device: str | None = None,
     precision: str = "fp32",
 ) -> pd.DataFrame:
-    """One row per chunk, left context, cache format and system; the first system is what others are compared with.
+    """One row per chunk, left context, cache format and system. The first of `systems` is the reference.
 
-    chunk_ms (NaN: the full context of the utterance), left_seconds and lookahead_ms (NaN with it), cache, system,
-    cache_bytes (of a full left context, by the formula), wer with its 95 % interval wer_low and wer_high, words,
-    utterances; difference to the first system in float32 in the same chunks, its interval and p (None for itself).
-    Formats but the first are measured at the longest left context; integers as they are and with what is kept
-    turned at random ("int4, rotated"), which sums can not be. `precision` is fp32, bf16 or fp16, by autocast.
+    Columns: chunk_ms (NaN: the full context of the utterance), left_seconds and lookahead_ms (then NaN too), cache,
+    system, cache_bytes (of a full left context, by formula), wer with its 95 % interval wer_low and wer_high, words,
+    utterances; difference from the reference in float32 in the same chunks, its interval and p (None for itself).
+    Formats other than float32 are measured at the longest left context alone. Integer formats are measured twice: as
+    they are and with randomly rotated caches ("int4, rotated"), except for the sums of linear attention. `precision` is
+    fp32, bf16 or fp16, by autocast.
     """
     if not left_seconds or caches[:1] not in (["float32"], ("float32",)):
         raise ValueError("give a left context, and float32 as the first format: the others are compared with it")
@@ -47,14 +48,14 @@ def streaming_errors(
     settings += [(None, None)] if None in chunk_ms else []
     integers = any(cache.startswith("int") for cache in caches)
     turned = {name: rotated(model) for name, model in systems.items() if integers and _can_turn(model)}
-    how = {"batch_seconds": batch_seconds, "device": device, "precision": precision}
+    where = {"batch_seconds": batch_seconds, "device": device, "precision": precision}
     rows = []
     for chunk, left in tqdm(settings, desc="chunks", unit="setting"):
         reference = None
         for cache in caches if left == longest else caches[:1]:
             for name, held_as, model in _variants(systems, turned, cache):
                 chunks = None if chunk is None else chunks_of(model.config, chunk, left, lookahead_ms)
-                result = score(transcribe(model, processor, corpus, chunks=chunks, cache=cache, **how))
+                result = score(transcribe(model, processor, corpus, chunks=chunks, cache=cache, **where))
                 reference = reference or result
                 rows.append(_row(name, model, chunks, held_as, result) | _change(reference, result))
     return pd.DataFrame(rows)
@@ -67,7 +68,7 @@ def _can_turn(model: nn.Module) -> bool:
 def _variants(
     systems: dict[str, nn.Module], turned: dict[str, nn.Module], cache: str
 ) -> Iterator[tuple[str, str, nn.Module]]:
-    """(name, format as it is called, model): with integers also with turned coordinates."""
+    """(name, name of the format, model); with integer formats also the rotated model."""
     for name, model in systems.items():
         yield name, cache, model
         if cache.startswith("int") and name in turned:

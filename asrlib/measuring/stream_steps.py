@@ -1,10 +1,9 @@
-"""What a stream takes: bytes it keeps, time for a chunk, and how many streams a machine can follow.
+"""The cost of a stream: the bytes it keeps, the time for a chunk, and the number of streams a machine can follow.
 
     python -m asrlib steps --size published --chunk 160 640 --left 10 60 --out steps.csv
 
-Encoders of one size that differ in their attention alone, on frames that are there already: what makes frames of audio
-is the same for all. Weights are random and shared, for time does not depend on them. What a chunk costs does not depend
-on the past being speech either: it is filled with noise.
+Times encoders of one size that differ in their attention alone, on ready frames: the front end is the same for all.
+Time does not depend on weights or on the content of the audio, so weights are random and shared, and the past is noise.
 
 Shapes: B streams, n frames of a chunk, t frames kept, D width, N numbers of a frame.
 """
@@ -35,7 +34,7 @@ from asrlib.models.registry import attention_modules, family_of, frames_per_seco
 from asrlib.streaming.memory import StreamMemory
 from asrlib.streaming.streams import Streams, chunks_of
 
-RECOMPUTED = "MHA, recomputed"  # by whom has no cache: the past is worked again with every chunk
+RECOMPUTED = "MHA, recomputed"  # without a cache: every chunk computes the whole past again
 
 
 # ---- one chunk ---------------------------------------------------------------------------------------------
@@ -51,14 +50,15 @@ def filled(model: nn.Module, chunks: Chunks, cache: str = "float32", streams: in
         if isinstance(attention, LinearAttention):
             continue  # its sums do not grow
         memory.central, memory.kept_Bn = chunks.left, None
-        noise = [torch.randn(1, chunks.left, one.shape[2], device=like.device, dtype=like.dtype) for one in remembered]
+        widths = [kept_1tN.shape[2] for kept_1tN in remembered]
+        noise = [torch.randn(1, chunks.left, width, device=like.device, dtype=like.dtype) for width in widths]
         memory.frames(tuple(x_1tN.expand(streams, -1, -1) for x_1tN in noise))
     running.frames = chunks.left
     return running
 
 
 def recomputed(model: nn.Module, x_BTD: torch.Tensor) -> torch.Tensor:
-    """Logits of `x_BTD` worked as a whole: what is done for each chunk where there is no cache."""
+    """Logits of `x_BTD` as a whole: the work for each chunk where there is no cache."""
     kept_BT = x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.bool)
     positions = sinusoids(x_BTD.shape[1], x_BTD.shape[2], x_BTD.device, x_BTD.dtype)
     family = family_of(model.config)
@@ -79,18 +79,18 @@ def benchmark_steps(
     lookahead_ms: float = 0.0,
     precision: str = "fp32",
 ) -> pd.DataFrame:
-    """One row per length of chunk, of left context, and system, the systems taking turns.
+    """One row per length of chunk, length of left context, and system. The systems take turns.
 
-    chunk_ms and left_seconds (as they are in whole frames), system, streams, cache, ms (median time of one step of all
+    Columns: chunk_ms and left_seconds (of whole frames), system, streams, cache, ms (median time of one step of all
     streams), ms_low and ms_high (the quartiles), rtfx (seconds of audio per second of computation, all streams),
-    multiplications (of a step, as torch counts them), cache_bytes and convolution_bytes (counted, of one stream),
-    formula_bytes, reserved_bytes (with room for new frames), cache_bytes_per_second (of audio kept), position_bytes (of
-    a model, for all its streams), peak_memory_bytes (of one step, on top of weights and what is kept; a step that moves
-    what is kept, one in `left` / 8 frames, takes up to a layer's cache more, and that time is not in the median).
+    multiplications (of a step, counted by torch), cache_bytes and convolution_bytes (counted, of one stream),
+    formula_bytes, reserved_bytes (with spare room), cache_bytes_per_second (of audio kept), position_bytes (of a model,
+    for all its streams), peak_memory_bytes (of one step, without weights and cache). A step that moves the cache, one
+    in `left` / 8 frames, takes up to one layer's cache more, and its time is not in the median.
 
-    The first system is timed a second time as RECOMPUTED, up to `recompute_seconds` of left context. Chunks that are as
-    many frames are one setting; each is heard with `lookahead_ms` behind it, which is worked anew with the next.
-    `precision` is fp32, bf16 or fp16, by autocast.
+    The first of `systems` is timed once more without a cache, as RECOMPUTED, up to `recompute_seconds` of left context.
+    Chunks with the same number of frames are one setting. Each has a lookahead of `lookahead_ms`, which the next chunk
+    computes again. `precision` is fp32, bf16 or fp16, by autocast.
     """
     if not systems or repeats < 1:
         raise ValueError("a benchmark needs at least one system and one repeat")
@@ -105,17 +105,21 @@ def benchmark_steps(
         for turn, chunks in enumerate(tqdm(settings, desc="chunks", unit="setting")):
             running = {name: filled(model, chunks, cache, streams) for name, model in systems.items()}
             x_BnD = torch.randn(streams, chunks.block, first.config.hidden_size, device=device)
-            steps = {name: partial(one.step, x_BnD) for name, one in running.items()}
+            steps = {name: partial(of_system.step, x_BnD) for name, of_system in running.items()}
             if chunks.left <= recompute_seconds * frames_per_second(first.config):
                 window_BTD = torch.randn(streams, chunks.left + chunks.block, x_BnD.shape[2], device=device)
                 steps[RECOMPUTED] = partial(recomputed, first, window_BTD)
             rounds = rounds_of(steps, repeats, device, turn)
             for name, step in steps.items():
-                row = _row(running.get(name), chunks, first, streams, rounds[name])
-                peak = peak_memory_bytes(step, device)
                 rows.append(
-                    {**row, "system": name, "streams": streams, "cache": cache, "peak_memory_bytes": peak}
-                    | {"multiplications": multiplications(step)}
+                    {
+                        **_row(running.get(name), chunks, first, streams, rounds[name]),
+                        "system": name,
+                        "streams": streams,
+                        "cache": cache,
+                        "peak_memory_bytes": peak_memory_bytes(step, device),
+                        "multiplications": multiplications(step),
+                    }
                 )
             del running, steps
     table = pd.DataFrame(rows)
@@ -156,16 +160,18 @@ def streams_in_real_time(
 ) -> pd.DataFrame:
     """How many streams a machine follows at once: one row per system.
 
-    in_memory: streams whose caches, with the room they reserve, `memory_bytes` hold; in_real_time: the largest number,
-    to a tenth, whose step takes no longer than the chunk, with its ms, of `most` and what memory holds at most.
+    in_memory: the streams whose caches, spare room included, fit into `memory_bytes`. in_real_time: the largest number
+    of streams, to a tenth, whose step takes no longer than the chunk, limited by `most` and by in_memory; ms is the
+    time of that step.
     """
-    how = {"cache": cache, "recompute_seconds": -1.0, "precision": precision}
+    settings = {"cache": cache, "recompute_seconds": -1.0, "precision": precision}
     rows = []
     for name, model in systems.items():
         follows, lags, in_memory, ms = 0, most + 1, most, float("nan")
         while lags - follows > max(1, follows // 10):
             count = min(2 * follows or 1, (follows + lags) // 2)
-            row = benchmark_steps({name: model}, [chunk_ms], [left_seconds], 3, device, streams=count, **how).iloc[0]
+            table = benchmark_steps({name: model}, [chunk_ms], [left_seconds], 3, device, streams=count, **settings)
+            row = table.iloc[0]
             in_memory = memory_bytes // max(1, int(row["reserved_bytes"] + row["convolution_bytes"]))
             if row["ms"] <= row["chunk_ms"] and count <= in_memory:
                 follows, ms = count, row["ms"]
@@ -188,10 +194,11 @@ def benchmark_forms(
     device: str | None = None,
     **others,
 ) -> pd.DataFrame:
-    """Both forms of one latent layer, taking turns: a row per rank, number of frames that are kept, and of queries.
+    """Both forms of one latent layer, taking turns: one row per rank, number of kept frames, and number of queries.
 
-    rank, frames, queries, expanded_ms, absorbed_ms (medians), multiplications (of the absorbed form, over those of the
-    expanded), chosen (by `absorbing_pays`), loss (how much longer the chosen one takes than the faster, a fraction).
+    Columns: rank, frames, queries, expanded_ms, absorbed_ms (medians), multiplications (of the absorbed form, relative
+    to the expanded one), chosen (by `absorbing_pays`), loss (extra time of the chosen form over the faster one, a
+    fraction).
     """
     rows = []
     for rank in (hidden_size // 2, hidden_size // 4, hidden_size // 8):
@@ -238,7 +245,7 @@ def _forms_row(attention: nn.Module, memory: StreamMemory, rank: int, repeats: i
     }
 
 
-# ---- a window, as Nemotron keeps it ------------------------------------------------------------------------
+# ---- the window of a Nemotron ------------------------------------------------------------------------------
 
 
 def benchmark_windows(
@@ -247,11 +254,11 @@ def benchmark_windows(
     repeats: int = 15,
     device: str | None = None,
 ) -> pd.DataFrame:
-    """One row per lookahead, in encoder frames, and model, the models taking turns, once their windows are full.
+    """One row per lookahead, in encoder frames, and model. The models take turns, and their windows are full.
 
-    lookahead, chunk_ms, system, window_bytes (counted, of one stream), formula_bytes, reserved_bytes (with the last
-    chunk, which the window was cut from and which goes with the next), millions (of multiplications of one chunk in the
-    first layer, all of it), ms (the same, median), ratio (of ms to that of the first model in the same round, median).
+    Columns: lookahead, chunk_ms, system, window_bytes (counted, of one stream), formula_bytes, reserved_bytes (of the
+    whole tensors, of which the window is a part), millions (of multiplications of one chunk in the first layer), ms
+    (its median time), ratio (of ms to that of the first model in the same round, median).
     """
     device = choose_device(device, next(iter(models.values())))
     rows = []
@@ -283,14 +290,14 @@ def benchmark_windows(
 
 @torch.no_grad()
 def full_window(model: PreTrainedModel, ahead: int) -> tuple[Callable[[], object], DynamicCache]:
-    """(a chunk's pass through the first layer of a stream that heard noise until its window was full, the window)"""
+    """(a chunk's pass through the first layer of a stream whose window is full of noise, the window)"""
     encoder, config, call = model.encoder, model.config.encoder_config, {}
     hook = encoder.layers[0].register_forward_pre_hook(
         lambda layer, args, arguments: call.update(args=args, arguments=arguments), with_kwargs=True
     )
     caches = {"past_key_values": None, "padding_cache": None}
     frames = 1 + config.subsampling_factor * ahead  # of features: the first chunk is shorter
-    full = config.sliding_window + ahead + 1  # before the last chunk already
+    full = config.sliding_window + ahead + 1  # frames: the window is full before the last chunk
     try:
         while caches["past_key_values"] is None or caches["past_key_values"].get_seq_length() < full:
             noise_1SF = torch.randn(1, frames, config.num_mel_bins, device=model.device)
@@ -313,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache", default="float32", help="float32, bfloat16, float16, int8 or int4")
     parser.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16, by autocast")
     parser.add_argument(
-        "--recompute", type=float, default=60.0, metavar="SECONDS", help="left context, without a cache"
+        "--recompute", type=float, default=60.0, metavar="SECONDS", help="the longest left context without a cache"
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
@@ -337,6 +344,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     table["millions"] = table["multiplications"] / 1e6
     columns = ["chunk_ms", "left_seconds", "system", "ms", "ms_low", "ms_high", "rtfx", "millions", "cache_bytes"]
-    shown = table[[*columns, "position_bytes", "peak_memory_bytes"]]
-    sys.stdout.write(f"{args.size}, {table.attrs}\n{shown.to_string(index=False, float_format='{:.1f}'.format)}\n")
+    text = table[[*columns, "position_bytes", "peak_memory_bytes"]].to_string(index=False, float_format="{:.1f}".format)
+    sys.stdout.write(f"{args.size}, {table.attrs}\n{text}\n")
     return 0

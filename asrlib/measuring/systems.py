@@ -1,4 +1,4 @@
-"""The systems that a comparison sets side by side: loaded, described, with what their runs measured."""
+"""The systems of a comparison: loading them, describing them, and the metrics of their runs."""
 
 import json
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from asrlib.runs import Run, read_json
 
 ATTENTION = {"mha": "MHA", "mla": "MLA", "mla_simple": "MLA-simple", "gqa": "GQA", "linear": "linear"}
 LATENT = ("mla", "mla_simple")
-AUDIO_SECONDS = 30.0  # of the state that is compared: in it, one that never grows has a place beside those that do
+AUDIO_SECONDS = 30.0  # of audio, whose caches are compared: a fixed length, since some caches grow and some do not
 UNCONVERTED = "before conversion"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One recogniser of the comparison: which model of which run it is."""
+    """One recogniser of the comparison: a model of a run."""
 
     name: str
     run: Run
@@ -27,24 +27,24 @@ class Entry:
         return read_json(path) if path.is_file() else {}
 
     def scores(self) -> dict[str, dict]:
-        """{split: {wer, wer_interval, cer, …}}; empty where it was not evaluated."""
+        """{split: {wer, wer_interval, cer, …}}; empty if it was not evaluated."""
         scores = self.metrics("evaluate").get("systems", {}).get(self.system, {})
         return scores or (self.metrics("baseline").get("splits", {}) if self.system == "baseline" else {})
 
     def training(self) -> dict:
-        """{history, seconds, steps, best_wer, …} of the training that made it; empty for one that was not trained."""
+        """{history, seconds, steps, best_wer, …} of its training; empty if it was not trained."""
         if self.system == "finetuned":
             return self.metrics("finetune")
         return self.metrics("baseline").get("training") or {} if self.system == "baseline" else {}
 
     def parameters(self) -> dict:
-        """What the member was asked for: its params.json."""
+        """The parameters of the member, from its params.json."""
         path = self.run.path / "params.json"
         return read_json(path) if path.is_file() else {}
 
 
 def entries_of(run: Run, members: Sequence[str]) -> list[Entry]:
-    """The members in their order, then the different models that some of them were converted from."""
+    """The members in their order, then the models that they were converted from, each once."""
     entries, origins = [], {}
     for name in members:
         member = Entry(name, Run(run.path / name), "baseline")
@@ -65,9 +65,9 @@ def entries_of(run: Run, members: Sequence[str]) -> list[Entry]:
 
 
 def load_systems(run: Run, members: Sequence[str]) -> tuple[dict, dict]:
-    """({name: model}, {name: its processor}): of a sweep all entries, of a single run its three models.
+    """({name: model}, {name: its processor}): all entries of a sweep, or the three models of a single run.
 
-    Raises MissingStep, which names the notebook that makes what is missing.
+    Raises MissingStep, which names the notebook that makes the missing model.
     """
     from asrlib.models.loading import load
 
@@ -75,14 +75,15 @@ def load_systems(run: Run, members: Sequence[str]) -> tuple[dict, dict]:
     if not members:
         folders = {name: run.require_model(name) for name in ("baseline", "converted", "finetuned")}
     loaded = {name: load(folder) for name, folder in folders.items()}
-    return {name: one for name, (one, _) in loaded.items()}, {name: one for name, (_, one) in loaded.items()}
+    models, processors = zip(*loaded.values(), strict=True)
+    return dict(zip(loaded, models, strict=True)), dict(zip(loaded, processors, strict=True))
 
 
 def describe(model, processor, corpus, precision: str = "fp32") -> dict:
-    """What a model is, and what a stream keeps of the first AUDIO_SECONDS of speech.
+    """The encoder and attention of a model, and the cache of a stream over the first AUDIO_SECONDS of speech.
 
-    `cache_bytes` and `mha_cache_bytes` (of the same encoder with multi-head attention) are the formula's, in numbers of
-    `precision`; `counted` is what a stream in float32 really held of them (`streaming.what_is_kept`).
+    `cache_bytes` and `mha_cache_bytes` (of the same encoder with multi-head attention) come from the formula, in
+    `precision`; `counted` is the cache of a real stream in float32 (`streams.what_is_kept`).
     """
     from asrlib.attention.cache import kv_cache_bytes
     from asrlib.attention.names import encoder_config
@@ -107,5 +108,5 @@ def describe(model, processor, corpus, precision: str = "fp32") -> dict:
 
 
 def _encoder_named(model_type: str) -> str | None:
-    """conformer, of wav2vec2-conformer and wav2vec2-conformer-mla."""
+    """conformer for wav2vec2-conformer and wav2vec2-conformer-mla."""
     return next((name for name in ("branchformer", "conformer") if name in model_type), None)

@@ -1,9 +1,9 @@
-"""What every benchmark stands on: systems take turns at the same inputs, and each pass is timed alike.
+"""The base of every benchmark: systems take turns at the same inputs, and every pass is timed in the same way.
 
-Whatever else the machine does so meets all systems alike. A benchmark chooses its device, warms every system up, lets
+Other work of the machine then affects all systems alike. A benchmark chooses its device, warms every system up, lets
 them take turns, and reports medians, some of them with quartiles.
 
-Shapes: S what a system reads of an utterance (samples of audio, or frames of features), R repeats, N inputs.
+Shapes: S samples of audio or frames of features, R repeats, N inputs.
 """
 
 import os
@@ -25,7 +25,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def best_symbols(model: nn.Module, processor, inputs_1S: torch.Tensor) -> torch.Tensor:
-    """The work that is timed: what a model reads [1, S, ...] → token ids, of its frames [1, T] or as it writes them."""
+    """The work that is timed: a model's input [1, S, ...] → token ids, one a frame [1, T] or as it writes them."""
     head, inputs_1S = family_of(model.config).head, inputs_1S.to(model.dtype)
     if not head.reads_labels:
         return model(inputs_1S).logits.argmax(-1)
@@ -34,7 +34,7 @@ def best_symbols(model: nn.Module, processor, inputs_1S: torch.Tensor) -> torch.
 
 
 def processor_of_each(systems: dict[str, nn.Module], processor) -> dict:
-    """{name: its processor}. `processor` is everyone's, or {name: processor}; ValueError where one is missing."""
+    """{name: its processor}. All share `processor`, or it is {name: processor}. ValueError where one is missing."""
     processors = processor if isinstance(processor, dict) else dict.fromkeys(systems, processor)
     if missing := systems.keys() - processors.keys():
         raise ValueError(f"no processor for {', '.join(sorted(missing))}: give one to each system")
@@ -44,20 +44,21 @@ def processor_of_each(systems: dict[str, nn.Module], processor) -> dict:
 def inputs_of_each(
     systems: dict[str, nn.Module], processor, samples_S: np.ndarray, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """{name: what that system reads [1, S, ...]} of 16 kHz audio, on `device`; made once for each processor.
+    """{name: the system's input [1, S, ...]} of 16 kHz audio, on `device`; each processor runs once.
 
-    `processor` is everyone's, or {name: processor}; ValueError where one is missing.
+    `processor`: see `processor_of_each`.
     """
     processors = processor_of_each(systems, processor)
     distinct = {id(processors[name]): processors[name] for name in systems}
-    made = {
-        key: one(samples_S, sampling_rate=SAMPLE_RATE, return_tensors="pt").to(device) for key, one in distinct.items()
+    inputs = {
+        key: extract(samples_S, sampling_rate=SAMPLE_RATE, return_tensors="pt").to(device)
+        for key, extract in distinct.items()
     }
-    return {name: made[id(processors[name])][model.main_input_name] for name, model in systems.items()}
+    return {name: inputs[id(processors[name])][model.main_input_name] for name, model in systems.items()}
 
 
 def measured_on(device: torch.device, precision: str) -> dict:
-    """What a result says of the circumstances: {device, threads, dtype}."""
+    """The circumstances of a measurement: {device, threads, dtype}."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
@@ -66,8 +67,8 @@ def measured_on(device: torch.device, precision: str) -> dict:
 
 
 def take_turns(passes: dict[str, Callable[[], object]], turn: int, device: torch.device) -> dict[str, float]:
-    """{name: milliseconds of one pass}. Who goes first changes with `turn`, so that what one system leaves in the
-    processor's caches for the next evens out."""
+    """{name: milliseconds of one pass}. The order rotates with `turn`, because each system finds the processor's caches
+    as the one before it left them."""
     names = list(passes)
     first = turn % max(1, len(names))
     return {name: milliseconds(passes[name], device) for name in names[first:] + names[:first]}
@@ -76,9 +77,9 @@ def take_turns(passes: dict[str, Callable[[], object]], turn: int, device: torch
 def interleaved(
     passes_N: Sequence[dict[str, Callable[[], object]]], repeats: int, device: torch.device, turn: int = 0, **progress
 ) -> dict[str, np.ndarray]:
-    """{name: milliseconds [R, N]}: `repeats` times over all inputs, at each of which the systems take turns.
+    """{name: milliseconds [R, N]}: `repeats` times over all inputs, and the systems take turns at each input.
 
-    `passes_N` has {name: pass} of each input; `progress` are settings of a tqdm bar, and without any there is none.
+    `passes_N` has {name: pass} for each input; `progress` are settings of a tqdm bar, without which there is none.
     """
     ms = {name: np.empty((repeats, len(passes_N))) for name in passes_N[0]}
     with tqdm(total=repeats * len(passes_N), disable=not progress, **progress) as bar:
@@ -93,19 +94,19 @@ def interleaved(
 def rounds_of(
     steps: dict[str, Callable[[], object]], repeats: int, device: torch.device, turn: int = 0, **progress
 ) -> pd.DataFrame:
-    """Milliseconds of steps that take turns, a row a round and a column a system, after one round to warm up."""
+    """Milliseconds of steps that take turns, one row a round and one column a system, after a warm-up round."""
     take_turns(steps, turn, device)
     ms = interleaved([steps], repeats, device, turn, **progress)
     return pd.DataFrame({name: ms_R1[:, 0] for name, ms_R1 in ms.items()})
 
 
 def quartiles(ms: pd.Series) -> dict[str, float]:
-    """{ms, ms_low, ms_high}: the median, and what a quarter of all rounds took less and more than."""
+    """{ms, ms_low, ms_high}: the median and the quartiles of all rounds."""
     return {"ms": float(ms.median()), "ms_low": float(ms.quantile(0.25)), "ms_high": float(ms.quantile(0.75))}
 
 
 def milliseconds(work: Callable[[], object], device: torch.device) -> float:
-    """Of one pass, by the clock of the device."""
+    """Time of one pass, by the clock of the device."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
@@ -127,18 +128,17 @@ def _synchronize(device: torch.device) -> None:
 
 
 def multiplications(work: Callable[[], object]) -> int:
-    """Of matrices, each with its addition. Fused attention is counted as the two products that it is."""
+    """Multiplications in products of matrices. Fused attention counts as two products."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops() // 2
 
 
 def peak_memory_bytes(work: Callable[[], object], device: torch.device) -> int | None:
-    """The most bytes of the tensors made by `work` alive at once; None on devices that cannot tell.
+    """The most bytes of tensors of `work` that are alive at once; None on devices that cannot tell.
 
-    On the CPU it is counted from torch's own allocations as its profiler reports them: exact and the same
-    every time, unlike the resident size of the process. Scratch space inside BLAS and oneDNN is not among
-    them.
+    On the CPU it is counted from the allocations that torch's profiler reports, which are exact and the same every
+    time, unlike the resident size of the process. Scratch space inside BLAS and oneDNN does not count.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -149,7 +149,7 @@ def peak_memory_bytes(work: Callable[[], object], device: torch.device) -> int |
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
         return None
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler tells stderr that it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise the profiler writes to stderr
     cpu_only = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu_only, profile_memory=True) as profile:
         work()

@@ -1,4 +1,4 @@
-"""Speech to text by any recogniser, and its word errors."""
+"""Transcribing speech with any recogniser, and its word errors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +53,7 @@ def transcribe(
     writes = family_of(model.config).head.reads_labels  # token by token, instead of frame by frame
     dataset = SpeechDataset(corpus, processor)
     if getattr(model.config, "feat_extract_norm", "layer") == "group":
-        batches = [[i] for i in range(len(corpus))]  # this norm averages over the padding too
+        batches = [[i] for i in range(len(corpus))]  # this norm averages over padding too
     else:
         batches = list(dataset.batches(batch_seconds, shuffle=False))
     loader = DataLoader(
@@ -66,7 +66,7 @@ def transcribe(
     hypotheses = [""] * len(corpus)
     with (
         inference(model, device=device, precision=precision),
-        # leave=None: below another bar it goes when it is done
+        # leave=None: inside another bar it disappears when it is done
         tqdm(total=len(corpus), desc=f"transcribing {corpus.split}", unit="utt", leave=None) as progress,
     ):
         for indices, batch in zip(batches, loader, strict=True):
@@ -113,7 +113,7 @@ def evaluate(
     precision: str = "fp32",
     predictions: str | Path | None = None,
 ) -> EvaluationResult:
-    """Transcribes the corpus and scores it; `predictions` is the .jsonl the transcripts are written to.
+    """Transcribes the corpus and scores it; `predictions` is a .jsonl file for the transcripts.
 
     `device`: see `choose_device`. `precision`: fp32, bf16 or fp16.
     """

@@ -1,12 +1,11 @@
-"""What a recogniser writes down, and how many of its words are wrong.
+"""Transcripts and their word errors.
 
-Transcripts are greedy. Error rates are fractions over a whole corpus (errors of all utterances divided by
-words of all utterances); intervals and tests are those of significance.py.
+Error rates are fractions over a whole corpus: errors of all utterances divided by words of all utterances. Intervals
+and tests are those of significance.py.
 
     python -m asrlib compare A.jsonl B.jsonl    # transcripts of one corpus by two models: is B better?
 
-Shapes: N utterances, B batch, S what a model reads (samples of audio, or frames of features), T frames,
-V tokens of the vocabulary.
+Shapes: N utterances.
 """
 
 import json
@@ -33,7 +32,7 @@ def write_predictions(path: str | Path, predictions: list[dict]) -> None:
 
 
 def load_predictions(path: str | Path) -> list[dict]:
-    """Reads back what `evaluate` or `write_predictions` wrote; ValueError names a line that is none of it."""
+    """Reads the file of `evaluate` or `write_predictions`. Raises ValueError for a line that is no transcript."""
     predictions = []
     with open(resolve(path), encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
@@ -42,7 +41,7 @@ def load_predictions(path: str | Path) -> list[dict]:
             except json.JSONDecodeError:
                 prediction = None
             if not isinstance(prediction, dict) or FIELDS - prediction.keys():
-                raise ValueError(f"line {number} of {path} is no transcript: evaluate again to write it anew")
+                raise ValueError(f"line {number} of {path} is no transcript: evaluate again to write the file anew")
             predictions.append(prediction)
     return predictions
 
@@ -68,8 +67,8 @@ def _wer(predictions: list[dict], form: Callable[[str], str]) -> float | None:
     return 100 * jiwer.wer(references, hypotheses) if any(references) else None
 
 
-# Beside word and character errors: name → what it makes of transcripts as `transcribe` gives them, a number. Each is in
-# the tables, in metrics/*.json and in what --verify counts again. docs/extending.md has another one worked out.
+# Metrics beside word and character errors: name → function of transcripts. Each appears in the tables and in
+# metrics/*.json, and --verify checks it. docs/extending.md works out another one.
 METRICS: dict[str, Callable[[list[dict]], float | None]] = {"normalised WER %": normalised_wer, "raw WER %": raw_wer}
 
 
@@ -80,7 +79,7 @@ METRICS: dict[str, Callable[[list[dict]], float | None]] = {"normalised WER %": 
 class EvaluationResult:
     """Errors of one model on one corpus; `as_metrics` is what metrics/*.json holds."""
 
-    wer: float  # fraction of the reference words; above 1 where much is inserted
+    wer: float  # fraction of the reference words; above 1 with many insertions
     wer_interval: tuple[float, float]  # 95 %, over utterances
     wer_interval_by_speaker: tuple[float, float] | None  # 95 %, over speakers; None where there is only one
     cer: float  # fraction of the reference characters, spaces between words included
@@ -108,7 +107,7 @@ def score(predictions: list[dict]) -> EvaluationResult:
     `data.text.as_counted`. Case and repeated spaces never count.
 
     An utterance with an empty reference counts its insertions, one with an empty hypothesis its deletions.
-    Raises ValueError where there is no reference word at all: error rates are undefined then.
+    Raises ValueError without any reference word, since error rates are undefined then.
     """
     references, hypotheses = ([as_counted(prediction, side) for prediction in predictions] for side in SIDES)
     if not any(references):

@@ -1,10 +1,10 @@
-"""What writing takes: bytes that an encoder-decoder keeps, and time for a token.
+"""The cost of writing: the bytes that an encoder-decoder keeps, and the time for a token.
 
     python -m asrlib tokens --size small --batch 1 8 --cut 0.5 0.75 0.9375 --out tokens.csv
 
-Decoders of Whisper's published sizes that differ in their attention alone, on frames that are there already: the
-encoder's time is the same for all. Weights are random and shared, for time does not depend on them. All of a decoder's
-latents are timed both ways, absorbed and expanded (see `attention.kinds.LatentMemory`).
+Times decoders of Whisper's published sizes that differ in their attention alone, on ready frames: the encoder's time is
+the same for all. Time does not depend on weights, so they are random and shared. Latents are timed in both forms,
+absorbed and expanded (see `attention.kinds.LatentMemory`).
 
 Shapes: B utterances, T frames, D width, n tokens.
 """
@@ -40,25 +40,24 @@ def benchmark_writing(
     repeats: int = 15,
     device: str | None = None,
 ) -> pd.DataFrame:
-    """One row per writer, taking turns, which has written `tokens` of each of `batch` utterances and writes one more.
+    """One row per writer. Each has written `tokens` of each of `batch` utterances and writes one more, in turns.
 
-    batch, tokens, writer, cache_bytes (counted after `generate` wrote so many, of one utterance), formula_bytes,
-    bytes_ratio (the first writer's over this one's), ms (median time of a step of the decoder, one token for each
-    utterance), ms_low and ms_high (the quartiles), time_ratio (of this one's median over the first one's). Raises
-    ValueError where there is nothing to measure.
+    Columns: batch, tokens, writer, cache_bytes (of one utterance, counted after `generate` wrote `tokens`),
+    formula_bytes, bytes_ratio (the first writer's bytes over this one's), ms (median time of a step of the decoder, one
+    token for each utterance), ms_low and ms_high (the quartiles), time_ratio (this writer's median over the first
+    one's). Raises ValueError where there is nothing to measure.
     """
     if not writers or repeats < 1 or batch < 1 or tokens < 1:
-        raise ValueError("a benchmark needs a writer, an utterance, a token and a repeat at least")
+        raise ValueError("a benchmark needs at least one writer, one utterance, one token and one repeat")
     first = next(iter(writers.values())).model
     device, dtype = choose_device(device, first), first.dtype
     with inference(*{writer.model: None for writer in writers.values()}, device=device):
         shape = batch, first.config.max_source_positions, first.config.d_model
         frames = torch.randn(shape, device=device, dtype=dtype)
         heard = BaseModelOutput(last_hidden_state=frames)
-        kept = {name: _kept(writer, heard, tokens) for name, writer in writers.items()}
+        cached = {name: _cache_bytes(writer, heard, tokens) for name, writer in writers.items()}
         steps = {name: _step(writer, heard, tokens) for name, writer in writers.items()}
-        progress = {"desc": f"{batch} utterances", "unit": "token", "leave": False}
-        rounds = rounds_of(steps, repeats, device, **progress)
+        rounds = rounds_of(steps, repeats, device, desc=f"{batch} utterances", unit="token", leave=False)
     standard = next(iter(writers))
     rows = []
     for name, writer in writers.items():
@@ -68,9 +67,9 @@ def benchmark_writing(
                 "batch": batch,
                 "tokens": tokens,
                 "writer": name,
-                "cache_bytes": kept[name] // batch,
+                "cache_bytes": cached[name] // batch,
                 "formula_bytes": formula,
-                "bytes_ratio": kept[standard] / kept[name],
+                "bytes_ratio": cached[standard] / cached[name],
                 **quartiles(ms),
                 "time_ratio": float(ms.median() / rounds[standard].median()),
             }
@@ -83,10 +82,10 @@ def benchmark_writing(
 def kept_while_writing(
     systems: dict[str, WhisperForConditionalGeneration], processors: dict[str, object], corpus: Corpus
 ) -> pd.DataFrame:
-    """One row per system: what `generate` keeps of an utterance, mean over `corpus`, counted in its own cache.
+    """One row per system: the cache of `generate` for an utterance, counted, mean over `corpus`.
 
-    system, tokens (read again), cross_bytes, decoder_bytes, formula_bytes of both together, and ratio, how many times
-    as much the first system keeps.
+    Columns: system, tokens (cached ones), cross_bytes, decoder_bytes, formula_bytes of both together, and ratio, the
+    bytes of the first of `systems` over those of this one.
     """
     rows = []
     for name, model in systems.items():
@@ -95,11 +94,11 @@ def kept_while_writing(
             dataset, device = SpeechDataset(corpus[index : index + 1], processors[name]), choose_device(None, model)
             features_1FS = SpeechCollator(processors[name])([dataset[0]])[model.main_input_name]
             with inference(model, device=device):
-                told = family_of(model.config).head.prompt(model, processors[name])
-                _, cache = generate_and_keep(model, features_1FS.to(device, model.dtype), **told)
+                prompt = family_of(model.config).head.prompt(model, processors[name])
+                _, cache = generate_and_keep(model, features_1FS.to(device, model.dtype), **prompt)
             tokens = cache.self_attention_cache.get_seq_length()
             formula = kv_cache_bytes(model.config, model.config.max_source_positions, str(model.dtype)[6:], tokens)
-            cross, own = (held_bytes(one) for one in (cache.cross_attention_cache, cache.self_attention_cache))
+            cross, own = map(held_bytes, (cache.cross_attention_cache, cache.self_attention_cache))
             counted.append({"tokens": tokens, "cross_bytes": cross, "decoder_bytes": own, "formula_bytes": formula})
         rows.append({"system": name} | pd.DataFrame(counted).mean().to_dict())
     table = pd.DataFrame(rows)
@@ -107,8 +106,8 @@ def kept_while_writing(
     return table.assign(ratio=both.iloc[0] / both)
 
 
-def _kept(writer: Writer, heard: BaseModelOutput, tokens: int) -> int:
-    """Bytes held after `generate` wrote so many tokens behind the one that it starts with; the last is not read."""
+def _cache_bytes(writer: Writer, heard: BaseModelOutput, tokens: int) -> int:
+    """Bytes held after `generate` wrote `tokens` tokens; the start token is cached, the last one is not."""
     _, cache = generate_and_keep(
         writer.model, None, encoder_outputs=heard, max_new_tokens=tokens, min_new_tokens=tokens
     )
@@ -116,7 +115,7 @@ def _kept(writer: Writer, heard: BaseModelOutput, tokens: int) -> int:
 
 
 def _step(writer: Writer, heard: BaseModelOutput, tokens: int) -> Callable[[], None]:
-    """One more token after so many, over and over."""
+    """A function that writes one more token after `tokens`, and can be called again and again."""
     model, cache = writer.model, EncoderDecoderCache(DynamicCache(), DynamicCache())
     ids_Bn = torch.randint(model.config.vocab_size, (len(heard[0]), tokens + 1), device=heard[0].device)
     write = partial(model, encoder_outputs=heard, past_key_values=cache, use_cache=True)
@@ -125,7 +124,7 @@ def _step(writer: Writer, heard: BaseModelOutput, tokens: int) -> Callable[[], N
     def step() -> None:
         writer.set_form()
         write(decoder_input_ids=ids_Bn[:, -1:])
-        cache.crop(-1)  # what it kept of this token
+        cache.crop(-1)  # forgets this token
 
     return step
 
@@ -144,11 +143,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="a .csv")
     args = parser.parse_args(argv)
-    logging.set_verbosity_error()  # how many tokens are written is said twice, as random weights never stop
+    logging.set_verbosity_error()  # random weights never stop, and transformers warns about the two limits of length
     torch.manual_seed(0)
     writers = random_writers(writer_config(args.size), args.cut, args.parts, args.precision)
-    how = {"tokens": args.tokens, "repeats": args.repeats, "device": args.device}
-    tables = [benchmark_writing(writers, batch, **how) for batch in args.batch]
+    tables = [benchmark_writing(writers, batch, args.tokens, args.repeats, args.device) for batch in args.batch]
     table = pd.concat(tables, ignore_index=True)
     if args.out:
         table.to_csv(args.out, index=False)

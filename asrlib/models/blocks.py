@@ -1,5 +1,5 @@
-"""What encoders of our own are made of: subsampling, the blocks of Conformer and Branchformer, and SpecAugment, which
-hides parts of what they hear in training.
+"""The parts of our own encoders: subsampling, the blocks of Conformer and Branchformer, and SpecAugment, which hides
+parts of the input in training.
 
 Each `config` is a SpeechEncoderConfig.
 Shapes: B batch, M mel frames, F mel bins, N masks, T encoder frames (about M / 4), D width, C channels.
@@ -46,10 +46,10 @@ def _spans(count: int, widest_B: torch.Tensor, length_B: torch.Tensor, size: int
 
 
 class Subsampling(nn.Module):
-    """Two convolutions of stride 2, and all bins of a frame into one vector: [B, M, F] → [B, T, D].
+    """Two convolutions of stride 2 and a projection of all bins of a frame to one vector: [B, M, F] → [B, T, D].
 
-    Nothing is padded: a frame is there only where all of its 7 mel frames are, T = ((M − 1) // 2 − 1) // 2, and what
-    follows an utterance reaches none of its frames.
+    They pad nothing: a frame needs all of its 7 mel frames, T = ((M − 1) // 2 − 1) // 2, and padding behind an
+    utterance reaches none of its frames.
     """
 
     def __init__(self, config: PreTrainedConfig):
@@ -67,13 +67,13 @@ class Subsampling(nn.Module):
 
     def forward(self, features_BMF: torch.Tensor) -> torch.Tensor:
         if self.length(features_BMF.shape[1]) < 1:
-            raise ValueError(f"{features_BMF.shape[1]} mel frames are too few for an encoder frame: give 7 at least")
+            raise ValueError(f"{features_BMF.shape[1]} mel frames are too few for an encoder frame: give at least 7")
         x_BCTF = self.conv2(self.conv1(features_BMF[:, None]).relu()).relu()
         return self.dropout(self.linear(x_BCTF.transpose(1, 2).flatten(2)))
 
 
 class FrameBatchNorm(nn.BatchNorm1d):
-    """BatchNorm whose moments, in training, are those of speech alone, and not of what utterances are padded with."""
+    """BatchNorm whose moments, in training, leave padding out."""
 
     def forward(self, x_BCT: torch.Tensor, kept_BT: torch.Tensor) -> torch.Tensor:
         if not self.training:
@@ -87,7 +87,7 @@ class FrameBatchNorm(nn.BatchNorm1d):
 class DepthwiseConvolution(nn.Conv1d):
     """One filter per channel over time, [B, C, T] → [B, C, T]; beyond the ends of an utterance it reads zeros.
 
-    `reach` is how many earlier frames it reads: half of its width, or, if causal, all but one.
+    `reach` is the number of earlier frames it reads: half of its width, or all but one if it is causal.
     """
 
     def __init__(self, channels: int, kernel_size: int, causal: bool):
@@ -100,7 +100,7 @@ class DepthwiseConvolution(nn.Conv1d):
 
 
 class GateConvolution(DepthwiseConvolution):
-    """Gives one at first, whatever it reads: the gate is open, as in gMLP (arXiv 2105.08050, 2.1)."""
+    """Initialised to return one for any input, so that the gate is open, as in gMLP (arXiv 2105.08050, 2.1)."""
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=1e-6)
@@ -120,7 +120,7 @@ class FeedForward(nn.Sequential):
 
 
 class ConvolutionModule(nn.Module):
-    """Of the Conformer (arXiv 2005.08100, 2.2): pointwise and GLU, depthwise, BatchNorm, swish, pointwise."""
+    """The Conformer's (arXiv 2005.08100, 2.2): pointwise and GLU, depthwise, BatchNorm, swish, pointwise."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()

@@ -1,6 +1,6 @@
 """Encoders trained from scratch on log-mel features, with any kind of attention: Conformer and Branchformer.
 
-Citizens of transformers: `save_pretrained`, `from_pretrained`, `AutoModelForCTC`, `Trainer`, gradient checkpointing.
+They work with transformers: `save_pretrained`, `from_pretrained`, `AutoModelForCTC`, `Trainer`, gradient checkpointing.
 Shapes: B batch, M mel frames, F mel bins, T encoder frames (about M / 4), D width, V tokens.
 """
 
@@ -26,9 +26,9 @@ SUBSAMPLING = 4  # mel frames per encoder frame
 class SpeechEncoderConfig(PreTrainedConfig):
     """Sizes of an encoder; the defaults are those of a medium Conformer.
 
-    `attention` is one of `attention.kinds.KINDS`. Of its own sizes, `num_key_value_heads` is gqa's; `latent_dim` (one
-    width a layer, or empty: a quarter of the 2·D of mha), `latent_layout` and `latent_key_dim` are those of mla and
-    mla_simple, as in Wav2Vec2ConformerMLAConfig; `query_latent_dim` (None: D / 2) is mla's. `hop_length` and
+    `attention` is one of `attention.kinds.KINDS`, and some kinds have sizes of their own: gqa `num_key_value_heads`;
+    mla and mla_simple `latent_dim` (one width a layer; empty: a quarter of the 2·D of mha), `latent_layout` and
+    `latent_key_dim`, as in Wav2Vec2ConformerMLAConfig; mla `query_latent_dim` (None: D / 2). `hop_length` and
     `win_length` are samples of 16 kHz audio. Raises huggingface_hub's StrictDataclassClassValidationError where sizes
     contradict each other.
     """
@@ -45,10 +45,10 @@ class SpeechEncoderConfig(PreTrainedConfig):
     latent_layout: str = "joint"
     latent_key_dim: list[int] | tuple[int, ...] = ()
     query_latent_dim: int | None = None
-    intermediate_size: int = 2048  # of the Conformer's feed-forward; of the Branchformer's cgMLP, behind the gate
+    intermediate_size: int = 2048  # of the Conformer's feed-forward, or of the Branchformer's cgMLP after the gate
     conv_depthwise_kernel_size: int = 31  # encoder frames
     causal: bool = False  # convolutions read no later frame
-    largest_chunk: int = 0  # encoder frames; in training, chunks of up to so many are heard, half of the time; 0: never
+    largest_chunk: int = 0  # encoder frames: half of the training batches are in chunks of up to this size; 0: none
     subsampling_channels: int = 256
     num_mel_bins: int = 80
     hop_length: int = 160
@@ -94,7 +94,7 @@ class SpeechEncoderConfig(PreTrainedConfig):
         if self.largest_chunk < 0 or (self.largest_chunk and not self.causal):
             raise ValueError(
                 f"largest_chunk is {self.largest_chunk}: training in chunks takes 1 frame or more, and causal "
-                "convolutions, as others would hear beyond the chunk"
+                "convolutions, since others read beyond the chunk"
             )
         if Subsampling.length(self.num_mel_bins) < 1:
             raise ValueError(f"num_mel_bins is {self.num_mel_bins}: the two convolutions need at least 7")
@@ -119,11 +119,11 @@ class SpeechEncoderConfig(PreTrainedConfig):
         return attention_kind(self.attention).position_embeddings_type
 
     def mel_frames(self, samples: int) -> int:
-        """Of so many samples of audio: whole windows alone."""
+        """The mel frames of `samples` samples of audio; only whole windows count."""
         return max(0, 1 + (samples - self.win_length) // self.hop_length)
 
     def key_dim(self, layer: int) -> int | None:
-        """How many of a latent's numbers are the keys'; None in a joint latent, where all are."""
+        """How many of a latent's numbers are the keys'; None in a joint latent, where keys and values share all."""
         return self.latent_key_dim[layer] if self.latent_key_dim else None
 
 
@@ -132,7 +132,7 @@ def is_latent(config: SpeechEncoderConfig) -> bool:
 
 
 def check_layout(config: SpeechEncoderConfig, layout: str) -> None:
-    """Raises ValueError unless keys and values are those of multi-head attention, which either layout can replace."""
+    """Raises ValueError unless the attention is multi-head attention, which either layout can replace."""
     if config.attention != "mha":
         raise ValueError(f"the model's attention is {config.attention!r}: only 'mha' can be made latent")
 
@@ -161,7 +161,7 @@ class SpeechEncoderForCTC(PreTrainedModel):
         self.made = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Of what a checkpoint lacks. Modules initialise themselves when they are made, and are not to do so twice."""
+        """Initialises what a checkpoint lacks. Modules initialise themselves when they are made, and must not twice."""
         if hasattr(self, "made") and hasattr(module, "reset_parameters"):
             module.reset_parameters()
 
@@ -173,7 +173,7 @@ class SpeechEncoderForCTC(PreTrainedModel):
         return Subsampling.length(mel_frames).clamp(min=0)
 
     def frames(self, input_features: torch.Tensor) -> torch.Tensor:
-        """What the layers read: log-mel frames [B, M, F] → [B, T, D]."""
+        """The layers' input: log-mel frames [B, M, F] → [B, T, D]."""
         return self.subsampling(self.normalised(input_features))
 
     def normalised(self, input_features: torch.Tensor) -> torch.Tensor:
@@ -190,8 +190,8 @@ class SpeechEncoderForCTC(PreTrainedModel):
     ) -> CausalLMOutput:
         """`attention_mask` [B, M] says which mel frames are speech; `labels` [B, L] are padded with −100.
 
-        `chunks` limits attention to them, as streaming does (convolutions see to themselves: ValueError if they are not
-        causal, or there is a lookahead). In training it is drawn, where the config says `largest_chunk`.
+        `chunks` limits attention to chunks, as streaming does. In training it is drawn at random if the config sets
+        `largest_chunk`. Raises ValueError for chunks with a lookahead, or with convolutions that are not causal.
         """
         if attention_mask is None:
             attention_mask = input_features.new_ones(input_features.shape[:2], dtype=torch.bool)
@@ -219,14 +219,14 @@ class SpeechEncoderForCTC(PreTrainedModel):
         )
 
     def _drawn_chunks(self) -> Chunks | None:
-        """Full context half of the time, and chunks of any size up to the largest in the other, so that one model
+        """None (full context) half of the time, otherwise chunks of any size up to the largest, so that one model
         serves all latencies (Zhang et al. 2020, "U2", arXiv 2012.05481, 3.2)."""
         if not self.config.largest_chunk or torch.rand(()) < 0.5:
             return None
         return Chunks(int(torch.randint(1, self.config.largest_chunk + 1, ())))
 
     def _ctc_loss(self, logits_BTV: torch.Tensor, frames_B: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
-        if (labels_BL >= self.config.vocab_size).any():  # ctc_loss would read beyond the logits, and not say so
+        if (labels_BL >= self.config.vocab_size).any():  # ctc_loss would silently read beyond the logits
             raise ValueError(
                 f"label {int(labels_BL.max())} is beyond the {self.config.vocab_size} symbols of the model"
             )

@@ -1,4 +1,4 @@
-"""Running a model for what it says, not for gradients: device, precision, and padding that does not leak.
+"""Running a model without gradients: device, precision, and padding that does not leak.
 
 Shapes: B batch, T frames, C channels.
 """
@@ -16,9 +16,9 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(device: str | None, model: nn.Module | None = None) -> torch.device:
-    """`auto` is the accelerator where there is one, else the CPU; None is where the model already is.
+    """`auto` is the accelerator if there is one, else the CPU; None is the model's present device.
 
-    Raises ValueError where there is no such device here.
+    Raises ValueError where this machine has no such device.
     """
     if device is None:
         return next(model.parameters()).device
@@ -27,7 +27,7 @@ def choose_device(device: str | None, model: nn.Module | None = None) -> torch.d
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"'device' is {device}, which is none: use auto, cpu, mps, cuda or cuda:N") from None
+        raise ValueError(f"'device' is {device}, which is no device: use auto, cpu, mps, cuda or cuda:N") from None
     found = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(chosen.type, 1)
     if (chosen.index or 0) >= found:
         few = f"{found} CUDA devices" if found else f"no {chosen.type.upper()} device"
@@ -37,7 +37,7 @@ def choose_device(device: str | None, model: nn.Module | None = None) -> torch.d
 
 @contextmanager
 def on_cpu(model: nn.Module) -> Iterator[None]:
-    """`model` on the CPU, and afterwards where it was."""
+    """Moves `model` to the CPU, and afterwards back."""
     home = choose_device(None, model)
     model.to("cpu")
     try:
@@ -48,7 +48,7 @@ def on_cpu(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def inference(*models: nn.Module, device: torch.device, precision: str = "fp32") -> Iterator[None]:
-    """Evaluation mode, on `device`, without gradients; the models leave as they came, but stay on `device`.
+    """Evaluation mode, on `device`, without gradients. Afterwards the models are in their old mode, and on `device`.
 
     `precision` is fp32, bf16 or fp16, by autocast; anything else raises ValueError.
     """
@@ -58,14 +58,14 @@ def inference(*models: nn.Module, device: torch.device, precision: str = "fp32")
         model.to(device)
     modules = [module for model in models for module in model.modules()]
     modes = [(module, module.training) for module in modules]
-    # transformers' Conformer rounds its table of positions to the dtype of a call and keeps the rounded one:
-    # unless it is put back, every fp32 call after a bf16 call is off.
+    # transformers' Conformer rounds its table of positions to the dtype of a call and keeps the rounded table.
+    # Without the old table, every fp32 call after a bf16 call would be inexact.
     buffers = [(module, *buffer) for module in modules for buffer in module.named_buffers(recurse=False)]
     for model in models:
         model.eval()
     dtype = AUTOCAST[precision]
     try:
-        # no_grad, not inference_mode: with position tables cached under the latter no model can be trained.
+        # no_grad, not inference_mode: a model whose position tables were cached under the latter cannot be trained.
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None), ExitStack() as around:
             for model in models:
                 around.enter_context(KEPT.of(model))
@@ -79,18 +79,18 @@ def inference(*models: nn.Module, device: torch.device, precision: str = "fp32")
 
 @contextmanager
 def padding_silenced(model: nn.Module, frames_B: torch.Tensor) -> Iterator[None]:
-    """Zeroes what lies behind the end of each utterance before every convolution over encoder frames.
+    """Zeroes the padding of each utterance before every convolution over encoder frames.
 
-    transformers' Conformer masks padding in its attention only. Its depthwise convolutions read what the
-    layers before them left there, so that the last frames of an utterance depend on its neighbours in the
-    batch. Zeros are what the convolution reads where the utterance is alone.
+    transformers' Conformer masks padding in its attention only. Its depthwise convolutions read the padding, so that
+    the last frames of an utterance depend on its neighbours in the batch. A convolution over an utterance alone reads
+    zeros there.
     """
     longest = int(frames_B.max())
     beyond_BT = torch.arange(longest, device=frames_B.device) >= frames_B[:, None]
 
     def silence(convolution: nn.Conv1d, inputs: tuple) -> tuple:
         x_BCT, *others = inputs
-        if x_BCT.shape[-1] == longest:  # else it works at another rate, as the feature encoder does
+        if x_BCT.shape[-1] == longest:  # other convolutions, as in the feature encoder, have another rate
             x_BCT = x_BCT.masked_fill(beyond_BT[:, None], 0)
         return x_BCT, *others
 
@@ -104,13 +104,13 @@ def padding_silenced(model: nn.Module, frames_B: torch.Tensor) -> Iterator[None]
 
 
 def spoken_logits(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Logits [N, V] of each utterance, without the frames behind its end and none the wiser of its neighbours.
+    """Logits [N, V] of each utterance, as if each were recognised alone: without padding, and independent of the batch.
 
-    `inputs` is what `model` reads of a batch, its attention_mask included, on the device of `model`; also the labels,
-    where its posteriors are of a text that it is told. N are its frames, or else see heads.py.
+    `inputs` are those of `model` for a batch, on its device: with attention_mask, and with labels where the posteriors
+    are those of a given text. N are the utterance's frames, or what heads.py says.
     """
     head, lengths_B = family_of(model.config).head, inputs["attention_mask"].sum(-1)
-    if not head.reads_labels:  # they would cost a loss
+    if not head.reads_labels:  # with labels the model would compute a loss
         inputs = {name: values for name, values in inputs.items() if name != "labels"}
     with padding_silenced(model, layer_frame_counts(model, lengths_B)):
         output = head.forward(model, inputs)
@@ -118,7 +118,7 @@ def spoken_logits(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[tor
 
 
 def recognise(model: nn.Module, processor, inputs: dict[str, torch.Tensor]) -> list[str]:
-    """The text of each utterance, where the head has to write it token by token; `inputs` as in `spoken_logits`."""
+    """The text of each utterance, for heads that write token by token; `inputs` as in `spoken_logits`."""
     head, frames_B = family_of(model.config).head, frame_counts(model, inputs["attention_mask"].sum(-1))
     with padding_silenced(model, layer_frame_counts(model, inputs["attention_mask"].sum(-1))):
         return head.texts(processor, head.recognised(model, processor, inputs, None, frames_B).tolist())
@@ -130,7 +130,7 @@ def without_padding(logits_BTV: torch.Tensor, frames_B: torch.Tensor) -> list[to
 
 @contextmanager
 def attention_weights(*models: nn.Module) -> Iterator[None]:
-    """Attention modules return their weights, as only transformers' eager implementation does."""
+    """Makes attention modules return their weights, by transformers' eager implementation."""
     implementations = [model.config._attn_implementation for model in models]
     try:
         for model in models:
@@ -142,10 +142,10 @@ def attention_weights(*models: nn.Module) -> Iterator[None]:
 
 
 def attention_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Attention weights [H, T, T] of every layer, first layer first, over one utterance; on the CPU. Rows are queries.
+    """Attention weights [H, T, T] of every layer over one utterance, in the order of `attention_modules`, on the CPU.
 
-    `inputs` is a batch of that utterance alone, as the collator makes it. Of an encoder-decoder in the order of
-    `attention_modules`; the decoder's rows are tokens of the labels, and cross-attention's columns frames.
+    `inputs` is a batch of the collator with that utterance alone. Rows are queries. In an encoder-decoder the decoder's
+    rows are tokens of the labels, and the columns of cross-attention are frames.
     """
     weights, modules = {}, attention_modules(model)
 
@@ -167,7 +167,7 @@ def attention_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torc
 
 @contextmanager
 def zero_attention(model: nn.Module) -> Iterator[None]:
-    """Replaces the output of every attention module by zeros: what is left is the model without attention."""
+    """Replaces the output of every attention module by zeros: the model without attention."""
 
     def zeros(module, inputs, output):
         if isinstance(output, tuple):

@@ -1,4 +1,4 @@
-"""What the latent twins of transformers' classes have in common: configs, and keys and values from a latent."""
+"""What all latent twins of transformers' classes share: their configs, and keys and values from a latent."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from asrlib.attention.latent import LatentKV, check_latent_widths
 from asrlib.attention.names import encoder_config, latent_count
 from asrlib.attention.widths import split_ranks
 
-OWN = {
+OWN = {  # settings in which twins differ
     "model_type",
     "architectures",
     "auto_map",
@@ -21,19 +21,19 @@ OWN = {
     "latent_key_dim",
     "latent_parts",
     "latent_shared",
-}  # what tells twins apart
+}
 
 
 @dataclass(kw_only=True)
 class LatentConfig:
-    """What the config of a latent twin has beside its parent's: `latent_dim`, one cached width per layer, and
+    """The settings that a latent twin's config adds to its parent's: `latent_dim`, one cached width per layer, and
     `latent_layout`.
 
-    An empty `latent_dim` means the uncompressed floor: a joint latent as wide as the model in every layer
-    (split: as wide as keys and values together). `latent_key_dim` says how many of each layer's numbers are the
-    keys', in a split latent alone; empty: half of them, as `split_ranks` rounds it. Raises huggingface_hub's
-    StrictDataclassClassValidationError where a width is impossible, or a joint latent is asked of rotary positions
-    or given key widths.
+    An empty `latent_dim` means an exact latent: a joint one as wide as the model in every layer, a split one as wide as
+    keys and values together. `latent_key_dim`, of a split latent alone, says how many of each layer's numbers are the
+    keys'; empty means half of them, as `split_ranks` rounds it. Raises huggingface_hub's
+    StrictDataclassClassValidationError where a width is impossible, and where a joint latent meets rotary positions or
+    key widths.
     """
 
     latent_dim: list[int] | tuple[int, ...] = ()
@@ -56,12 +56,12 @@ class LatentConfig:
         check_latent_widths(self)
 
     def key_dim(self, layer: int) -> int | None:
-        """How many of a layer's numbers are the keys'; None in a joint latent, where all are."""
+        """How many of a layer's numbers are the keys'; None in a joint latent, where keys and values share all."""
         return self.latent_key_dim[layer] if self.latent_key_dim else None
 
 
 def check_layout(config: PreTrainedConfig, layout: str) -> None:
-    """Raises ValueError where keys and values read different inputs, which no joint latent can serve."""
+    """Raises ValueError for a joint latent where keys and values read different inputs."""
     if layout == "joint" and getattr(config, "position_embeddings_type", None) == "rotary":
         raise ValueError(
             "rotary positions turn the input of the keys but not that of the values, so one joint latent cannot "
@@ -70,18 +70,19 @@ def check_layout(config: PreTrainedConfig, layout: str) -> None:
 
 
 def settings(config: PreTrainedConfig) -> dict:
-    """What a config and that of its twin have in common."""
+    """The settings that a config shares with that of its twin."""
     return {key: value for key, value in config.to_dict().items() if key not in OWN}
 
 
 def latent_kv(config: LatentConfig, layer: int) -> LatentKV:
-    """The latent of one layer, or one attention module, with random weights."""
+    """The latent of one layer, or of one attention module, with random weights."""
     width = encoder_config(config).hidden_size
     return LatentKV(width, config.latent_dim[layer], config.latent_layout, config.key_dim(layer))
 
 
 def with_classes(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) -> nn.Module:
-    """`model`, whose modules of these very classes are now of others, which add methods alone."""
+    """`model` itself. Its modules of exactly these classes become instances of the given subclasses, which add methods
+    alone."""
     for parent in list(model.modules()):
         for name, module in parent.named_children():
             if type(module) in classes:
@@ -90,18 +91,20 @@ def with_classes(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Mod
 
 
 def _recast(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """`module` as an instance of `kind`, with the same parameters, buffers, submodules and hooks. Python cannot assign
+    `__class__` here, because the layouts of the classes differ."""
     twin = kind.__new__(kind)
     twin.__dict__ = module.__dict__
     return twin
 
 
 class LatentProjections(nn.Module):
-    """Goes before an attention class of transformers, whose forward stays: where that asks for keys and values, it gets
-    what the latent makes of the same inputs. They are projected from the latent apart, so a pass multiplies by a joint
-    `down` twice; a stream would keep the latent."""
+    """A mixin before an attention class of transformers. The class keeps its forward, and its key and value projections
+    become those through the latent. Each goes through the latent by itself, so a pass multiplies by a joint `down`
+    twice; a stream would keep the latent."""
 
     def use_latent(self, config: LatentConfig, layer: int) -> None:
-        """Puts a latent in the place of the parent's two projections."""
+        """Replaces the parent's two projections by a latent."""
         key, value = ("k_proj", "v_proj") if "k_proj" in self._modules else ("linear_k", "linear_v")
         delattr(self, key)
         delattr(self, value)

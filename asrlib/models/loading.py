@@ -1,4 +1,4 @@
-"""How models are loaded: from a folder, the hub or the package, and what is refused with which words."""
+"""Loading models from a folder, the hub or the package, with the checks and their messages."""
 
 import json
 import os
@@ -18,8 +18,8 @@ PRETRAINED = Path(__file__).parent / "pretrained"  # the models shipped with the
 
 
 def resolve_model(source: str | Path) -> str:
-    """A shipped model's name, a folder (relative ones from the project root) or a hub id, as something
-    `from_pretrained` takes. Raises FileNotFoundError for what looks like a path and is none."""
+    """Turns a shipped model's name, a folder (relative to the project root) or a hub id into an argument of
+    `from_pretrained`. Raises FileNotFoundError for a path without a model."""
     if (PRETRAINED / str(source) / "config.json").is_file():
         return str(PRETRAINED / str(source))
     folder = resolve(source)
@@ -40,7 +40,7 @@ def resolve_model(source: str | Path) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises OSError where `folder` holds no whole model, as far as can be told without reading its weights."""
+    """Raises OSError where `folder` holds no complete model. Reads no weights, only the headers of their files."""
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (ValueError, TypeError, KeyError):
@@ -49,7 +49,7 @@ def check_folder(folder: Path) -> None:
         ) from None
     if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         raise FileNotFoundError(
-            f"{folder} holds no vocab.json or tokenizer.json, what the model spells with: get the tokenizer's files too"
+            f"{folder} holds no vocab.json or tokenizer.json, so the model cannot spell: get the tokenizer's files too"
         )
     weights = sorted(folder.glob("*.safetensors"))
     if not weights and not list(folder.glob("*.bin")):
@@ -58,17 +58,17 @@ def check_folder(folder: Path) -> None:
         )
     for file in weights:
         try:
-            with safe_open(file, framework="pt"):  # reads its header, which says how long the file should be
+            with safe_open(file, framework="pt"):  # reads the header, and checks the file's length against it
                 pass
         except SafetensorError as error:
             raise OSError(f"cannot load {folder}: {_reason(error)}") from None
 
 
 def check_loaded(model, processor=None) -> None:
-    """Raises TypeError where `model` is not a model, or `processor` not what goes with one: `load` gives the two."""
+    """Raises TypeError where `model` is no model, or `processor` no processor; `load` gives both."""
     if not isinstance(model, nn.Module):
-        shown = repr(model) if isinstance(model, str | Path) else f"a {type(model).__name__}"
-        raise TypeError(f"a model is wanted, not {shown}: model, processor = asrlib.load(...) gives one")
+        given = repr(model) if isinstance(model, str | Path) else f"a {type(model).__name__}"
+        raise TypeError(f"a model is wanted, not {given}: model, processor = asrlib.load(...) gives one")
     if processor is not None and not hasattr(processor, "feature_extractor"):
         raise TypeError(
             f"a processor is wanted beside the model, not a {type(processor).__name__}: "
@@ -81,15 +81,15 @@ def load(
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Loads (model, processor) from a folder, a hub id or a shipped name; the model is in evaluation mode.
 
-    Weights are safetensors, or a .bin read by torch's restricted loader; remote code never runs. `revision` is a hub
-    id's branch, tag, commit or pull request (refs/pr/3). `language` is what a model that knows several is to write, as
-    the processor then remembers. Raises ValueError where the checkpoint lacks weights or the language, OSError where it
-    is truncated.
+    Weights are safetensors, or a .bin that torch's restricted loader reads; remote code never runs. `revision` is the
+    branch, tag, commit or pull request (refs/pr/3) of a hub id. `language` is the one that a model of several languages
+    writes; the processor remembers it. Raises ValueError where the checkpoint lacks weights or the language, OSError
+    where it is truncated.
     """
     name = resolve_model(source)
     if Path(name).is_dir():
         check_folder(Path(name))
-    # Else transformers, behind its caller's back, has a server convert a hub's .bin, and fetches the weights once more.
+    # By default transformers silently has a server convert a hub's .bin, and downloads the weights a second time.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     try:
         processor = AutoProcessor.from_pretrained(name, revision=revision or "main")
@@ -103,7 +103,7 @@ def load(
         missing = sorted(report["missing_keys"])
         raise ValueError(
             f"{source} lacks {len(missing)} weights its config asks for, {missing[0]} first: it would run on random "
-            "numbers. Is it the checkpoint of a fine-tuned CTC model?"
+            "numbers. Is it the checkpoint of a fine-tuned recogniser?"
         )
     family_of(model.config)
     head.prepare(model, processor, language)
@@ -111,13 +111,13 @@ def load(
 
 
 def _head_of(config: PreTrainedConfig) -> Head:
-    """CTC too where no family is known, so that it is `family_of` that says so, and not transformers."""
+    """The family's head; CTC for an unknown family, so that `family_of` raises the error instead of transformers."""
     return FAMILIES[config.model_type].head if config.model_type in FAMILIES else CTC()
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with a model's files, where the words of those who read them do not say it."""
-    if isinstance(error, UnpicklingError):  # torch's own words advise to read it unrestricted
+    """Why a model's files cannot be read, in clearer words than those of the libraries where these are unclear."""
+    if isinstance(error, UnpicklingError):  # torch's message advises the unrestricted loader
         return (
             "its .bin is damaged, or holds objects besides tensors, which could run code: get the model as safetensors"
         )

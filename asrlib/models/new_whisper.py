@@ -1,7 +1,7 @@
-"""A small Whisper with random weights, and the tokenizer that its training text asks for.
+"""A small Whisper with random weights, and a tokenizer for its training text.
 
-Its layout is OpenAI's: what is learnt on a small corpus in the window of a few seconds converts, loads and generates as
-the published models do.
+Its layout is OpenAI's: a model trained on a small corpus, with a window of a few seconds, converts, loads and generates
+like the published models.
 """
 
 import json
@@ -10,17 +10,17 @@ from collections.abc import Iterable
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizer
 
-SPECIAL = (  # in Whisper's order: a language is looked for right behind the start
+SPECIAL = (  # in Whisper's order: the language follows the start
     "<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|translate|>", "<|transcribe|>", "<|startofprev|>",
     "<|nospeech|>", "<|notimestamps|>",
 )  # fmt: skip
-PIECES = 512  # of bytes and of pairs of them, without the special ones
+PIECES = 512  # bytes and pairs of them, without the special tokens
 FRAMES_PER_SECOND = 50
-TOKENS_PER_FIVE_SECONDS = 64  # that it writes at most; Whisper's 448 for 30 s are 75
+TOKENS_PER_FIVE_SECONDS = 64  # the most that it writes; Whisper's 448 for 30 s are 75
 
 
 def whisper_processor(texts: Iterable[str], mel_bins: int = 80, window_seconds: int = 30) -> WhisperProcessor:
-    """Log-mel features of windows of so many seconds, and byte pairs as they are frequent in `texts` (English).
+    """Log-mel features of windows of `window_seconds`, and the byte pairs that are frequent in `texts` (English).
 
     Raises ValueError where a window is shorter than a second.
     """
@@ -28,9 +28,9 @@ def whisper_processor(texts: Iterable[str], mel_bins: int = 80, window_seconds: 
         raise ValueError(f"window_seconds is {window_seconds}: a window lasts at least 1 s")
     pairs = ByteLevelBPETokenizer()
     pairs.train_from_iterator(texts, vocab_size=PIECES, show_progress=False)
-    found = json.loads(pairs._tokenizer.to_str())["model"]
-    vocabulary = found["vocab"] | {SPECIAL[0]: len(found["vocab"])}
-    merges = [tuple(merge) for merge in found["merges"]]
+    trained = json.loads(pairs._tokenizer.to_str())["model"]
+    vocabulary = trained["vocab"] | {SPECIAL[0]: len(trained["vocab"])}
+    merges = [tuple(merge) for merge in trained["merges"]]
     tokenizer = WhisperTokenizer(vocab=vocabulary, merges=merges, pad_token=SPECIAL[0])
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL[1:])})
     tokenizer.set_prefix_tokens(language="english", task="transcribe")
@@ -40,7 +40,7 @@ def whisper_processor(texts: Iterable[str], mel_bins: int = 80, window_seconds: 
 def whisper_config(
     processor: WhisperProcessor, hidden_size: int, layers: int, heads: int, feedforward_size: int | None, dropout: float
 ) -> WhisperConfig:
-    """`layers` of the encoder, and as many of the decoder. `feedforward_size`: 4 · `hidden_size` where None."""
+    """Encoder and decoder have `layers` layers each. `feedforward_size`: None means 4 · `hidden_size`."""
     window_seconds = processor.feature_extractor.chunk_length
     return WhisperConfig(
         d_model=hidden_size,
@@ -63,11 +63,11 @@ def whisper_config(
 
 
 def generation_config(processor: WhisperProcessor) -> GenerationConfig:
-    """What `generate` must know of the special tokens."""
+    """The special tokens for `generate`."""
     ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     return GenerationConfig(
         max_length=_most_tokens(processor.feature_extractor.chunk_length),
-        is_multilingual=True,  # of one language: its prompt names it
+        is_multilingual=True,  # it knows one language, and its prompt names it
         lang_to_id={"<|en|>": ids["<|en|>"]},
         task_to_id={task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")},
         no_timestamps_token_id=ids["<|notimestamps|>"],

@@ -1,4 +1,4 @@
-"""What to change where memory runs out, said with the utterances that it ran out on.
+"""Errors of memory that name the utterances at hand and say what to change.
 
 An utterance is named by (id, seconds of audio).
 """
@@ -9,28 +9,26 @@ from typing import Any
 
 import torch
 
-NAMED_UTTERANCES = 10  # of a batch; how many more there are is said
+NAMED_UTTERANCES = 10  # of a batch; the others are counted
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Is it one of those that torch, or numpy, raises where an allocation fails?"""
+    """Whether it is an error that torch or numpy raises where an allocation fails."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    said = str(error)  # of a plain RuntimeError: the CPU's allocator, MPS, cuBLAS
-    return isinstance(error, RuntimeError) and any(
-        part in said for part in ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    )
+    parts = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # of the CPU, MPS, cuBLAS
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in parts)
 
 
 @contextmanager
 def out_of_memory_explained(
     work: str, utterances: Sequence[tuple[str, float]], settings: Mapping[str, Any]
 ) -> Iterator[None]:
-    """Where memory runs out inside, torch.OutOfMemoryError says on what, and which of `settings` to change.
+    """If memory runs out inside, raises torch.OutOfMemoryError with the utterances and the settings to change.
 
-    `work` is what is being done, `utterances` the batch at hand. Of `settings`, named as the parameters of a run, those
-    that memory depends on are told with their present value: batch_seconds, gradient_checkpointing, precision. Beside
-    them, `attention` says whether every weight of it is kept.
+    `work` names the work, `utterances` are the batch at hand. `settings` have the names of a run's parameters; the
+    message names those that memory depends on, with their present values: batch_seconds, gradient_checkpointing,
+    precision. The setting `attention` says whether all attention weights are kept.
     """
     try:
         yield
@@ -66,10 +64,10 @@ def _remedies(utterances: Sequence[tuple[str, float]], settings: Mapping[str, An
     if settings.get("precision") == "fp32":
         remedies.append("use precision: bf16 (now fp32)")
     if settings.get("attention"):
-        remedies.append("choose method: two_sided (the present one needs every weight of the attention)")
+        remedies.append("choose method: two_sided (the present one needs all attention weights)")
     if alone:
-        remedies.append("leave out utterances so long, for no batch_seconds makes a smaller batch")
+        remedies.append("leave out utterances this long, since no batch_seconds makes a smaller batch")
     text = ", or ".join(remedies)
     if "gradient_checkpointing" in settings:
-        text += " (where the baseline is trained, the names begin with baseline_)"
+        text += " (for the training of the baseline, the names begin with baseline_)"
     return text

@@ -1,6 +1,6 @@
-"""Which families of models there are, and what can be asked of any model.
+"""The families of models, and questions that any model can answer.
 
-A new family is one file in `families`, which ends in its record, and that record in FAMILIES.
+A new family is one file in `families` that ends in its record, and this record in FAMILIES.
 """
 
 from collections.abc import Sequence
@@ -39,9 +39,9 @@ FAMILIES = {  # by the model types of both twins
 
 
 def register() -> None:
-    """Tells transformers' Auto classes of every model type that is asrlib's own; a second call changes nothing.
+    """Registers asrlib's own model types with transformers' Auto classes; a second call changes nothing.
 
-    After it `AutoModelForCTC.from_pretrained` and its kin load latent models. asrlib's own functions need no call.
+    Afterwards `AutoModelForCTC.from_pretrained` and the like load latent models. asrlib's own functions need no call.
     """
     for family in FAMILIES.values():
         config = family.latent_config
@@ -53,7 +53,7 @@ register()
 
 
 def family_of(config) -> Family:
-    """The family of a model's config; ValueError names the known ones."""
+    """The family of a model's config. Raises ValueError, which names the known ones."""
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ValueError(f"no family for model type {config.model_type!r}: asrlib knows {known}")
@@ -61,7 +61,7 @@ def family_of(config) -> Family:
 
 
 def attention_parts(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
-    """The attention modules of `model`, first layer first, by what they are part of: the encoder, if nothing else."""
+    """{part: attention modules of `model`, first layer first}; most models have one part, the encoder."""
     family = family_of(model.config)
     if family.parts:
         return family.parts(model)
@@ -80,29 +80,29 @@ def latent_modules(latent: PreTrainedModel) -> list[nn.Module]:
 
 
 def chosen_parts(config, parts: Sequence[str] | None) -> list[str]:
-    """The parts of a model to convert, in order: those given, else all of which a run keeps something.
+    """The parts of a model to convert, in order: those given, else those that keep a cache.
 
-    Raises ValueError where it has no such part.
+    Raises ValueError where the model has no such part.
     """
     family = family_of(config)
     known, given = family.part_names, family.cached_parts if parts is None else parts
     if isinstance(given, str) or not given or set(given) - set(known):
         raise ValueError(
-            f"parts is {given!r}, but attention of {config.model_type} is of the {', '.join(known)}: give a list "
-            "of one or more"
+            f"parts is {given!r}, but the parts of {config.model_type} with attention are {', '.join(known)}: give a "
+            "list of one or more"
         )
     return [part for part in known if part in given]
 
 
 def layer_names(model: PreTrainedModel, parts: Sequence[str] | None) -> list[str]:
-    """What to call each module of `chosen_parts`: its layer's number, behind its part where there are several."""
+    """The name of each module of `chosen_parts`: its layer's number, with its part before it if there are several."""
     modules = attention_parts(model)
     names = [(part, index) for part in chosen_parts(model.config, parts) for index in range(len(modules[part]))]
     return [f"{part} {index}" if len(modules) > 1 else str(index) for part, index in names]
 
 
 def run(model: PreTrainedModel, batch: dict[str, torch.Tensor]):
-    """Runs all layers once over a batch as the head reads it (see heads.py), of which no cache is kept."""
+    """Runs all layers once over a batch in the form that the head reads (see heads.py), without a cache."""
     if encode := family_of(model.config).encode:
         return encode(model, {name: values for name, values in batch.items() if name != "labels"})
     no_cache = {"use_cache": False} if attends_across(model.config) else {}
@@ -110,7 +110,7 @@ def run(model: PreTrainedModel, batch: dict[str, torch.Tensor]):
 
 
 def positions_of(config) -> str | None:
-    """How an encoder tells frames apart by their place: relative, rotary, … None: not at all."""
+    """How an encoder encodes positions: relative, rotary, … None: not at all."""
     return family_of(config).positions(config)
 
 
@@ -119,12 +119,12 @@ def is_latent(config) -> bool:
 
 
 def frame_counts(model: PreTrainedModel, lengths: torch.Tensor) -> torch.Tensor:
-    """Frames of the logits for inputs of such lengths, samples or frames of features: integer tensors [B] → [B]."""
+    """Lengths of inputs (samples or frames of features) → frames of the logits: integer tensors [B] → [B]."""
     return family_of(model.config).frame_counts(model, lengths).long()
 
 
 def layer_frame_counts(model: PreTrainedModel, lengths: torch.Tensor) -> torch.Tensor:
-    """Frames that the layers work on: more than those of the logits where an adapter behind them thins these out."""
+    """Frames that the layers process: more than those of the logits where an adapter reduces these."""
     if getattr(model.config, "add_adapter", False):
         return model._get_feat_extract_output_lengths(lengths, add_adapter=False).long()
     return frame_counts(model, lengths)
@@ -132,7 +132,7 @@ def layer_frame_counts(model: PreTrainedModel, lengths: torch.Tensor) -> torch.T
 
 @dataclass(frozen=True)
 class EncoderFrames:
-    """The function samples of audio → encoder frames of `model`, and what can not be learnt from so many."""
+    """The function samples of audio → encoder frames of `model`, and a check of utterances."""
 
     model: PreTrainedModel
 
@@ -141,7 +141,7 @@ class EncoderFrames:
         return max(0, int(frame_counts(self.model, torch.tensor(length))))
 
     def problem(self, ids: list[int], samples: int) -> str | None:
-        """Why `model` can not be trained or scored on these labels of audio that long, or None."""
+        """Why `model` cannot be trained or scored on the labels `ids` of audio with `samples` samples, or None."""
         head = family_of(self.model.config).head
         return head.problem(self.model.config, ids, samples, self(samples))
 

@@ -1,4 +1,4 @@
-"""New models with random weights, to be trained from scratch."""
+"""New models with random weights, for training from scratch."""
 
 import json
 import tempfile
@@ -29,7 +29,7 @@ RAW_AUDIO, WHISPER = "wav2vec2-conformer", "whisper"
 
 
 def architectures() -> tuple[str, ...]:
-    """What `new_model` makes."""
+    """The architectures that `new_model` makes."""
     return (RAW_AUDIO, *BLOCKS, WHISPER)
 
 
@@ -41,12 +41,12 @@ def new_processor(
     texts: Iterable[str] = (),
     window_seconds: int = 30,
 ) -> Wav2Vec2Processor | WhisperProcessor:
-    """What a new model of `architecture` reads, and the symbols that it writes: by default the 32 of facebook's
+    """The processor of a new model of `architecture`: its features and its symbols, by default the 32 of facebook's
     LibriSpeech models.
 
-    16 kHz audio, normalised per utterance, or log-mel features of it. `characters`, of another language perhaps, in one
-    case; | is the space, and must be among them. Raises ValueError where it is not, or one is there twice. A whisper
-    spells everything, in pieces that are frequent in `texts`, and hears windows of `window_seconds`.
+    Features are 16 kHz audio, normalised per utterance, or log-mel energies. `characters`, perhaps of another language,
+    are in one case and include |, the space. Raises ValueError where | is missing or a character occurs twice. A
+    whisper spells everything, in pieces that are frequent in `texts`, and hears windows of `window_seconds`.
     """
     _check(architecture)
     if architecture == WHISPER:
@@ -94,11 +94,11 @@ def new_config(
     time_masks: int = 0,
     frequency_masks: int = 0,
 ) -> PreTrainedConfig:
-    """The config of a model that is trained from scratch. Raises ValueError where sizes contradict each other.
+    """The config of a model to train from scratch. Raises ValueError where sizes contradict each other.
 
-    `kv_heads` is what gqa, `latent_dim` (None: half of `hidden_size`) what mla and mla_simple, `query_latent_dim` what
-    mla alone looks at. `feedforward_size` (None: 4 · `hidden_size`; 3 · in a Branchformer), `causal` and
-    `largest_chunk` (for streaming), `subsampling_channels` and the masks of SpecAugment are those of
+    Some sizes belong to kinds of attention: `kv_heads` to gqa, `latent_dim` (None: half of `hidden_size`) to mla and
+    mla_simple, `query_latent_dim` to mla. `feedforward_size` (None: 4 · `hidden_size`, in a Branchformer 3 ·),
+    `causal` and `largest_chunk` (for streaming), `subsampling_channels` and the masks of SpecAugment are those of
     SpeechEncoderConfig.
     """
     _check(architecture)
@@ -153,7 +153,7 @@ def new_config(
     )
 
 
-# Sizes of new_config → the parameters of a run that give them: the conversion has a latent_dim and kv_heads of its own.
+# Sizes of new_config → the parameters of a run. The conversion has parameters latent_dim and kv_heads of its own.
 SIZES = {name: name for name in tuple(signature(new_config).parameters)[2:]}
 SIZES |= {"latent_dim": "new_latent_dim", "kv_heads": "new_kv_heads"}
 
@@ -177,7 +177,7 @@ def _raw_audio_config(
         conv_bias=True,
         feat_extract_norm="layer",
         conv_depthwise_kernel_size=depthwise_kernel,
-        num_conv_pos_embeddings=1,  # made by the parent class, used by no conformer
+        num_conv_pos_embeddings=1,  # the parent class makes it, no conformer uses it
         num_conv_pos_embedding_groups=1,
         position_embeddings_type="relative",
         hidden_dropout=dropout,

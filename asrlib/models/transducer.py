@@ -1,7 +1,7 @@
-"""What a transducer learns from: the probability of a text, summed over all ways to spread it over the frames.
+"""The loss of a transducer: the probability of a text, summed over all alignments with the frames.
 
-A path through the lattice begins at frame 0 with nothing said, and at each point either emits the next label and stays
-at its frame, or emits the blank and moves on to the next one (Graves 2012, arXiv 1211.3711, 2.3).
+A path through the lattice begins at frame 0 without a label. At each point it either emits the next label and stays at
+its frame, or emits the blank and moves on to the next frame (Graves 2012, arXiv 1211.3711, 2.3).
 
 Shapes: B batch, T frames, U labels, V vocabulary.
 """
@@ -9,7 +9,7 @@ Shapes: B batch, T frames, U labels, V vocabulary.
 import torch
 from torch import nn
 
-IMPOSSIBLE = -1e30  # log probability: the gradient of logaddexp(−∞, −∞) would be no number
+IMPOSSIBLE = -1e30  # log probability: the gradient of logaddexp(−∞, −∞) would be NaN
 
 
 def transducer_loss(
@@ -21,9 +21,8 @@ def transducer_loss(
 ) -> torch.Tensor:
     """−log p(text) of each utterance [B], differentiable.
 
-    Of log probabilities [B, T, U+1, V] at each frame after each number of labels, labels [B, U], and how many frames
-    and labels of these are an utterance's; what lies behind them does not count. Raises ValueError where one has no
-    frame: nothing can be said in none.
+    Takes log probabilities [B, T, U+1, V] at each frame after each number of labels, labels [B, U], and the numbers of
+    frames and labels of each utterance; padding does not count. Raises ValueError where an utterance has no frame.
     """
     if (frames_B < 1).any():
         raise ValueError("an utterance of the batch is shorter than one frame of the encoder: leave it out")
@@ -33,7 +32,7 @@ def transducer_loss(
     index_BTU1 = targets_BU.clamp(min=0)[:, None, :, None].expand(-1, frames, -1, -1)  # padded with −100, maybe
     label_BTU = log_probs_BTUV[:, :, : points - 1].gather(3, index_BTU1)[..., 0]
 
-    # Points of one diagonal t + u are reached from the one before it alone, so that each is worked at once.
+    # The points of a diagonal t + u depend on the diagonal before it alone, so all of them are computed at once.
     blank_BNU = _by_diagonal(blank_BTU)  # [B, T+U, U+1]
     label_BNU = _by_diagonal(label_BTU)
     start_BU = torch.where(torch.arange(points, device=device) == 0, 0.0, IMPOSSIBLE).to(log_probs_BTUV.dtype)
@@ -53,7 +52,7 @@ def transducer_loss(
 
 
 def _by_diagonal(scores_BTU: torch.Tensor) -> torch.Tensor:
-    """[B, T, M] → [B, T + M, M]: row n holds the points t + u = n; those beside the lattice are impossible."""
+    """[B, T, M] → [B, T + M, M]: row n holds the points t + u = n; points outside the lattice are impossible."""
     frames, points = scores_BTU.shape[1:]
     rows = frames + points
     t_NU = torch.arange(rows, device=scores_BTU.device)[:, None] - torch.arange(points, device=scores_BTU.device)

@@ -133,7 +133,7 @@ def check_surroundings(values: dict[str, Any]) -> None:
         attention_kind(values.get("attention", "mha"))
         chosen = choose_device(values.get("device", "auto"))
         if values.get("benchmark_compiled"):
-            from asrlib.measuring.compiled import check_compiler
+            from asrlib.measuring.speed import check_compiler
 
             check_compiler(chosen)
     except (OSError, ValueError) as error:
@@ -214,9 +214,9 @@ def _check_conversion(values: Mapping[str, Any], config, named: str) -> None:
 
 
 def _check_benchmark(values: Mapping[str, Any], config) -> None:
-    from asrlib.measuring.compiled import check_compiled
     from asrlib.measuring.lengths import check_lengths
     from asrlib.measuring.random_models import size_of
+    from asrlib.measuring.speed import check_compiled
 
     if values.get("benchmark_seconds"):
         check_lengths(config)

@@ -1,11 +1,11 @@
-"""The run folder: where the steps of a run leave what they made, and how it is known that they made it.
+"""The run folder: the outputs of a run's steps, and the markers that say which steps are done.
 
     reports/<run>/  metrics/*.json  predictions/*.jsonl  tables/*.csv  figures/*.png  rejected/*.jsonl
                     models/{baseline,converted,finetuned}  checkpoints/<step>/  notebooks/*.ipynb  *.html
                     .started/<step>.json  .completed/<step>.json
 
-Nothing here is ever half-written: a file or folder appears under its name when it is whole, or not at all.
-Only a `.completed/<step>.json` marker means that a step is done.
+Nothing here is ever half-written: a file or folder appears under its name once it is complete. Only a marker
+`.completed/<step>.json` means that a step is done.
 """
 
 import difflib
@@ -39,28 +39,28 @@ NEEDS = {  # step → the steps whose outputs it reads
     "05_benchmark": ("03_finetune",),
     "06_compare": ("04_evaluate", "05_benchmark"),
 }
-TRAINED = "training.json"  # in a model's folder: of what training it came
-VALUE_CHARACTERS = 60  # of a value in a member's name; of a path its end says more than its beginning
+TRAINED = "training.json"  # in a model's folder: identifies its training
+VALUE_CHARACTERS = 60  # the last ones of a value go into a member's name: a path's end says more than its beginning
 STEP_OF_MODEL = {"baseline": "00_baseline", "converted": "01_convert", "finetuned": "03_finetune"}
 
 
 class BadParameter(ValueError):
-    """A parameter that cannot be used; the message says which, where it was given, what would be valid."""
+    """A parameter that cannot be used. The message says which one, where it was given, and what would be valid."""
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """`: did you mean 'latent_dim'?`, or nothing where no name is near."""
+    """`: did you mean 'latent_dim'?`, or nothing where no name is similar."""
     near = difflib.get_close_matches(name, list(names), n=1)
     return f": did you mean {near[0]!r}?" if near else ""
 
 
 class MissingStep(FileNotFoundError):
-    """Something an earlier notebook makes is not in the run folder yet; the message says which one to run."""
+    """The output of an earlier notebook is not in the run folder yet. The message says which notebook to run."""
 
 
 def needed_by(step: str, steps: Iterable[str]) -> list[str]:
-    """Those of `steps` that `step` needs, directly or by way of others, which need not be among them; of a step that
-    is not in NEEDS all before it, by their numbers."""
+    """Those of `steps` that `step` needs, directly or through other steps. A step that is not in NEEDS needs all steps
+    with smaller numbers."""
     if step not in NEEDS:
         return [other for other in steps if other < step]
     needed: set[str] = set()
@@ -72,10 +72,10 @@ def needed_by(step: str, steps: Iterable[str]) -> list[str]:
 
 
 def project_root(start: Path | None = None) -> Path:
-    """Nearest folder at or above `start` (default: the working directory) with notebooks/ and params/.
+    """The nearest folder at or above `start` (default: the working directory) with notebooks/ and params/.
 
-    JupyterLab runs a notebook in notebooks/, papermill in the project root: both find the same folder.
-    Where there is no such folder, `start` itself.
+    JupyterLab runs a notebook in notebooks/, papermill in the project root: both find the same folder. Without such a
+    folder, it is `start`.
     """
     start = (start or Path.cwd()).resolve()
     for folder in (start, *start.parents):
@@ -85,16 +85,16 @@ def project_root(start: Path | None = None) -> Path:
 
 
 def resolve(path: str | os.PathLike) -> Path:
-    """Absolute path; a relative one is taken from the project root, `~` from the home folder."""
+    """The absolute path. A relative path starts at the project root, `~` is the home folder."""
     return project_root() / Path(path).expanduser()
 
 
 def user_cache() -> Path:
-    """Where things are kept that can be made again: $ASRLIB_CACHE, else ~/.cache/asrlib."""
+    """The folder for files that can be made again: $ASRLIB_CACHE, else ~/.cache/asrlib."""
     return Path(os.environ.get("ASRLIB_CACHE") or Path.home() / ".cache" / "asrlib")
 
 
-# ---- writing whole or not at all ---------------------------------------------------------------------------
+# ---- complete files and folders ----------------------------------------------------------------------------
 
 
 def _beside(path: Path) -> Path:
@@ -103,7 +103,7 @@ def _beside(path: Path) -> Path:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
-    """Open a new file that takes the place of `path` when the block ends without an error."""
+    """Open a new file that replaces `path` when the block ends without an error."""
     path = resolve(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(path)
@@ -119,7 +119,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Give an empty folder to fill; it takes the place of `path` when the block ends without an error."""
+    """Yield an empty folder to fill. It replaces `path` when the block ends without an error."""
     path = resolve(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, replaced = _beside(path), _beside(path)
@@ -135,13 +135,13 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a killed process was writing under `folder` (only while nothing else writes there)."""
+    """Remove the unfinished files of a killed process under `folder`. Nothing else may be writing there."""
     for partial in list(folder.rglob(".tmp-*")):
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
 
 
 def plain(value: Any) -> Any:
-    """What json cannot write by itself: numpy and torch scalars and arrays, paths."""
+    """Plain data for values that json cannot write: numpy and torch scalars and arrays, paths."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, os.PathLike):
@@ -156,7 +156,7 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Raises MissingStep where the file is not there, ValueError where it is not JSON."""
+    """Raises MissingStep where the file is missing, ValueError where it is not JSON."""
     path = resolve(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -170,8 +170,8 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def _missing(path: Path, run: Path, step: str) -> MissingStep:
-    shown = run.relative_to(project_root()) if run.is_relative_to(project_root()) else run
-    return MissingStep(f"{path.relative_to(run)} is missing in {shown}: run {step} first")
+    folder = run.relative_to(project_root()) if run.is_relative_to(project_root()) else run
+    return MissingStep(f"{path.relative_to(run)} is missing in {folder}: run {step} first")
 
 
 # ---- the run folder ----------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def _missing(path: Path, run: Path, step: str) -> MissingStep:
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. Its sub-folders are made when they are first asked for."""
+    """One run folder. Its sub-folders are made at their first use."""
 
     path: Path
 
@@ -217,8 +217,8 @@ class Run:
         return self._folder("rejected")
 
     def write_metrics(self, name: str, values: dict) -> None:
-        """Write metrics/<name>.json. A step that counted as completed, run again by hand, no longer does, nor do those
-        that need it: run_all will run them again."""
+        """Write metrics/<name>.json. The step that wrote it, and all steps that need it, no longer count as completed:
+        run_all runs them again."""
         if written := STEP_OF_METRICS.get(name):
             for step in NEEDS:
                 if step == written or needed_by(step, [written]):
@@ -226,15 +226,15 @@ class Run:
         write_json(self.path / "metrics" / f"{name}.json", values)
 
     def read_metrics(self, name: str) -> dict:
-        """Read metrics/<name>.json; MissingStep names the notebook that makes it."""
+        """Read metrics/<name>.json. Raises MissingStep, which names the notebook that makes it."""
         return read_json(self.path / "metrics" / f"{name}.json")
 
     def metrics_so_far(self, name: str) -> dict:
-        """The same; empty where it is not there yet."""
+        """The same, but empty where the file is missing."""
         return self.read_metrics(name) if (self.path / "metrics" / f"{name}.json").is_file() else {}
 
     def require_model(self, name: str) -> Path:
-        """Folder of models/<name>; MissingStep names the notebook that makes it."""
+        """The folder models/<name>. Raises MissingStep, which names the notebook that makes it."""
         folder = self.path / "models" / name
         if not (folder / "config.json").is_file():
             raise _missing(folder, self.path, STEP_OF_MODEL.get(name, "the step that makes it"))
@@ -243,7 +243,7 @@ class Run:
     # -- markers
 
     def checkpoints(self, step: str) -> Path:
-        """Where `step` keeps what lets it go on after a kill: only there for the step as it stands now."""
+        """The folder from which `step` resumes after a kill. It is emptied first if it belongs to an outdated step."""
         folder = self._checkpoints(step)
         if not self.resumable(step):
             shutil.rmtree(folder, ignore_errors=True)
@@ -260,12 +260,12 @@ class Run:
         return self._marker("completed", step)
 
     def resumable(self, step: str) -> bool:
-        """Was `step` begun by run_all and not finished? Then its checkpoints are of use."""
+        """Whether run_all began `step` and did not finish it, so that its checkpoints are of use."""
         started = self.started(step)
         return started is not None and started["fingerprint"] is not None and self.completed(step) is None
 
     def mark_started(self, step: str, fingerprint: str) -> None:
-        """`step` begins. Its checkpoints stay only where they come from the very same, unfinished, step."""
+        """`step` begins. Its checkpoints stay only if they come from the same unfinished step."""
         if not (self.resumable(step) and self.started(step)["fingerprint"] == fingerprint):
             self._begin_afresh(step)
         marker = {"fingerprint": fingerprint, "seconds": self.seconds(step)}
@@ -275,12 +275,12 @@ class Run:
         write_json(self._marker_path("completed", step), {"fingerprint": fingerprint, "seconds": seconds, **facts})
 
     def outdate(self, step: str) -> None:
-        """What `step` made no longer counts. Where it was interrupted, it may still be resumed."""
+        """The output of `step` no longer counts. An interrupted step can still be resumed."""
         if self.completed(step) is not None:
             self._begin_afresh(step)
 
     def discard(self, step: str) -> None:
-        """`step` must begin afresh, and train again. Its outputs stay until they are written again."""
+        """`step` must begin afresh and train again. Its outputs stay until they are replaced."""
         for model in (model for model, maker in STEP_OF_MODEL.items() if maker == step):
             (self.path / "models" / model / TRAINED).unlink(missing_ok=True)
         self._begin_afresh(step)
@@ -291,7 +291,7 @@ class Run:
         shutil.rmtree(self._checkpoints(step), ignore_errors=True)
 
     def seconds(self, step: str) -> float | None:
-        """How long `step` took the last time it was completed in this folder."""
+        """The time that `step` took when it was last completed in this folder."""
         marker = self.completed(step) or self.started(step) or {}
         return marker.get("seconds")
 
@@ -312,25 +312,25 @@ def find_notebooks(root: Path) -> dict[str, Path]:
 
 
 def asked_steps(folder: Path, steps: Sequence[str]) -> list[str]:
-    """Those of `steps` that the run in `folder` was asked for: its params.json names them where they are not all."""
+    """Those of `steps` that the run in `folder` should do: params.json names them unless they are all."""
     params = folder / "params.json"
     asked = read_json(params).get("steps", steps) if params.is_file() else steps
     return [step for step in steps if step in asked]
 
 
 def is_sweep(folder: Path) -> bool:
-    """Is it the folder of a sweep, rather than that of a run or of none at all?"""
+    """Whether `folder` is that of a sweep, and not of a single run."""
     params = folder / "params.json"
     return "sweep" in read_json(params) if params.is_file() else any(folder.glob("*/params.json"))
 
 
 def is_member(folder: Path) -> bool:
-    """Is it the folder of one run of a sweep?"""
+    """Whether `folder` is that of one run of a sweep."""
     return (folder.parent / "params.json").is_file() and is_sweep(folder.parent)
 
 
 def member_names(sweep: list | dict[str, list]) -> list[str]:
-    """The members' names, which are those of their folders, in order."""
+    """The names of the members, which are also those of their folders, in order."""
     if isinstance(sweep, list):
         return [re.sub(r"\.ya?ml$", "", Path(name).name) for name in sweep]
     members = own_values(sweep)
@@ -345,14 +345,14 @@ def _in_file_name(value: Any) -> str:
 
 
 def own_values(sweep: list | dict[str, list]) -> list[str | dict[str, Any]]:
-    """What makes each member: the name of its params file, or its combination of the values that vary."""
+    """What defines each member: the name of its params file, or its combination of the varying values."""
     if isinstance(sweep, list):
         return sweep
     return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
 
 
 def asked_for(run: Run) -> list[str]:
-    """The members that the sweep's params.json names; where there is none, the folders that hold runs."""
+    """The members that the sweep's params.json names; without that file, the folders that hold runs."""
     params = run.path / "params.json"
     if params.is_file():
         return member_names(read_json(params)["sweep"])
@@ -360,7 +360,7 @@ def asked_for(run: Run) -> list[str]:
 
 
 def progress(folder: Path) -> tuple[int, int] | None:
-    """How many members of the sweep in `folder` are done, and of how many; None where no sweep ran there."""
+    """(number of finished members, number of members) of the sweep in `folder`; None where no sweep ran there."""
     params = folder / "params.json"
     if not params.is_file() or "sweep" not in (asked := read_json(params)):
         return None
@@ -369,6 +369,6 @@ def progress(folder: Path) -> tuple[int, int] | None:
 
 
 def _done(folder: Path) -> bool:
-    """Were all steps completed that a run ever began, as far as its markers tell?"""
+    """Whether a run completed all steps that it began, by its markers."""
     begun, completed = ({path.name for path in (folder / kind).glob("*.json")} for kind in (".started", ".completed"))
     return bool(begun) and begun <= completed

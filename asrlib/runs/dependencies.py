@@ -1,6 +1,6 @@
-"""Which files of the library a piece of code depends on, read from its imports without running it.
+"""The files of the library that a piece of code depends on, found from its imports without running it.
 
-A step is done again when the code it runs changes. An edit to how figures look must not train a model for another hour.
+A step is done again when the code that it runs changes. An edit to a figure's style must not train a model again.
 """
 
 import ast
@@ -24,9 +24,7 @@ FAMILY_FILES = {  # model type → the family's file
     "whisper": "models/families/whisper.py",
     "speech-encoder": "models/encoder.py",
 }
-SHARED_FILES = {
-    "models/families/nemotron.py": ["models/families/nemotron_eager.py"]
-}  # what the registry imports along with a family
+SHARED_FILES = {"models/families/nemotron.py": ["models/families/nemotron_eager.py"]}  # imported along with a family
 OPENER_FILES = tuple(f"data/{name}.py" for name in ("synthetic", "remote", "manifest", "librispeech", "hub"))
 NEW_MODELS = {"whisper": "whisper", "wav2vec2-conformer": "wav2vec2-conformer"}  # others are a speech-encoder
 
@@ -34,10 +32,10 @@ LeftOut = Mapping[Path, set[Path]]  # file → those files it imports which do n
 
 
 def unused_files(values: Mapping[str, Any], root: Path) -> LeftOut:
-    """What the registries of families and openers import, and a run with these parameters does not use.
+    """The files that the registries of families and openers import, but that a run with these parameters does not use.
 
-    Told by `architecture` or the folder of `model`, and by `corpus`. All families count for a model that is not at
-    hand, and for a hub id, downloaded or not: a download must not outdate the step that made it.
+    `architecture` or the folder of `model`, and `corpus`, decide. For a missing model or a hub id all families count,
+    whether it was downloaded or not: a download must not outdate the step that made it.
     """
     package = root / "asrlib"
     families = set(FAMILY_FILES.values())
@@ -45,8 +43,8 @@ def unused_files(values: Mapping[str, Any], root: Path) -> LeftOut:
     unused = families - used
     unused |= {path for family in unused for path in SHARED_FILES.get(family, ())}
     openers = set(OPENER_FILES) - _openers(values.get("corpus"), root)
-    found = {FAMILY_REGISTRY: unused, CORPUS_REGISTRY: openers}
-    return {package / registry: {package / path for path in paths} for registry, paths in found.items()}
+    by_registry = {FAMILY_REGISTRY: unused, CORPUS_REGISTRY: openers}
+    return {package / registry: {package / path for path in paths} for registry, paths in by_registry.items()}
 
 
 def _model_type(values: Mapping[str, Any], root: Path) -> str | None:
@@ -57,7 +55,7 @@ def _model_type(values: Mapping[str, Any], root: Path) -> str | None:
     for folder in (root / "asrlib" / "models" / "pretrained" / model, root / Path(model).expanduser()):
         try:
             return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"].removesuffix("-mla")
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # not there, or damaged, as a check will say
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # missing or damaged: a later check says so
             continue
     return None
 
@@ -73,23 +71,22 @@ def _openers(corpus: str | None, root: Path) -> set[str]:
 
 
 def library_files(code: str, package: Path, left_out: LeftOut | None = None) -> list[Path]:
-    """The files of the folder `package` that `code` imports, and those that they import, sorted; none of no package.
+    """The files of the folder `package` that `code` imports, directly or through others, sorted.
 
-    Imports count wherever they stand, inside functions and conditions too, but for those that `left_out` names. What
-    the package's `_PUBLIC` (name → module) offers lazily counts where it is used, `package.name` or
-    `from package import name`. Modules imported by a name that is computed are not seen. IPython's magics are none of
-    Python's and are left out.
+    All imports count, also inside functions and conditions, except those that `left_out` names. A name of the package's
+    `_PUBLIC` (name → module) counts where it is used, as `package.name` or `from package import name`. Imports of
+    computed names are not seen. IPython's magics are skipped.
     """
     public = _public(package)
-    found: set[Path] = set()
+    files: set[Path] = set()
     waiting = list(_imported(code, package, public))
     while waiting:
         path = waiting.pop()
-        if path not in found:
-            found.add(path)
+        if path not in files:
+            files.add(path)
             imported = _imported_by(path, version_of(path), package, version_of(package / "__init__.py"))
             waiting += [other for other in imported if other not in (left_out or {}).get(path, ())]
-    return sorted(found)
+    return sorted(files)
 
 
 @cache
@@ -98,7 +95,7 @@ def _imported_by(path: Path, version: tuple | None, package: Path, public_versio
 
 
 def _imported(code: str, package: Path, public: dict[str, str]) -> Iterator[Path]:
-    """Files that `code` itself imports, with the __init__.py of each package on the way."""
+    """The files that `code` itself imports, with the __init__.py of each package above them."""
     lines = ["" if line.lstrip().startswith(("%", "!")) else line for line in code.splitlines()]
     for node in ast.walk(ast.parse("\n".join(lines))):
         names: list[str] = []

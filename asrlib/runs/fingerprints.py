@@ -1,4 +1,4 @@
-"""Fingerprints: what a step depends on, as one number that changes when any of it does."""
+"""Fingerprints: one number for everything that a step depends on, which changes when any of it changes."""
 
 import ast
 import hashlib
@@ -10,7 +10,7 @@ from typing import Any
 
 from asrlib.runs import plain
 
-READ_BYTES = 1 << 20  # a file's content tells whether it changed, where it is no larger: copies and mounts change times
+READ_BYTES = 1 << 20  # up to this size a file's content counts, and not its time, which copies and mounts change
 
 
 def fingerprint(*parts: Any) -> str:
@@ -20,13 +20,12 @@ def fingerprint(*parts: Any) -> str:
 
 
 def files_fingerprint(files: Iterable[Path], folder: Path) -> str:
-    """Fingerprint of what is in `files`, and of what they are called below `folder`; of Python, of what it does."""
+    """The fingerprint of the contents of `files` and their names below `folder`. Comments in Python do not count."""
     return fingerprint({str(path.relative_to(folder)): _digest(path, version_of(path)) for path in files})
 
 
 def version_of(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is written anew: in one process what was read of it need not be read again. None where
-    there is no file."""
+    """A value that changes when a file is written again, for caches within a process. None without a file."""
     return ((stat := path.stat()).st_mtime_ns, stat.st_size) if path.is_file() else None
 
 
@@ -36,7 +35,7 @@ def _digest(path: Path, version: tuple | None) -> str:
 
 
 def _substance(path: Path) -> bytes:
-    """The bytes of a file; of Python its syntax tree, in which comments, docstrings and layout do not count."""
+    """The bytes of a file, or the syntax tree of Python, without comments, docstrings and layout."""
     if path.suffix != ".py":
         return path.read_bytes()
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -48,7 +47,7 @@ def _substance(path: Path) -> bytes:
 
 
 def file_state(root: Path, value: Any) -> list | None:
-    """Names and contents of the file or the folder's files that a parameter points to; of large ones size and time."""
+    """Names and contents of the file, or of the folder's files, that a parameter names; size and time of large ones."""
     if not isinstance(value, str) or not value or len(value) > 255:
         return None
     shipped = root / "asrlib" / "models" / "pretrained" / value
@@ -62,5 +61,7 @@ def file_state(root: Path, value: Any) -> list | None:
 
 
 def _state_of(file: Path) -> tuple:
-    size, time_ns = (stat := file.stat()).st_size, stat.st_mtime_ns
-    return (hashlib.sha256(file.read_bytes()).hexdigest(),) if size <= READ_BYTES else (size, time_ns)
+    stat = file.stat()
+    if stat.st_size <= READ_BYTES:
+        return (hashlib.sha256(file.read_bytes()).hexdigest(),)
+    return stat.st_size, stat.st_mtime_ns

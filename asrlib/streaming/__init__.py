@@ -1,1 +1,1 @@
-"""Recognition chunk by chunk, with the cache that is really held. Knows nothing of conversion."""
+"""Recognition chunk by chunk, with a real cache. Knows nothing of conversion."""

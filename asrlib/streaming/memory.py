@@ -1,10 +1,10 @@
 """What a layer keeps of a stream, as tensors: keys and values, latents or sums, and the last frames of convolutions.
 
-Shapes: B streams, n frames worked on at once (of which `central` are of the chunk, and the others heard ahead),
-t frames kept, T = t + n, N numbers of a frame, C channels, H heads, E numbers of a head, K chunks.
+Shapes: B streams, n frames of a step (`central` frames of the chunk, then its lookahead), t frames kept, T = t + n,
+N numbers of a frame, C channels, H heads, E numbers of a head, K chunks.
 
-There is a memory that fills as speech comes in, and one that finds what came before in the same tensor, where all
-chunks of a recording are worked side by side. Layers do not know which they have.
+One kind of memory fills as speech comes in. The other serves a pass over all chunks of a recording side by side, and
+finds the earlier frames in the same tensor. Layers work with either.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 class LayerMemory(ABC):
-    """Of one layer. `central` and `kept_Bn`, which of the frames are speech, are set before each step."""
+    """The memory of one layer. Before each step, `central` and `kept_Bn` (which frames are speech) are set."""
 
     def __init__(self, chunks: Chunks, held_as: Format):
         self.chunks, self.held_as = chunks, held_as
@@ -27,27 +27,27 @@ class LayerMemory(ABC):
 
     @abstractmethod
     def frames(self, new: Tensors) -> tuple[Tensors, torch.Tensor | None]:
-        """([B, T, N] with what is kept before what is new, which of the frames are speech [B, T]); keeps the new."""
+        """Returns (kept frames and then the new ones [B, T, N], which are speech [B, T]), and keeps the new ones."""
 
     @abstractmethod
     def sums(self, central: Tensors) -> Tensors:
-        """Linear attention's sums over all that came before; adds these."""
+        """Returns linear attention's sums over all earlier frames, and adds these."""
 
     @abstractmethod
     def before(self, convolution: nn.Module, x_BCn: torch.Tensor, reach: int) -> torch.Tensor:
-        """The `reach` frames [B, C, reach] before those given; keeps these."""
+        """Returns the `reach` frames [B, C, reach] before these, and keeps these."""
 
     def positions(self, attention, frames: int) -> torch.Tensor:
-        """[H, P, E]: projected encodings of the distances from T−1 on, for queries that are the last of T frames."""
+        """[H, P, E]: projected encodings of the distances from T−1 on, for the last of T frames as queries."""
         most = 0 if self.chunks.left is None else self.chunks.left + self.chunks.block
         return attention.distances(frames, self.chunks.block - 1, most)
 
 
 class Window:
-    """The last `most` frames of a tensor [B, t, …], in memory with room behind them.
+    """The last `most` frames of a tensor [B, t, …], in memory with spare room after them.
 
-    New frames are written there, and where they do not fit, all are moved to memory with room for an eighth more: for
-    each new frame eight old ones are copied, however many are kept.
+    New frames go into the spare room. When it is full, all frames move to new memory with an eighth more room: on
+    average eight old frames are copied for each new one, however many are kept.
     """
 
     def __init__(self, most: int | None, like_BnX: torch.Tensor):
@@ -59,7 +59,8 @@ class Window:
         return self.room_BrX[:, self.begin : self.end]
 
     def add(self, new_BnX: torch.Tensor, count: int) -> torch.Tensor:
-        """What was kept, then what is new: a view, until the next call. Keeps the first `count` of the new."""
+        """Returns the kept frames and then the new ones, as a view that is valid until the next call. Keeps the first
+        `count` of the new ones."""
         kept_BtX, new = self.kept_BtX, new_BnX.shape[1]
         if self.end + new > self.room_BrX.shape[1]:
             both = kept_BtX.shape[1] + new
@@ -76,27 +77,27 @@ class Window:
 
 
 class StreamMemory(LayerMemory):
-    """Fills as speech comes in; holds `chunks.left` frames at most."""
+    """Fills as speech comes in, and holds at most `chunks.left` frames."""
 
     def __init__(self, chunks: Chunks, held_as: Format):
         super().__init__(chunks, held_as)
-        self.held: list[tuple[Window, ...]] = []  # of each tensor that attention remembers, as the format stores it
+        self.held: list[tuple[Window, ...]] = []  # of each tensor that attention keeps, as the format stores it
         self.total: Tensors = ()
         self.convolved: dict[nn.Module, torch.Tensor] = {}
 
     def frames(self, new: Tensors) -> tuple[Tensors, torch.Tensor | None]:
         stored = [self.held_as.store(x_BnN) for x_BnN in new]
         if not self.held:
-            self.held = [tuple(Window(self.chunks.left, one) for one in parts) for parts in stored]
+            self.held = [tuple(Window(self.chunks.left, part) for part in parts) for parts in stored]
         before = self.held[0][0].kept_BtX.shape[1]
-        both = tuple(self._add(*one) for one in zip(self.held, stored, new, strict=True))
+        both = tuple(map(self._add, self.held, stored, new))
         kept_BT = self.kept_Bn
         if kept_BT is not None:
             kept_BT = nn.functional.pad(kept_BT, (before, 0), value=True)
         return both, kept_BT
 
     def _add(self, windows: tuple[Window, ...], stored: Tensors, new_BnN: torch.Tensor) -> torch.Tensor:
-        if stored[0].dtype == new_BnN.dtype:  # held as it is
+        if stored[0].dtype == new_BnN.dtype:  # stored without conversion
             return windows[0].add(stored[0], self.central)
         past = tuple(window.kept_BtX for window in windows)
         past_BtN = self.held_as.restore(past, new_BnN.shape[2], new_BnN.dtype)
@@ -107,8 +108,8 @@ class StreamMemory(LayerMemory):
         return both_BTN
 
     def sums(self, central: Tensors) -> Tensors:
-        before = self.total or tuple(torch.zeros_like(one) for one in central)
-        self.total = tuple(earlier + one for earlier, one in zip(before, central, strict=True))
+        before = self.total or tuple(torch.zeros_like(chunk) for chunk in central)
+        self.total = tuple(earlier + chunk for earlier, chunk in zip(before, central, strict=True))
         return before
 
     def before(self, convolution: nn.Module, x_BCn: torch.Tensor, reach: int) -> torch.Tensor:
@@ -121,7 +122,7 @@ class StreamMemory(LayerMemory):
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """All that attention keeps."""
+        """All tensors that attention keeps."""
         return [window.kept_BtX for windows in self.held for window in windows] + list(self.total)
 
     @property
@@ -130,7 +131,7 @@ class StreamMemory(LayerMemory):
 
     @property
     def reserved_bytes(self) -> int:
-        """Of the memory that attention's cache takes: with the room for new frames, an eighth and some."""
+        """The memory of attention's cache, spare room included."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
 
     @property
@@ -139,15 +140,15 @@ class StreamMemory(LayerMemory):
 
 
 class SideBySide(LayerMemory):
-    """All chunks of a recording at once, each a row of the batch: [B·K, n, N]. What a stream would have kept of earlier
-    chunks is found in their rows."""
+    """All chunks of a recording at once, each a row of the batch: [B·K, n, N]. The frames that a stream would have kept
+    are in the rows of earlier chunks."""
 
     def __init__(self, chunks: Chunks, held_as: Format, count: int):
         super().__init__(chunks, held_as)
         self.count = count
 
     def _before(self, x_RnN: torch.Tensor, most: int) -> torch.Tensor:
-        """[B·K, n, N] → [B·K, most, N]: the frames before each chunk, with zeros before the first."""
+        """[B·K, n, N] → [B·K, most, N]: the frames before each chunk; zeros before the first."""
         central_BKnN = x_RnN[:, : self.central].unflatten(0, (-1, self.count))
         padded_BTN = nn.functional.pad(central_BKnN.flatten(1, 2), (0, 0, most, 0))
         return padded_BTN.unfold(1, most, self.central)[:, : self.count].flatten(0, 1).transpose(1, 2)
@@ -161,13 +162,12 @@ class SideBySide(LayerMemory):
         there_Kt = begins_K1 - most + torch.arange(most, device=new[0].device) >= 0
         there_Rt = there_Kt.repeat(len(new[0]) // self.count, 1)
         past = [self.held_as.rounded(self._before(x_RnN, most)) for x_RnN in new]
-        return tuple(torch.cat(pair, dim=1) for pair in zip(past, new, strict=True)), torch.cat(
-            [there_Rt, self.kept_Bn], dim=1
-        )
+        both = tuple(torch.cat(pair, dim=1) for pair in zip(past, new, strict=True))
+        return both, torch.cat([there_Rt, self.kept_Bn], dim=1)
 
     def sums(self, central: Tensors) -> Tensors:
-        by_chunk = [one.unflatten(0, (-1, self.count)) for one in central]
-        return tuple((one.cumsum(1) - one).flatten(0, 1) for one in by_chunk)
+        by_chunk = [sums.unflatten(0, (-1, self.count)) for sums in central]
+        return tuple((sums.cumsum(1) - sums).flatten(0, 1) for sums in by_chunk)
 
     def before(self, convolution: nn.Module, x_BCn: torch.Tensor, reach: int) -> torch.Tensor:
         return self._before(x_BCn.transpose(1, 2), reach).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Samples of audio brought to zero mean and unit variance by what was heard so far, as a stream must.
+"""Normalising the samples of a stream, with mean and variance of the samples so far.
 
 Shapes: S samples.
 """
@@ -12,14 +12,14 @@ from asrlib.data.audio import SAMPLE_RATE
 from asrlib.data.batches import SpeechCollator
 
 USUAL_LEVEL = 0.05  # root mean square of speech at 16 kHz, full scale 1
-USUAL_SECONDS = 1.0  # for how much heard speech that level stands
+USUAL_SECONDS = 1.0  # of speech at that level, assumed before the stream
 
 
 class RunningNormaliser:
-    """Zero mean and unit variance by what was heard so far, for processors that take them of the whole recording.
+    """Zero mean and unit variance over the samples so far, for processors that normalise whole recordings.
 
-    Every sample is normalised by itself and all before it, however the audio comes in pieces. At first that says
-    little: speech of USUAL_LEVEL for USUAL_SECONDS is taken as heard before.
+    Every sample is normalised by itself and all earlier ones, so the size of the pieces does not matter. The first
+    samples say little, so speech of USUAL_LEVEL is assumed for USUAL_SECONDS before the stream.
     """
 
     def __init__(self):
@@ -37,7 +37,7 @@ class RunningNormaliser:
 
 
 class HeardSoFar(SpeechCollator):
-    """Batches of utterances each of which was normalised as a stream must."""
+    """Batches of utterances, each normalised like a stream."""
 
     def __init__(self, processor):
         super().__init__(copy.deepcopy(processor))

@@ -1,9 +1,9 @@
-"""What is cached in other coordinates, which cost nothing: what is folded into weights is not there at run time.
+"""Rotating the coordinates of what is cached. The rotation is folded into weights, so it costs nothing at run time.
 
-A latent c = A x may be turned by any orthogonal Q: keys (U_k Qᵀ)(Q c) are what they were. So may the keys of a head
-with its queries and positions, and its values with the output's weights. Turned at random, numbers are of like size,
-which is what a format with one scale a frame wants (Ashkboos et al. 2024, "QuaRot", arXiv 2404.00456); those of keys
-and values within each head alone, while the scale is that of all heads.
+Any orthogonal Q may rotate a latent c = A x: the keys (U_k Qᵀ)(Q c) stay equal. A head's keys may be rotated with its
+queries and positions, and its values with the output's weights. A random rotation makes the numbers of a frame similar
+in size, which suits a format with one scale a frame (Ashkboos et al. 2024, "QuaRot", arXiv 2404.00456). Keys and values
+are rotated within each head, while all heads share a scale.
 
 Shapes: D width, H heads, G key/value heads, E numbers of a head, R latent width.
 """
@@ -18,15 +18,15 @@ from asrlib.models.registry import attention_modules, family_of, is_latent, late
 
 
 def rotated(model: nn.Module, seed: int = 0) -> nn.Module:
-    """A copy of `model` that gives the same logits, and keeps what it keeps turned by random orthogonal matrices.
+    """A copy of `model` with the same logits, whose cache is rotated by random orthogonal matrices.
 
-    Raises ValueError where attention is linear, which keeps sums of what turning would change, or cannot stream.
+    Raises ValueError where attention is linear, whose sums a rotation would change, or cannot stream.
     """
     return rotate_latents(model, seed) if is_latent(model.config) else rotate_heads(model, seed)
 
 
 def rotate_heads(model: nn.Module, seed: int = 0) -> nn.Module:
-    """A copy of a `model` that keeps keys and values, those of each head turned by a matrix [E, E] of their own."""
+    """A copy of a `model` that caches keys and values. Those of each head are rotated by a matrix [E, E] of its own."""
     family = family_of(model.config)
     family.check_streaming(model.config)
     turned = family.work_in_blocks(copy.deepcopy(model))
@@ -34,7 +34,7 @@ def rotate_heads(model: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for attention in attention_modules(turned):
             if isinstance(attention, LinearAttention):
-                raise ValueError("linear attention keeps sums over φ(k), which is not what it was where k is turned")
+                raise ValueError("linear attention keeps sums over φ(k), which a rotation of k would change")
             size, heads = attention.head_size, attention.num_heads
             groups = attention.linear_k.out_features // size
             turn_k_GEE, turn_v_GEE = (
@@ -53,13 +53,13 @@ def rotate_heads(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def _turn_outputs(linear: nn.Linear, turn_HEE: torch.Tensor) -> None:
-    for parameter in filter(lambda one: one is not None, (linear.weight, linear.bias)):
+    for parameter in linear.parameters():
         by_head = parameter.cpu().double().reshape(len(turn_HEE), turn_HEE.shape[1], -1)
         parameter.copy_((turn_HEE @ by_head).reshape(parameter.shape))
 
 
 def rotate_latents(model: nn.Module, seed: int = 0) -> nn.Module:
-    """A copy of a latent `model` whose latents are turned by random orthogonal matrices; it gives the same logits.
+    """A copy of a latent `model` with the same logits, whose latents are rotated by random orthogonal matrices.
 
     Raises ValueError where there are no latents.
     """
@@ -83,6 +83,6 @@ def rotate_latents(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def random_rotation(width: int, generator: torch.Generator) -> torch.Tensor:
-    """[R, R] orthogonal, float64, uniform over all: QR of normal numbers with the signs of R's diagonal taken in."""
+    """[R, R] orthogonal, float64, uniform: QR of normal numbers, with the signs of R's diagonal moved into Q."""
     q_RR, r_RR = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
     return q_RR * r_RR.diagonal().sign()

@@ -1,13 +1,13 @@
-"""Speech recognised as it comes in, chunk by chunk, with a cache of the past that is really there.
+"""Recognition of speech as it comes in, chunk by chunk, with a real cache of the past.
 
     python -m asrlib stream FILE.wav --model PATH --chunk 320
     python -m asrlib stream FILE.wav --model synthetic-conformer --chunk 640 --lookahead 640
 
-A chunk of frames attends to itself, to some frames before it and, if wished, some behind it; convolutions hear the
-same. What the layers need of earlier chunks is kept as tensors (`attention.memory`), so that what comes out is what a
-full pass under that restriction gives: `chunked_pass`.
+A chunk of frames attends to itself, to some frames before it and, if wished, to some after it; convolutions read the
+same frames. Tensors hold what layers need of earlier chunks (`streaming.memory`). The result equals that of a full pass
+under the same restriction, `chunked_pass`.
 
-Shapes: B streams, S samples, n frames worked on at once, T frames, D width, V tokens, K chunks.
+Shapes: B streams, S samples, n frames of a step, T frames, D width, V tokens, K chunks.
 """
 
 import argparse
@@ -40,16 +40,16 @@ LEFT_SECONDS = 10.0
 def chunks_of(
     config, chunk_ms: float = CHUNK_MS, left_seconds: float | None = LEFT_SECONDS, lookahead_ms: float = 0.0
 ) -> Chunks:
-    """In encoder frames, of which a chunk has one at least; `left_seconds` None is everything heard so far.
+    """The chunks in encoder frames; a chunk has at least one. `left_seconds` None means everything so far.
 
-    Raises ValueError for a time that can not be.
+    Raises ValueError for an impossible time.
     """
     if not 0 < chunk_ms < math.inf:
-        raise ValueError(f"a chunk of {chunk_ms} ms can not be: give more than 0")
+        raise ValueError(f"chunk_ms is {chunk_ms}: it must be greater than 0")
     if left_seconds is not None and not left_seconds >= 0:
-        raise ValueError(f"a left context of {left_seconds} s can not be: give 0 or more, or inf for everything")
+        raise ValueError(f"left_seconds is {left_seconds}: give 0 or more, or inf for everything")
     if not 0 <= lookahead_ms < math.inf:
-        raise ValueError(f"a lookahead of {lookahead_ms} ms can not be: give 0 or more")
+        raise ValueError(f"lookahead_ms is {lookahead_ms}: it must be 0 or more")
     rate = frames_per_second(config)
     left = None if left_seconds in (None, math.inf) else round(left_seconds * rate)
     return Chunks(max(1, round(chunk_ms / 1000 * rate)), left, round(lookahead_ms / 1000 * rate))
@@ -59,6 +59,7 @@ def chunks_of(
 
 
 def prepared(model: nn.Module) -> nn.Module:
+    """`model` itself, working in blocks. Raises ValueError where it cannot stream, or is in training mode."""
     if model.training:
         raise ValueError("the model is in training mode: call model.eval() before it streams")
     family = family_of(model.config)
@@ -67,7 +68,7 @@ def prepared(model: nn.Module) -> nn.Module:
 
 
 def through_layers(model: nn.Module, x_BnD: torch.Tensor, kept_Bn: torch.Tensor, memories: list[LayerMemory]):
-    """What the last layer gives [B, n, D], with the past out of `memories`, which take in what is new."""
+    """The last layer's output [B, n, D]. The past comes from `memories`, which keep the new frames."""
     layers = family_of(model.config).layers(model)
     for layer, attention, memory in zip(layers, attention_modules(model), memories, strict=True):
         with _remembering(layer, attention, memory, kept_Bn):
@@ -77,7 +78,7 @@ def through_layers(model: nn.Module, x_BnD: torch.Tensor, kept_Bn: torch.Tensor,
 
 @contextmanager
 def _remembering(layer: nn.Module, attention: nn.Module, memory: LayerMemory, kept_Bn: torch.Tensor) -> Iterator[None]:
-    """Attention and convolutions of `layer` go on from `memory`: neither knows of streams."""
+    """Makes attention and convolutions of `layer` continue from `memory`: they know nothing of streams."""
 
     def recall(module, args, kwargs):
         return args, {**kwargs, "past": memory}
@@ -109,12 +110,11 @@ def _reach(convolution: nn.Conv1d) -> int:
 
 
 class Streams:
-    """Streams that begin together, worked in steps: `step` takes frames and gives logits.
+    """Streams that begin together and advance in steps: `step` takes frames and returns logits.
 
-    Attention modules of transformers' own are replaced in `model` by ours, with the same parameters. A model serves any
-    number of streams, but one thread at a time.
-    `cache` is the format of what attention keeps (`attention.formats`). Raises ValueError where the model cannot
-    stream, or is in training mode.
+    transformers' attention modules in `model` become ours, with the same parameters. A model serves any number of
+    streams, but one thread at a time. `cache` is the format of what attention keeps (`attention.formats`). Raises
+    ValueError where the model cannot stream, or is in training mode.
     """
 
     def __init__(self, model: nn.Module, chunks: Chunks, cache: str = "float32"):
@@ -124,10 +124,10 @@ class Streams:
 
     @torch.no_grad()
     def step(self, x_BnD: torch.Tensor, kept_Bn: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [B, c, V] of the chunk that begins `x_BnD`: c = `chunks.size` frames, or all there are at the end.
+        """Logits [B, c, V] of the chunk at the start of `x_BnD`: c = `chunks.size` frames, or fewer at the end.
 
-        What follows the chunk is its lookahead, and is given again with the next. `kept_Bn` says which frames are
-        speech: a stream that has ended has none.
+        The frames after the chunk are its lookahead, and come again with the next chunk. `kept_Bn` says which frames
+        are speech: a stream that has ended has none.
         """
         central = min(self.chunks.size, x_BnD.shape[1])
         for memory in self.memories:
@@ -144,17 +144,17 @@ class Streams:
 
     @property
     def attention_bytes(self) -> list[int]:
-        """What each layer's attention holds, counted from the tensors, all streams together."""
+        """Bytes that each layer's attention holds, counted from the tensors, all streams together."""
         return [memory.attention_bytes for memory in self.memories]
 
     @property
     def reserved_bytes(self) -> list[int]:
-        """The memory that attention's cache takes, with room for new frames."""
+        """Bytes of memory of each layer's cache, spare room included."""
         return [memory.reserved_bytes for memory in self.memories]
 
     @property
     def position_bytes(self) -> int:
-        """Of the projected positions, which all streams of a model share."""
+        """Bytes of the projected positions, which all streams of a model share."""
         return sum(getattr(attention, "position_bytes", 0) for attention in attention_modules(self.model))
 
     @property
@@ -163,7 +163,7 @@ class Streams:
 
     @property
     def formula_bytes(self) -> int:
-        """What attention should hold of one stream."""
+        """Bytes that attention should hold for one stream, by formula."""
         return kv_cache_bytes(self.model.config, self.held_frames, self.cache) if self.frames else 0
 
 
@@ -175,9 +175,9 @@ def chunked_pass(
     attention_mask: torch.Tensor | None = None,
     cache: str = "float32",
 ) -> torch.Tensor:
-    """Logits [B, T, V] of a full pass in which no frame hears more than it would in a stream.
+    """Logits [B, T, V] of a full pass in which each frame attends to the same frames as in a stream.
 
-    `inputs` and `attention_mask` are those of the model. All chunks are worked side by side, so that memory grows with
+    `inputs` and `attention_mask` are those of the model. All chunks are computed side by side, so memory grows with
     T·(1 + left / size). Raises ValueError as `Streams` does.
     """
     family = family_of(prepared(model).config)
@@ -202,18 +202,18 @@ def chunked_pass(
 
 
 class AudioFrames:
-    """Pieces of 16 kHz audio, of any length → the frames that layers read, as soon as all their samples are there."""
+    """Pieces of 16 kHz audio, of any length → the layers' input frames, as soon as all their samples are there."""
 
     def __init__(self, model: nn.Module, processor):
         extractor = processor.feature_extractor
         self.model, self.extractor, self.frames_of = model, extractor, frames_of(model)
         normalises = getattr(extractor, "do_normalize", False)
         self.normalise = RunningNormaliser() if normalises else lambda samples_S: samples_S
-        self.waiting_S = np.zeros(0, np.float32)  # from the first sample of the next frame on
+        self.waiting_S = np.zeros(0, np.float32)  # samples from the first of the next frame on
 
     @torch.no_grad()
     def add(self, samples_S: np.ndarray) -> torch.Tensor:
-        """The new frames [1, T, D], T ≥ 0. Raises UnusableAudio where it is not float [S], or not finite."""
+        """The new frames [1, T, D], T ≥ 0. Raises UnusableAudio unless the samples are float [S] and finite."""
         samples_S = np.asarray(samples_S)
         if samples_S.ndim != 1 or samples_S.dtype.kind != "f":
             raise UnusableAudio(
@@ -230,15 +230,15 @@ class AudioFrames:
         if self.model.main_input_name == "input_values":
             inputs = torch.from_numpy(self.waiting_S)[None]
         else:
-            heard = self.extractor(self.waiting_S, sampling_rate=SAMPLE_RATE, return_tensors="pt")
-            inputs = heard[self.model.main_input_name]
+            features = self.extractor(self.waiting_S, sampling_rate=SAMPLE_RATE, return_tensors="pt")
+            inputs = features[self.model.main_input_name]
         x_1TD = family_of(config).frames(self.model, inputs.to(like.device, like.dtype))
         self.waiting_S = self.waiting_S[frames * config.inputs_to_logits_ratio :].copy()  # not a view of the whole
         return x_1TD[:, :frames]
 
 
 class Transcript:
-    """Greedy CTC as symbols come in; the words that are finished are not decoded again."""
+    """Greedy CTC as symbols come in; finished words are not decoded again."""
 
     def __init__(self, processor):
         self.tokenizer = processor.tokenizer
@@ -260,7 +260,7 @@ class Transcript:
 
 
 class Recognition:
-    """One recording being recognised: `hear` pieces, `finish`; `text` is the transcript so far."""
+    """The recognition of one recording: call `hear` with each piece, then `finish`; `text` is the transcript so far."""
 
     def __init__(self, model: nn.Module, processor, chunks: Chunks, cache: str = "float32"):
         self.streams = Streams(model, chunks, cache)
@@ -269,7 +269,7 @@ class Recognition:
         self.text = ""
 
     def hear(self, samples_S: np.ndarray) -> Iterator[str]:
-        """Recognises what `samples_S` completes, and yields the text so far after each chunk."""
+        """Recognises each chunk that `samples_S` completes, and yields the text so far after it."""
         new_1TD = self.audio.add(samples_S)
         self.waiting_1TD = new_1TD if self.waiting_1TD is None else torch.cat([self.waiting_1TD, new_1TD], dim=1)
         while self.waiting_1TD.shape[1] >= self.streams.chunks.block:
@@ -296,17 +296,19 @@ def stream(
     lookahead_ms: float = 0.0,
     cache: str = "float32",
 ) -> Iterator[str]:
-    """Yields the transcript so far, once for every chunk that was recognised.
+    """Yields the transcript so far after every chunk.
 
-    `audio_chunks` are pieces of 16 kHz mono audio of any length, float32 [S]; chunks of `chunk_ms` are cut from them,
-    and heard with `left_seconds` before (None: everything) and `lookahead_ms` behind. `cache` is the number format of
-    what attention keeps. Memory does not grow with the recording, unless `left_seconds` is None.
-    Raises ValueError where the model cannot stream, UnusableAudio where a piece is no such audio.
+    `audio_chunks` are pieces of 16 kHz mono audio of any length, float32 [S]. The model hears them in chunks of
+    `chunk_ms`, each with `left_seconds` before it (None: everything) and `lookahead_ms` after it. `cache` is the number
+    format of what attention keeps. Memory does not grow with the recording, unless `left_seconds` is None.
+    Raises ValueError where the model cannot stream, UnusableAudio where a piece is not such audio.
     """
     check_loaded(model, processor)
     if isinstance(audio_chunks, str | PathLike):
         name = str(audio_chunks)
-        raise TypeError(f"pieces of audio are wanted, not {name!r}: asrlib.data.audio.read_pieces makes them of a file")
+        raise TypeError(
+            f"pieces of audio are wanted, not {name!r}: asrlib.data.audio.read_pieces reads them from files"
+        )
     recognition = Recognition(model, processor, chunks_of(model.config, chunk_ms, left_seconds, lookahead_ms), cache)
     for samples_S in audio_chunks:
         yield from recognition.hear(samples_S)
@@ -314,10 +316,10 @@ def stream(
 
 
 def what_is_kept(model: nn.Module, processor, samples_S: np.ndarray, chunk_ms: float = 1000.0) -> dict:
-    """{frames, bytes, formula_bytes, convolution_bytes, tensors} of a stream that forgets nothing of `samples_S`.
+    """{frames, bytes, formula_bytes, convolution_bytes, tensors} of a stream that keeps all of `samples_S`.
 
-    `bytes` are those of all layers' attention, counted, and `tensors` the shapes in the first layer; `formula_bytes`
-    is what `kv_cache_bytes` says.
+    `bytes` counts all layers' attention, `tensors` are the shapes in the first layer, and `formula_bytes` is the
+    result of `kv_cache_bytes`.
     """
     recognition = Recognition(model, processor, chunks_of(model.config, chunk_ms, left_seconds=None))
     for _ in [*recognition.hear(samples_S), *recognition.finish()]:
@@ -337,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("file", metavar="FILE.wav", type=Path)
     parser.add_argument("--model", required=True, help="a folder, a hub id or a shipped model's name")
     parser.add_argument("--chunk", type=float, default=CHUNK_MS, metavar="MS")
-    parser.add_argument("--left", type=float, default=LEFT_SECONDS, metavar="SECONDS", help="looked back; inf: all")
+    parser.add_argument("--left", type=float, default=LEFT_SECONDS, metavar="SECONDS", help="left context; inf: all")
     parser.add_argument("--lookahead", type=float, default=0.0, metavar="MS")
     parser.add_argument("--cache", default="float32", help="float32, bfloat16, float16, int8 or int4")
     args = parser.parse_args(argv)
@@ -346,27 +348,27 @@ def main(argv: list[str] | None = None) -> int:
     model, processor = load(args.model)
     chunks = chunks_of(model.config, args.chunk, args.left, args.lookahead)
     if not (chunks.lookahead or getattr(model.config, "causal", False)):
-        sys.stderr.write("this model was not made for streams: with --lookahead 640 it makes fewer errors\n")
+        sys.stderr.write("this model was not trained for streams: with --lookahead 640 it makes fewer errors\n")
     recognition = Recognition(model, processor, chunks, args.cache)
-    heard, took, shown, started = 0, [0.0], 0, perf_counter()
+    heard, took, length, started = 0, [0.0], 0, perf_counter()
     try:
         for piece in read_pieces(partial(open, args.file, "rb"), args.chunk / 1000):
             heard, began = heard + len(piece), perf_counter()
             for text in recognition.hear(piece):
-                shown = _show(text, shown)
+                length = _show(text, length)
             took.append(perf_counter() - began)
     except UnusableAudio as error:
         raise UnusableAudio(f"{args.file}: {error}") from error
     for text in recognition.finish():
-        shown = _show(text, shown)
+        length = _show(text, length)
     seconds = perf_counter() - started
     sys.stdout.write(f"\n\n{_account(recognition.streams, heard / SAMPLE_RATE, seconds, max(took))}\n")
     return 0
 
 
-def _show(text: str, shown: int) -> int:
-    """Writes what `text` says beyond its first `shown` characters."""
-    sys.stdout.write(text[shown:])
+def _show(text: str, length: int) -> int:
+    """Writes `text` beyond its first `length` characters, and returns its new length."""
+    sys.stdout.write(text[length:])
     sys.stdout.flush()
     return len(text)
 

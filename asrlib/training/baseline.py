@@ -1,6 +1,6 @@
-"""The trained baseline, kept in its run while what it was trained by stays: to test it otherwise trains nothing.
+"""The trained baseline, which a run keeps as long as its training stays the same: another test needs no new training.
 
-What is kept is models/baseline itself; training.json in it, written with it, says of what training it came.
+models/baseline is the model, and training.json in it identifies its training.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ TESTING = (
     "encoder_memory",
 )  # parameters that no training reads
 # fmt: off
-TRAINING = (  # those that it may read
+TRAINING = (  # parameters that a training may read
     "model", "revision", "language", "corpus", "architecture", "attention", "hidden_size", "num_layers", "num_heads",
     "new_kv_heads", "new_latent_dim", "query_latent_dim", "feedforward_size", "depthwise_kernel", "causal",
     "largest_chunk", "subsampling_channels", "mel_bins", "frame_shift_ms", "window_seconds", "dropout", "time_masks",
@@ -40,7 +40,7 @@ TRAINING = (  # those that it may read
     "baseline_batch_seconds", "baseline_gradient_checkpointing", "baseline_precision", "device",
     "training_processes", "training_strategy", "accelerate_config", "seed",
 )
-TAKEN = (  # settings of that training that are parameters with baseline_ before their names
+TAKEN = (  # settings of this training whose parameters have the prefix baseline_
     "epochs", "learning_rate", "warmup_ratio", "scheduler", "batch_seconds", "gradient_checkpointing", "precision",
     "patience",
 )
@@ -126,10 +126,9 @@ def training_fingerprint(values: Mapping[str, Any]) -> str:
 
 
 def kept_training(run: Run, training: str | None) -> dict | None:
-    """Metrics of the training with that fingerprint whose model is models/baseline; None where it is another's,
-    or None is asked for."""
-    kept = run.path / "models" / "baseline" / TRAINED
-    facts = read_json(kept) if kept.is_file() else {}
+    """The metrics of models/baseline if it comes from the training with this fingerprint, otherwise None."""
+    path = run.path / "models" / "baseline" / TRAINED
+    facts = read_json(path) if path.is_file() else {}
     return facts["metrics"] if facts and facts["fingerprint"] == training else None
 
 

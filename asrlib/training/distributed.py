@@ -1,7 +1,7 @@
-"""One training in several processes: how many there are, what each must hear of the others, and how a model is spread.
+"""One training in several processes: their number, what they exchange, and how a model is spread over them.
 
-torchrun or `accelerate launch` starts the processes and says so in their environment; transformers' Trainer does the
-rest, but for what is here.
+torchrun or `accelerate launch` starts the processes and sets their environment variables. transformers' Trainer does
+the rest, except for what is here.
 """
 
 import os
@@ -15,12 +15,12 @@ from asrlib.models.registry import family_of
 
 
 def process_count() -> int:
-    """How many processes train together: one, unless a launcher started this one."""
+    """The number of processes that train together: one, unless a launcher started this process."""
     return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
 
 
 def process_index() -> int:
-    """Which of them this is; the first, 0, writes what is written once."""
+    """The number of this process; the first one, 0, writes the files."""
     return int(os.environ["RANK"]) if "LOCAL_RANK" in os.environ else 0
 
 
@@ -30,30 +30,30 @@ def wait_for_all() -> None:
 
 
 def strategy_arguments(model, settings, on_cpu: bool) -> dict:
-    """How `model` is spread over the processes, as TrainingArguments; `settings` are TrainingSettings.
+    """The TrainingArguments that spread `model` over the processes; `settings` are TrainingSettings.
 
-    ddp keeps all of it in each process; fsdp a part of each layer, and brings the parts together where they are needed.
-    Raises ValueError for another strategy, or where fsdp is impossible.
+    With ddp each process holds the whole model. With fsdp each holds a part of every layer, and the parts are joined
+    where they are needed. Raises ValueError for another strategy, or where fsdp is impossible.
     """
     if settings.training_strategy == "ddp":
         if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
             raise ValueError(
-                "accelerate's configuration asks for FSDP: say training_strategy: fsdp instead, and in the "
+                "accelerate's configuration asks for FSDP: set training_strategy: fsdp instead, and in the "
                 "configuration distributed_type: MULTI_GPU"
             )
         return {
             "bf16": settings.precision == "bf16",
             "fp16": settings.precision == "fp16",
             "activation_checkpointing": settings.gradient_checkpointing,
-            # transformers' models have parameters that not every step needs, and some that none does: a convolution
-            # for absolute positions, the embedding of what is masked, and under layerdrop whole layers.
+            # transformers' models have parameters that some steps, or all, leave out: a convolution for absolute
+            # positions, the embedding of masked frames, and whole layers under layerdrop.
             "ddp_find_unused_parameters": not isinstance(model, SpeechEncoderForCTC),
-            # Tables of positions are as long as the longest utterance that a process has met: see average_batch_norm.
+            # Tables of positions differ in length between processes; for BatchNorm's buffers see average_batch_norm.
             "ddp_broadcast_buffers": False,
         }
     check_sharding(settings, on_cpu)
     layers = sorted({type(layer).__name__ for layer in family_of(model.config).layers(model)})
-    return {  # and no bf16: FSDP would round parameters and inputs, but not buffers; SpeechTrainer does it by autocast
+    return {  # no bf16 here: FSDP would round parameters and inputs, but not buffers. SpeechTrainer uses autocast
         "fsdp": True,
         "fsdp_config": {
             "transformer_layer_cls_to_wrap": layers,
@@ -64,7 +64,7 @@ def strategy_arguments(model, settings, on_cpu: bool) -> dict:
 
 
 def check_sharding(settings, on_cpu: bool) -> None:
-    """Raises ValueError where this training cannot be by fsdp."""
+    """Raises ValueError where this training cannot use fsdp."""
     if settings.training_strategy != "fsdp":
         raise ValueError(f"training_strategy is {settings.training_strategy!r}: choose one of ddp, fsdp")
     if process_count() == 1:
@@ -72,13 +72,13 @@ def check_sharding(settings, on_cpu: bool) -> None:
     if on_cpu:
         raise ValueError("training_strategy is fsdp, which accelerate knows on accelerators alone: use ddp on the CPU")
     if settings.precision == "fp16":
-        raise ValueError("training_strategy is fsdp, for which precision: fp16 is not provided: use bf16 or fp32")
+        raise ValueError("training_strategy is fsdp, which does not support precision: fp16: use bf16 or fp32")
 
 
 def average_batch_norm(model: nn.Module) -> None:
-    """Gives all processes the mean of their running statistics, in each BatchNorm that is trained.
+    """Gives all processes the mean of their running statistics, for each BatchNorm that is trained.
 
-    Every process has heard other batches, yet all have to validate, and the first to save, one and the same model.
+    Every process has seen other batches, but all must validate the same model, which the first one saves.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
@@ -89,9 +89,9 @@ def average_batch_norm(model: nn.Module) -> None:
 
 
 def rows_of_all(rows: torch.Tensor, repeated: int) -> torch.Tensor:
-    """The rows that all processes have for a batch, one process below the other, without the last `repeated` batches.
+    """The rows of all processes for a step, in the order of processes, without the last `repeated` batches.
 
-    Batches may differ in their number of rows, which Trainer's own way of gathering does not expect.
+    Batches may differ in their number of rows, which Trainer's own gathering does not support.
     """
     batches = gather_object([rows.cpu()])
     return torch.cat(batches[: len(batches) - repeated])

@@ -1,4 +1,4 @@
-"""What each process of a training does.
+"""The work of each process of a training.
 
     python -m asrlib.training.job FOLDER/job.json
     torchrun --nproc-per-node 8 -m asrlib.training.job FOLDER/job.json
@@ -28,13 +28,13 @@ from asrlib.runs import atomic_folder, read_json, write_json
 from asrlib.training.distributed import process_index
 from asrlib.training.training import TrainingResult, TrainingSettings, checkpoint_folder, train
 
-STEPS_SECONDS = 5.0  # a step of which nothing is logged is in the history if so long after the last entry
+STEPS_SECONDS = 5.0  # a step without a log entry is in the history if the last entry is at least this old
 
 
 def run_job(job: Path) -> None:
-    """Trains as the job says; the first of all processes writes the trained model and the result.
+    """Trains by the job's settings; the first process writes the trained model and the result.
 
-    Raises what `train` raises, and ValueError where the speech is not what the job was written for.
+    Raises what `train` raises, and ValueError where the speech is not that of the job.
     """
     folder, facts = job.parent, read_json(job)
     model, processor = load(folder / "model")
@@ -43,7 +43,7 @@ def run_job(job: Path) -> None:
     history = HistoryFile(folder / "history.jsonl")
     result = train(model, processor, *speech, folder, _settings(facts["settings"]), teacher, [history])
     if process_index() == 0:
-        trained, _ = load(folder / "model")  # `model` itself is in parts where it was sharded
+        trained, _ = load(folder / "model")  # under fsdp, `model` itself is in parts
         if result.best_step:  # else nothing beat the weights that it came with
             load_model(trained, checkpoint_folder(folder, result.best_step) / "model.safetensors")
         with atomic_folder(folder / "trained") as written:
@@ -55,7 +55,7 @@ def run_job(job: Path) -> None:
 
 
 def load_trained(job: Path, model) -> TrainingResult:
-    """Leaves `model`, of the job's architecture, as `train` would have; gives what that would have given."""
+    """Gives `model`, of the job's architecture, the trained weights, and returns the result: as `train` does."""
     load_model(model, job.parent / "trained" / "model.safetensors")
     model.eval()
     facts = read_json(job.parent / "result.json")
@@ -72,14 +72,14 @@ def _open(speech: dict) -> Corpus:
     corpus = replace(corpus, utterances=tuple(utterance for utterance in corpus if utterance.id in wanted))
     if corpus.fingerprint() != speech["fingerprint"]:
         raise ValueError(
-            f"{speech['corpus']} {speech['split']} is not the speech that the job was written for: {len(corpus):,} of "
-            f"{len(wanted):,} utterances are here, or their texts differ. Was it changed, or is it another copy?"
+            f"{speech['corpus']} {speech['split']} is not the speech of this job: {len(corpus):,} of {len(wanted):,} "
+            "utterances are here, or their texts differ. Was it changed, or is it another copy?"
         )
     return corpus
 
 
 class HistoryFile(TrainerCallback):
-    """Appends to a file of JSON lines what is logged and evaluated, and now and then the mere step."""
+    """Appends logs and evaluations to a file of JSON lines, and sometimes the step alone."""
 
     def __init__(self, path: Path):
         self.path, self.time = path, 0.0
@@ -87,7 +87,7 @@ class HistoryFile(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self.path.unlink(missing_ok=True)
-            for row in state.log_history:  # up to the checkpoint that training goes on from
+            for row in state.log_history:  # up to the checkpoint from which training resumes
                 self._append(row, state)
 
     def on_log(self, args, state, control, **kwargs):
@@ -106,7 +106,7 @@ class HistoryFile(TrainerCallback):
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", type=Path, help="job.json, as asrlib.training.launching.write_job writes it")
+    parser.add_argument("job", type=Path, help="the job.json of asrlib.training.launching.write_job")
     parser.add_argument("--attached", action="store_true", help="end when standard input ends")
     args = parser.parse_args(argv)
     if not args.job.is_file():
@@ -117,12 +117,12 @@ def main(argv: list[str] | None = None) -> None:
         run_job(args.job.resolve())
 
 
-# ---- what a process does for whoever has started it --------------------------------------------------------
+# ---- for the process that started this one -----------------------------------------------------------------
 
 
 @contextmanager
 def failures_reported(folder: Path) -> Iterator[None]:
-    """Leaves the error that ends this process where `launch` looks for it."""
+    """Writes the error that ends this process to the file where `launch` looks for it."""
     try:
         yield
     except Exception as error:
@@ -133,7 +133,7 @@ def failures_reported(folder: Path) -> Iterator[None]:
 
 
 def end_with_stdin() -> None:
-    """Ends this process when its standard input ends, however that comes."""
+    """Ends this process when its standard input ends, for whatever reason."""
 
     def watch() -> None:
         while os.read(0, 1):

@@ -1,9 +1,9 @@
 """Starting a training in processes of its own, from a notebook, and following it while it runs.
 
-A job is a folder that all its processes see, on one machine or many. In it lie, before, job.json, model/ and perhaps
-teacher/; meanwhile history.jsonl, training.log and what `training.train` keeps; afterwards trained/ and
-result.json, or failures/. What the processes do is in `asrlib.training.job`, which on further machines is started by
-hand. Importing this is quick: who waits for a training needs no torch.
+A job is a folder that all its processes see, on one machine or several. It first holds job.json, model/ and perhaps
+teacher/. During the training, history.jsonl, training.log and the files of `training.train` are added, and in the end
+trained/ and result.json, or failures/. The processes run `asrlib.training.job`; on further machines, start it by hand.
+This file imports no torch, so that the process that only waits starts quickly.
 """
 
 import json
@@ -20,14 +20,14 @@ from pathlib import Path
 
 from asrlib.runs import atomic_folder, read_json, resolve, write_json
 
-POLL_SECONDS = 0.5  # between two looks at the history
-SHUTDOWN_SECONDS = 30.0  # for processes that are told to end; then they are killed
+POLL_SECONDS = 0.5  # between two reads of the history
+SHUTDOWN_SECONDS = 30.0  # for processes to end; then they are killed
 
 Show = Callable[[list[dict]], None]  # takes the history so far
 
 
 class TrainingFailed(RuntimeError):
-    """A training ended without a result; the message is that of its first error."""
+    """A training ended without a result. The message is that of its first error."""
 
 
 def train_in_processes(
@@ -44,12 +44,12 @@ def train_in_processes(
     accelerate_config: str | None = None,
     shown: Callable[[], AbstractContextManager[Show]] = lambda: nullcontext(lambda history: None),
 ):
-    """`asrlib.training.training.train` in so many processes of this machine; one is this process itself.
+    """Runs `asrlib.training.training.train` in `processes` processes of this machine; a single one is this process.
 
-    An `accelerate_config`, a file that `accelerate config` wrote, says instead how many processes and machines there
-    are. Each process opens the two corpora anew, from `corpus`. `shown` gives what shows the history while it grows.
-    When this process ends, however it ends, so do those that it has started.
-    Raises what `train` raises, for other processes as TrainingFailed.
+    Alternatively `accelerate_config`, a file of `accelerate config`, gives the number of processes and machines. Each
+    process opens the two corpora anew, from `corpus`. `shown` makes a context whose function shows the growing history.
+    When this process ends, for whatever reason, the processes that it started end too.
+    Raises what `train` raises; errors of other processes become TrainingFailed.
     """
     if processes == 1 and accelerate_config is None:
         from asrlib.training.training import train
@@ -69,12 +69,12 @@ def train_in_processes(
 def write_job(
     model, processor, training, validation, folder: str | Path, settings, teacher=None, *, corpus: str
 ) -> Path:
-    """Writes to `folder` all that the processes need to know; gives the path of its job.json."""
+    """Writes to `folder` all that the processes need; returns the path of its job.json."""
     folder, local = resolve(folder), resolve(corpus)
-    for name, kept in (("model", model), ("teacher", teacher)):
-        if kept is not None:
+    for name, recogniser in (("model", model), ("teacher", teacher)):
+        if recogniser is not None:
             with atomic_folder(folder / name) as written:
-                kept.save_pretrained(written)
+                recogniser.save_pretrained(written)
                 processor.save_pretrained(written)
     speech = {
         name: {
@@ -91,7 +91,7 @@ def write_job(
 
 
 def launch_command(processes: int, accelerate_config: str | None = None) -> list[str]:
-    """What starts a job, given its path, in so many processes of this machine or as the file says."""
+    """The command that starts a job, without the job's path: in `processes` processes, or by the configuration file."""
     if accelerate_config is not None:
         start = ["accelerate.commands.launch", "--config_file", str(resolve(accelerate_config))]
     else:
@@ -102,8 +102,8 @@ def launch_command(processes: int, accelerate_config: str | None = None) -> list
 def launch(job: Path, command: list[str], follow: Callable[[list[dict]], None] = lambda history: None) -> None:
     """Runs a job to its end; `command` takes its path.
 
-    `follow` is called with the history whenever that has grown: one dict per logged step, evaluation, or step alone,
-    each with `step` and `max_steps`. Raises TrainingFailed, with the first error of any process.
+    `follow` is called with the history whenever it has grown: one dict per logged step, evaluation, or step alone, each
+    with `step` and `max_steps`. Raises TrainingFailed with the first error of any process.
     """
     folder = job.parent
     history, log, result = (folder / name for name in ("history.jsonl", "training.log", "result.json"))
@@ -113,12 +113,12 @@ def launch(job: Path, command: list[str], follow: Callable[[list[dict]], None] =
     with open(log, "wb") as output:
         process = subprocess.Popen(
             [*command, str(job), "--attached"],
-            stdin=subprocess.PIPE,  # its end tells all processes that this one is gone: see end_with_stdin
+            stdin=subprocess.PIPE,  # its end tells all processes that this one has ended: see end_with_stdin
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"TQDM_DISABLE": "1"},
-            start_new_session=True,  # Ctrl-C comes here alone
-            close_fds=False,  # the lock of the run folder, if we were given it, is held until that process is gone too
+            start_new_session=True,  # Ctrl-C reaches this process alone
+            close_fds=False,  # an inherited lock of the run folder is held until that process has ended too
         )
     size = 0
     try:
@@ -143,7 +143,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def read_history(path: Path) -> list[dict]:
-    """Oldest first; a line that is still being written is left for the next time."""
+    """The history, oldest entry first, without a line that is still being written."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -152,7 +152,7 @@ def _first_failure(folder: Path, log: Path) -> str | None:
     failures = [read_json(path) for path in folder.glob("failures/*.json")]
     if not failures:
         return None
-    first = min(failures, key=lambda failure: failure["time"])  # the others fail for want of it
+    first = min(failures, key=lambda failure: failure["time"])  # it makes the others fail
     return f"{first['message']} ({first['error']} in process {first['process']}; {log} has the rest)"
 
 

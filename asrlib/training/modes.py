@@ -1,4 +1,4 @@
-"""What of a model is trained, and what holds of it meanwhile."""
+"""Which parts of a model are trained, and states of a model during its training."""
 
 import math
 from collections.abc import Iterator
@@ -13,10 +13,9 @@ from asrlib.models.registry import attention_modules
 
 @contextmanager
 def frozen_batch_norm(model) -> Iterator[None]:
-    """Keeps BatchNorm layers whose weights are frozen in evaluation mode.
+    """Keeps BatchNorm layers with frozen weights in evaluation mode.
 
-    Otherwise their running statistics drift towards the fine-tuning batches although nothing of them is
-    being trained.
+    Otherwise their running statistics drift towards the fine-tuning batches, although they are not trained.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     frozen = [norm for norm in norms if not norm.weight.requires_grad]
@@ -32,10 +31,10 @@ def frozen_batch_norm(model) -> Iterator[None]:
 
 @contextmanager
 def own_precision(model, trainer: Trainer) -> Iterator[None]:
-    """Afterwards `model` computes in its own precision again, whichever it was trained in.
+    """Afterwards `model` computes in its own precision again, whatever the precision of the training.
 
-    Trainer leaves autocast wrapped around the forward, and transformers' Conformer keeps its table of positions
-    as it was rounded for the last call.
+    Trainer leaves autocast wrapped around the forward, and transformers' Conformer keeps the rounded table of positions
+    of its last call.
     """
     tables = [(module, name) for module in model.modules() for name in module._non_persistent_buffers_set]
     unrounded = [getattr(*table) for table in tables]
@@ -49,8 +48,8 @@ def own_precision(model, trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def every_layer(model) -> Iterator[None]:
-    """Switches layerdrop off: it would leave a teacher's layers without one to be compared with, and of several
-    processes each waiting for the gradients of layers that another has dropped."""
+    """Switches layerdrop off. A dropped layer cannot be compared with the teacher's, and a process that drops a layer
+    lets others wait for its gradients."""
     holders = [model.config, *model.modules()]  # some families ask the config, some a module
     dropping = [(holder, holder.layerdrop) for holder in holders if getattr(holder, "layerdrop", None) is not None]
     for holder, _ in dropping:
@@ -64,8 +63,8 @@ def every_layer(model) -> Iterator[None]:
 
 @contextmanager
 def updated_once(model) -> Iterator[None]:
-    """BatchNorm's running statistics move as far in a step as they should, though gradient checkpointing runs each
-    layer twice on the same batch: with the momentum m', (1 − m')² = 1 − m."""
+    """Makes BatchNorm's running statistics move by the right amount in a step, although gradient checkpointing runs
+    each layer twice on the same batch: the momentum m becomes m' with (1 − m')² = 1 − m."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -78,10 +77,10 @@ def updated_once(model) -> Iterator[None]:
 
 
 def select_trainable(model, which: str) -> int:
-    """Freezes all but the chosen parameters; returns how many numbers are left to train.
+    """Freezes all parameters except the chosen ones; returns how many numbers remain to train.
 
-    `attention` is every parameter of the attention modules, `latent` only the factors behind keys and
-    values, `all` everything.
+    `attention` means every parameter of the attention modules, `latent` only the factors of keys and values, `all`
+    everything.
     """
     chosen = {
         "all": lambda: [model],
@@ -95,7 +94,7 @@ def select_trainable(model, which: str) -> int:
         raise ValueError(f"trainable={which!r}, but {type(model).__name__} has no such parameters: convert it first")
     model.requires_grad_(False)
     if hasattr(model, "freeze_feature_encoder"):
-        model.freeze_feature_encoder()  # else transformers asks for the gradient of the audio, through all convolutions
+        model.freeze_feature_encoder()  # otherwise transformers computes gradients down to the audio
     for module in modules:
         module.requires_grad_(True)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

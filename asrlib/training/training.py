@@ -27,21 +27,21 @@ from asrlib.runs import read_json, resolve, write_json
 from asrlib.training.distributed import average_batch_norm, process_count, rows_of_all, strategy_arguments, wait_for_all
 from asrlib.training.modes import every_layer, frozen_batch_norm, own_precision, select_trainable, updated_once
 
-# Of the scheduler reduce_lr_on_plateau: the learning rate is halved by the second evaluation running whose WER is no
-# lower than the lowest before. EarlyStoppingCallback counts on, so that `patience` should be larger.
+# The scheduler reduce_lr_on_plateau halves the learning rate at the second evaluation in a row without a new lowest
+# WER. EarlyStoppingCallback keeps counting, so `patience` should be larger.
 PLATEAU = {"factor": 0.5, "patience": 1}
-CHECKPOINT_MARKER = ".completed.json"  # Trainer writes a checkpoint file by file: only the marker says it is whole
+CHECKPOINT_MARKER = ".completed.json"  # Trainer writes a checkpoint file by file; the marker says that it is complete
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How to train. Names are those of the params files."""
+    """How to train; the names are those of the params files."""
 
     trainable: str = "attention"  # attention | latent | all
     epochs: float = 5
     learning_rate: float = 1e-5  # peak
     warmup_ratio: float = 0.1  # share of all steps
-    scheduler: str = "linear"  # any of transformers' SchedulerType; reduce_lr_on_plateau knows no warmup: see PLATEAU
+    scheduler: str = "linear"  # any of transformers' SchedulerType; reduce_lr_on_plateau has no warmup: see PLATEAU
     weight_decay: float = 0.01
     batch_seconds: float = 60.0  # padded audio in a batch, on one device
     speeds: tuple[float, ...] = (1.0,)  # of the training speech: 1.1 is 10 % faster
@@ -49,7 +49,7 @@ class TrainingSettings:
     gradient_checkpointing: bool = False
     evaluations_per_epoch: int = 1  # each is followed by a checkpoint
     patience: int = 3  # evaluations without a lower WER before stopping
-    ctc_weight: float = 1.0  # of the loss on the transcripts (CTC; or what the head has); 0: a teacher alone
+    ctc_weight: float = 1.0  # of the head's loss on the transcripts (CTC or another); 0: a teacher alone
     kl_weight: float = 0.0  # of the KL divergence from a teacher's posteriors, nats per frame (or token)
     hidden_weight: float = 0.0  # of the squared error of each layer's output, relative to the teacher's
     precision: str = "fp32"  # fp32 | bf16 | fp16
@@ -61,7 +61,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training run did; `as_metrics` is what metrics/*.json holds."""
+    """The result of a training; `as_metrics` goes into metrics/*.json."""
 
     history: list[dict]  # one dict per logged step or evaluation: step, epoch, loss | eval_loss, eval_wer
     seconds: float  # spent training, over all resumptions
@@ -77,12 +77,12 @@ class TrainingResult:
 
 
 class SpeechTrainer(Trainer):
-    """Trainer with batches bounded by seconds of audio, greedy transcripts as predictions, and a teacher."""
+    """Trainer with batches limited by seconds of audio, greedy transcripts as predictions, and a teacher."""
 
     def __init__(self, *args, settings: TrainingSettings, processor, teacher=None, **kwargs):
         super().__init__(*args, **kwargs)
-        # Trainer takes a forward with **kwargs for one whose loss is divided by the labels of all accumulated
-        # batches. Ours are not: accumulated gradients would be added up instead of averaged.
+        # Trainer assumes that a forward with **kwargs divides its loss by the labels of all accumulated batches. Ours
+        # do not: without this, accumulated gradients would be summed instead of averaged.
         self.model_accepts_loss_kwargs = False
         self.settings = settings
         self.processor = processor
@@ -98,8 +98,8 @@ class SpeechTrainer(Trainer):
             num_workers=dataset.workers(self.args.dataloader_num_workers),
             pin_memory=self.args.dataloader_pin_memory,
         )
-        # As if for one process: the sampler deals out batches. Accelerate's wrapper of it would repeat some of them,
-        # and forget the epoch where training resumes in the middle of one.
+        # Prepared as for one process, because the sampler shares out the batches. Accelerate's wrapper would repeat
+        # some of them, and forget the epoch when training resumes within one.
         return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -112,17 +112,17 @@ class SpeechTrainer(Trainer):
         if self.teacher is None:
             ours = self.head.forward(model, inputs)
             return (ours.loss, ours) if return_outputs else ours.loss
-        heard = inputs if self.head.reads_labels else {k: v for k, v in inputs.items() if k != "labels"}
+        unlabelled = inputs if self.head.reads_labels else {k: v for k, v in inputs.items() if k != "labels"}
         layers = {"output_hidden_states": True} if self.settings.hidden_weight else {}
         with inference(self.teacher, device=self.args.device, precision=self.settings.precision):
-            theirs = self.head.forward(self.teacher, heard, **layers)
+            theirs = self.head.forward(self.teacher, unlabelled, **layers)
         ours = self.head.forward(model, inputs, **layers)
         frames_B = frame_counts(self.teacher, inputs["attention_mask"].sum(-1))
         layer_frames_B = layer_frame_counts(self.teacher, inputs["attention_mask"].sum(-1))
-        said, taught = (torch.cat(self.head.spoken(inputs, output, frames_B)) for output in (ours, theirs))
+        logits, wanted = (torch.cat(self.head.spoken(inputs, output, frames_B)) for output in (ours, theirs))
         settings = self.settings
         loss = settings.ctc_weight * ours.loss
-        loss = loss + settings.kl_weight * posterior_divergence(said, taught)
+        loss = loss + settings.kl_weight * posterior_divergence(logits, wanted)
         if layers:
             states = (self.head.layers(inputs, output, layer_frames_B) for output in (ours, theirs))
             errors = [relative_squared_error(*pair) for pair in zip(*states, strict=True)]
@@ -141,7 +141,7 @@ class SpeechTrainer(Trainer):
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.state.global_step}: lower learning_rate, or use precision: "
-                f"fp32. The checkpoints before it, the best among them, are kept. It came of {in_words(utterances)}."
+                f"fp32. Earlier checkpoints are kept, the best among them. The loss comes from {in_words(utterances)}."
             )
         return loss
 
@@ -153,7 +153,7 @@ class SpeechTrainer(Trainer):
                 at_the_end = self.accelerator.gradient_state.end_of_dataloader
                 return rows_of_all(rows, dataloader.batch_sampler.repeated if at_the_end else 0)
 
-            self.gather_function = gather  # for this loop, which puts Trainer's own back
+            self.gather_function = gather  # for this loop, which then restores Trainer's own
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -176,21 +176,21 @@ def posterior_divergence(logits_NV: torch.Tensor, teacher_NV: torch.Tensor) -> t
 
 
 def relative_squared_error(ours_ND: torch.Tensor, theirs_ND: torch.Tensor) -> torch.Tensor:
-    """‖ours − theirs‖² / ‖theirs‖²: 1 where nothing of the teacher's is left, at any layer's scale."""
+    """‖ours − theirs‖² / ‖theirs‖², which does not depend on a layer's scale; 1 for an output of zeros."""
     return (ours_ND.float() - theirs_ND.float()).square().sum() / theirs_ND.float().square().sum()
 
 
 class Progress(ProgressCallback):
-    """A progress bar, and nothing else: the losses are in the history, and in TensorBoard."""
+    """A progress bar without log lines: the losses are in the history and in TensorBoard."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         pass
 
 
 class CheckpointMarker(TrainerCallback):
-    """Marks a checkpoint whole once every file of it is written, with the seconds spent so far.
+    """Marks a checkpoint as complete once all its files are written, with the seconds spent so far.
 
-    Only then are those before it removed, but for the best one: a kill finds a whole one at any moment.
+    Only then removes the earlier ones, except the best: a kill leaves a complete checkpoint at any moment.
     """
 
     def __init__(self, seconds_before: float):
@@ -201,7 +201,7 @@ class CheckpointMarker(TrainerCallback):
         return time.perf_counter() - self.start
 
     def on_step_end(self, args, state, control, **kwargs):
-        if control.should_save:  # the loss since the last log is in no checkpoint
+        if control.should_save:  # a checkpoint does not hold the loss since the last log
             control.should_log = True
         return control
 
@@ -221,9 +221,9 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint below `folder`, or None."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{CHECKPOINT_MARKER}")]
-    return max(whole, key=_step_of, default=None)
+    """The newest complete checkpoint below `folder`, or None."""
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{CHECKPOINT_MARKER}")]
+    return max(complete, key=_step_of, default=None)
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -233,8 +233,8 @@ def _step_of(checkpoint: Path) -> int:
 def remove_checkpoints(folder: Path, kept: Collection[Path] = ()) -> None:
     """Removes the checkpoints below `folder` (weights and optimizer states); the TensorBoard logs stay."""
     removed = set(folder.glob("checkpoint-*")) - set(kept)
-    for checkpoint in sorted(removed, key=_step_of, reverse=True):  # the last needs the best, not the other way round
-        (checkpoint / CHECKPOINT_MARKER).unlink(missing_ok=True)  # first: what is half removed is not whole
+    for checkpoint in sorted(removed, key=_step_of, reverse=True):  # a later one may refer to an earlier best one
+        (checkpoint / CHECKPOINT_MARKER).unlink(missing_ok=True)  # first, since a half-removed one is not complete
         shutil.rmtree(checkpoint)
 
 
@@ -248,19 +248,19 @@ def train(
     teacher=None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
-    """Trains `model` in place on the loss of its head and leaves it with the weights of the lowest validation WER, of
-    those that it came with (step 0) and those of every evaluation.
+    """Trains `model` in place on the loss of its head and leaves it with the weights of the lowest validation WER:
+    those of an evaluation, or those that it came with (step 0).
 
-    Checkpoints and TensorBoard logs go to `folder`; called again with the same folder, training resumes
-    after the last whole checkpoint and, on the CPU, ends with the same weights as an undisturbed run. A relative
-    `folder` starts at the project root. A `teacher` is a model with the same layers and vocabulary, usually the one
-    that `model` was converted from; `settings` weigh what is learnt from it. `callbacks` are told of each step.
+    Checkpoints and TensorBoard logs go to `folder`. Called again with the same folder, training resumes after the last
+    complete checkpoint and, on the CPU, ends with the same weights as an undisturbed run. A relative `folder` starts at
+    the project root. A `teacher` is a model with the same layers and vocabulary, usually the one that `model` was
+    converted from; `settings` weigh its losses. `callbacks` are those of Trainer.
 
     Where a launcher has started several processes (`asrlib.training.job`), each calls this with the same arguments. A
-    step then has `batch_seconds` of audio from each, as if their number were a factor of `gradient_accumulation`. fsdp
-    leaves `model` in parts: the weights are those of the checkpoint of `best_step`.
-    Raises ValueError where settings contradict each other, the device or the checkpoints, FloatingPointError when the
-    loss is not finite.
+    step then takes `batch_seconds` of audio from each: the number of processes acts as a factor of
+    `gradient_accumulation`. fsdp leaves `model` in parts, and the trained weights are in the checkpoint of `best_step`.
+    Raises ValueError where settings contradict each other, the device or the checkpoints, and FloatingPointError where
+    the loss is not finite.
     """
     folder = resolve(folder)
     if settings.encoder_memory:
@@ -270,20 +270,20 @@ def train(
     if not (settings.kl_weight or settings.hidden_weight):
         teacher = None
     elif teacher is None:
-        raise ValueError("kl_weight and hidden_weight weigh what is learnt from a teacher, and none was given")
+        raise ValueError("kl_weight and hidden_weight are the weights of a teacher's losses, and no teacher was given")
     head = family_of(model.config).head
     model.config.ctc_zero_infinity = True
     model.config.ctc_loss_reduction = "mean"  # a sum would tie the learning rate to the batch size
     if tied := getattr(model, "_tied_weights_keys", None):
-        model._keys_to_ignore_on_save = set(tied)  # else Trainer warns that a checkpoint lacks what is in it once
-    use_cache = getattr(model.config, "use_cache", None)  # Trainer switches it off, in a config that is saved
+        model._keys_to_ignore_on_save = set(tied)  # otherwise Trainer warns that checkpoints lack the tied copies
+    use_cache = getattr(model.config, "use_cache", None)  # Trainer switches it off in the config, which is saved
     start = {name: values.detach().cpu().clone() for name, values in model.state_dict().items()}
     trainable_parameters = select_trainable(model, settings.trainable)
     checkpoint = last_checkpoint(folder)
     facts = read_json(checkpoint / CHECKPOINT_MARKER) if checkpoint else {"seconds": 0.0, "finished": False}
     if checkpoint and facts.get("processes", 1) != process_count():
         raise ValueError(
-            f"{checkpoint} was left by a training in {facts.get('processes', 1)} processes, and these are "
+            f"{checkpoint} comes from a training in {facts.get('processes', 1)} processes, and this one has "
             f"{process_count()}: start as many, or remove it to begin afresh"
         )
     marker = CheckpointMarker(facts["seconds"])
@@ -305,10 +305,10 @@ def train(
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
     trainer.add_callback(Progress)
     if settings.training_strategy == "fsdp":
-        model.get_input_embeddings = lambda: None  # accelerate wants to shard them by themselves; speech has none
-    if trainer.args.process_index:  # else all would draw the same masks
+        model.get_input_embeddings = lambda: None  # accelerate shards embeddings separately; speech has none
+    if trainer.args.process_index:  # otherwise all processes would draw the same masks
         set_seed(settings.seed + trainer.args.process_index)
-    if facts["finished"]:  # killed after its last step: Trainer would go on for another one
+    if facts["finished"]:  # it was killed after its last step, and Trainer would add another step
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         load_model(model, checkpoint_folder(folder, state.best_global_step) / "model.safetensors")
     else:
@@ -367,7 +367,7 @@ def _arguments(
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
         dataloader_num_workers=0 if on_cpu else 4,  # decode the next batches while the accelerator computes
-        eval_on_start=afresh,  # where the training begins from, at step 0
+        eval_on_start=afresh,  # the WER at step 0
         eval_strategy="steps",
         eval_steps=every,
         save_strategy="steps",
@@ -384,16 +384,16 @@ def _arguments(
         label_names=["labels"],
         seed=settings.seed,
     )
-    # On several GPUs Trainer would cut each batch in pieces (DataParallel), but `batch_seconds` and the hooks that
-    # silence padding are about whole ones. `n_gpu` finds the devices, which must come first.
+    # On several GPUs Trainer would split each batch (DataParallel), but `batch_seconds` and the hooks that silence
+    # padding need whole batches. `n_gpu` detects the devices, so it is read first.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
 
 
 def _word_error_rate(prediction, processor, head) -> float:
-    nothing = processor.tokenizer.pad_token_id
-    ids = np.where(prediction.predictions == -100, nothing, prediction.predictions)
-    labels = np.where(prediction.label_ids == -100, nothing, prediction.label_ids)
+    pad = processor.tokenizer.pad_token_id
+    ids = np.where(prediction.predictions == -100, pad, prediction.predictions)
+    labels = np.where(prediction.label_ids == -100, pad, prediction.label_ids)
     texts = head.references(processor, labels), head.texts(processor, ids)
     form = {"normaliser": normaliser_of(processor)}
     return jiwer.wer(*([as_counted({"text": text} | form, "text") for text in side] for side in texts))

@@ -42,8 +42,8 @@ def test_a_frame_hears_its_chunk_and_what_is_left_of_it(size, left):
     [
         (dict(size=0), "a chunk of 0 frames holds nothing: give 1 or more"),
         (dict(size=-3), "a chunk of -3 frames"),
-        (dict(size=1, left=-1), r"left \(-1\) and lookahead \(0\) are numbers of frames, 0 or more"),
-        (dict(size=1, left=None, lookahead=-2), r"left \(None\) and lookahead \(-2\)"),
+        (dict(size=1, left=-1), "left is -1 and lookahead 0: both must be 0 frames or more"),
+        (dict(size=1, left=None, lookahead=-2), "left is None and lookahead -2: both"),
     ],
 )
 def test_chunks_that_hold_nothing_are_refused(settings, said):

@@ -12,7 +12,8 @@ import torch
 from descent import descend
 
 from asrlib.conversion.attended import decompose_attended
-from asrlib.conversion.factorize import Factors, InputMoments, LayerWeights, Moments, decompose_layer
+from asrlib.conversion.factorize import Factors, InputMoments, LayerWeights, Moments
+from asrlib.conversion.layers import decompose_layer
 
 WIDTH, HEADS, FRAMES, UTTERANCES = 12, 3, 12, 4
 SIZE = WIDTH // HEADS

@@ -7,7 +7,8 @@ import pytest
 import torch
 from descent import descend
 
-from asrlib.conversion.factorize import InputMoments, LayerWeights, Moments, decompose_layer
+from asrlib.conversion.factorize import InputMoments, LayerWeights, Moments
+from asrlib.conversion.layers import decompose_layer
 
 WIDTH, HEADS = 12, 3
 IDENTITY = torch.eye(WIDTH, dtype=torch.float64)

@@ -104,7 +104,7 @@ def test_groups_without_a_choice_are_no_trouble():
     ("budget", "multiple", "said"),
     [
         (2, 1, "a budget of 2 numbers per frame, for 3 ranks, has no room for the 1 that each needs"),
-        (11, 4, "no room for the 4 that each needs: raise latent_dim, or lower the multiple"),
+        (11, 4, "no room for the 4 that each needs: raise latent_dim, or lower rank_multiple"),
         (99, 6, "ranks cannot be multiples of 6 up to the width 5: lower the multiple"),
     ],
 )

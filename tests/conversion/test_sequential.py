@@ -9,7 +9,8 @@ from alone import run_alone
 
 from asrlib import collect_statistics, convert
 from asrlib.conversion.convert import decompose, factors_of
-from asrlib.conversion.factorize import LayerWeights, Moments, decompose_layer
+from asrlib.conversion.factorize import LayerWeights, Moments
+from asrlib.conversion.layers import decompose_layer
 from asrlib.conversion.sequential import convert_in_sequence
 from asrlib.conversion.statistics import InputSums
 from asrlib.models.registry import attention_modules, family_of

@@ -110,7 +110,7 @@ def test_an_unknown_split_is_answered_with_those_there_are(hub, tmp_path):
 def test_no_network_is_said(hub, tmp_path):
     hub.error = ConnectionError("no\nroute")
     said = refused(tmp_path, ConnectionError)
-    assert "openslr/librispeech_asr cannot be downloaded: no route" in said and "Is the network there" in said
+    assert "openslr/librispeech_asr cannot be downloaded: no route" in said and "Is there a network" in said
 
 
 def test_a_network_that_goes_away_leaves_no_split_that_is_taken_for_whole(hub, tmp_path):

@@ -92,7 +92,7 @@ def test_the_slider_of_latent_dim_changes_cache_errors_and_transcript(page):
     expect(row(panel, "heard by MLA").locator("del").first).to_be_visible()
     type_in(panel, "latent_dim", WIDTH)
     expect(panel).to_contain_text(bytes_at(WIDTH))
-    expect(row(panel, "from MHA to MLA")).to_have_text("no word is another")
+    expect(row(panel, "from MHA to MLA")).to_have_text("no word changes")
 
 
 def test_every_method_can_be_chosen_and_has_errors_of_its_own(page):

@@ -138,15 +138,13 @@ def test_a_kind_of_attention_from_elsewhere_is_refused_by_name(tmp_path, monkeyp
         pass
 
     monkeypatch.setitem(KINDS, "elsewhere", Elsewhere)
-    with pytest.raises(ValueError, match="Elsewhere is in test_export, outside of asrlib"):
+    with pytest.raises(ValueError, match="Elsewhere is in test_export, outside asrlib"):
         write_hub_folder(tiny.encoder(attention="elsewhere"), new_processor("conformer"), tmp_path)
 
 
 @pytest.mark.parametrize("attention", ["gqa", "linear"])
 def test_what_no_multi_head_attention_computes_is_refused(attention):
-    with pytest.raises(
-        ValueError, match=f"'{attention}', which no multi-head attention computes: use --to hub or onnx"
-    ):
+    with pytest.raises(ValueError, match=f"'{attention}', and no multi-head attention equals it: use --to hub or onnx"):
         standard(tiny.encoder(attention=attention))
 
 
@@ -189,7 +187,7 @@ def test_the_card_says_what_the_run_found_and_what_nobody_knows(run, tmp_path):
         "whitened, 71.88 % of the cache cut",
         "trust_remote_code=True",
         "`python -m asrlib export trial --to hub --model converted`",
-        "Under which licence the base model may be passed on.",
+        "The licence of the base model is not known to the run.",
         "not on other speech",
     ):
         assert said in card.text, said
@@ -237,7 +235,7 @@ def test_an_export_may_be_written_again_and_nothing_else_is_replaced(run, tmp_pa
     (tmp_path / "thesis.tex").write_text("years of work")
     capsys.readouterr()
     assert main([*call, "--out", str(tmp_path)]) == 1
-    assert "is there already, and is no export: give --out a new or an empty folder" in capsys.readouterr().err
+    assert "exists already, and is no export: give --out a new or an empty folder" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 

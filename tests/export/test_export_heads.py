@@ -204,7 +204,9 @@ def test_the_card_says_how_it_is_loaded_and_asked(runs, tmp_path, name, to):
     card, auto = ModelCard.load(tmp_path / to / "README.md"), AUTO[MODELS[name][0]]
     assert f"{auto}.from_pretrained" in card.text and "model.generate(" in card.text and "argmax" not in card.text
     assert ("trust_remote_code=True" in card.text) is (to == "hub") and "asrlib.stream" not in card.text
-    assert ("Leave `attn_implementation`" in card.text) is ([name, to] == ["nemotron_asr_streaming", "standard"])
+    assert ("Do not change `attn_implementation`" in card.text) is (
+        [name, to] == ["nemotron_asr_streaming", "standard"]
+    )
     assert ("generator of chunks" in card.text) is name.startswith("nemotron")
     assert ("`pipeline`" in card.text) is (name.startswith("whisper") and to == "hub")
     latent = ["multi-head-latent-attention"] * (to == "hub")
@@ -233,12 +235,12 @@ def test_a_graph_is_refused_before_anything_is_loaded(runs, tmp_path, monkeypatc
     monkeypatch.setattr("asrlib.models.loading.load", lambda *_: pytest.fail("the model was loaded"))
     assert main([str(runs[name].path), "--to", to, "--out", str(tmp_path / "out")]) == 1
     err = capsys.readouterr().err
-    assert "a graph is made of models with CTC" in err and "use --to hub or standard" in err
+    assert "graphs need CTC" in err and "use --to hub or standard" in err
     assert len(err.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
 def test_a_graph_of_anything_but_ctc_is_refused_without_the_command():
-    with pytest.raises(ValueError, match="models with CTC, and whisper writes token by token"):
+    with pytest.raises(ValueError, match="graphs need CTC, and whisper writes token by token"):
         OfflineGraph(family_models.whisper())
 
 

@@ -4,9 +4,9 @@ import pytest
 import tiny
 import torch
 
-from asrlib.measuring import compiled as room
+from asrlib.measuring import speed as room
 from asrlib.measuring import timing
-from asrlib.measuring.compiled import compiled_beside_eager
+from asrlib.measuring.speed import compiled_beside_eager
 from asrlib.models.scratch import new_processor
 from asrlib.reporting.benchmark_tables import compiled_table
 from asrlib.running.preflight import check_surroundings

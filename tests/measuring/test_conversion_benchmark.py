@@ -192,7 +192,7 @@ def test_a_recipe_has_no_row_at_a_cut_that_it_cannot_reach(model):
         ([float("nan")], ["svd"], "a cut is nan %"),
         ([], ["svd"], "at least one recipe and one cut"),
         ([0.5], [], "at least one recipe and one cut"),
-        ([0.5], ["svd", "svd"], "two recipes have one name"),
+        ([0.5], ["svd", "svd"], "two recipes have the same name"),
     ],
 )
 def test_what_is_impossible_is_refused(model, cuts, names, message):
@@ -383,7 +383,7 @@ def test_the_command_prints_the_table_and_the_break_points(project, rows, tmp_pa
         (["--methods", "svd,two-sided"], "unknown method 'two-sided': did you mean 'two_sided'?"),
         (["--methods", "zzz"], "unknown method 'zzz': split svd; svd; "),
         (["--cuts", "50,150"], "a cut is 150 %: it must lie between 0 and 100 %"),
-        (["--cuts", "50;75"], "--cuts is '50;75': give per cents with commas between them"),
+        (["--cuts", "50;75"], "--cuts is '50;75': give percentages with commas between them"),
         (["--cuts", "99"], "no recipe reaches a cut of 99 %"),
         (["--splits", "validation,nowhere"], "has no split 'nowhere'"),
         (["--cuts", "50", "--samples", "0"], "at least one utterance"),

@@ -65,10 +65,10 @@ def test_a_system_does_not_differ_from_itself_and_does_from_a_perfect_one():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (pairs(("a", "a")), "'u1' is not in both once"),
-        (pairs(("a", "a"), ("b", "b"), first_id=1), "'u0' is not in both once"),
+        (pairs(("a", "a")), "'u1' is not once in each"),
+        (pairs(("a", "a"), ("b", "b"), first_id=1), "'u0' is not once in each"),
         (pairs(("a", "a"), ("c", "b")), "references of 'u1' differ"),
-        ([*pairs(("a", "a")), *pairs(("a", "a"))], "'u1' is not in both once"),
+        ([*pairs(("a", "a")), *pairs(("a", "a"))], "'u1' is not once in each"),
     ],
 )
 def test_only_the_same_utterances_can_be_compared(other, message):

@@ -378,7 +378,7 @@ def test_a_config_is_complete_where_nothing_is_said():
         ({"attention": "mla_simple", "latent_dim": [4, 4, 4]}, "latent_dim has 3 widths for 2 layers"),
         ({"attention": "mla_simple", "latent_dim": [4, 33]}, "latent_dim is 33"),
         ({"attention": "mla", "latent_layout": "both"}, "choose one of joint, split"),
-        ({"attention": "mla", "latent_dim": [4, 4], "latent_key_dim": [2, 2]}, "all of a joint latent is the keys'"),
+        ({"attention": "mla", "latent_dim": [4, 4], "latent_key_dim": [2, 2]}, "share all of a joint latent"),
         ({"attention": "mla", **LATENT, "latent_key_dim": [4]}, "latent_key_dim has 1 widths for 2 layers"),
         ({"attention": "mla", "query_latent_dim": 0}, "query_latent_dim is 0"),
         ({"attention": "mla", "query_latent_dim": 17}, "query_latent_dim is 17"),

@@ -20,8 +20,8 @@ from asrlib import evaluate
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus, Utterance
 from asrlib.data.text import label_ids, normalise_text, unknown_characters
-from asrlib.measuring.compiled import compiled_beside_eager
 from asrlib.measuring.lengths import benchmark_lengths
+from asrlib.measuring.speed import compiled_beside_eager
 from asrlib.measuring.timing import best_symbols, inputs_of_each
 from asrlib.measuring.transcribing import transcribe
 from asrlib.models.heads import Decoder, Transducer
@@ -215,9 +215,9 @@ def test_a_benchmark_times_what_is_written(loaded, name):
 
 def test_what_does_not_fit_a_head_is_not_timed(loaded):
     model, processor = loaded("whisper")
-    with pytest.raises(ValueError, match="benchmark_seconds times lengths of audio, and a whisper has one"):
+    with pytest.raises(ValueError, match="benchmark_seconds times lengths of audio, and whisper has one"):
         benchmark_lengths({"it": model}, processor, tiny.corpus(1), [0.5])
-    with pytest.raises(ValueError, match="benchmark_compiled times models with CTC, and a whisper is none"):
+    with pytest.raises(ValueError, match="benchmark_compiled times models with CTC, and whisper has none"):
         compiled_beside_eager({"it": model}, processor, tiny.corpus(1), backend="eager")
 
 

@@ -457,7 +457,7 @@ def test_keys_of_an_impossible_width_are_refused(keys, said):
 
 
 def test_a_joint_latent_has_no_width_for_keys_alone():
-    said = "latent_key_dim is 3, but all of a joint latent is the keys' and the values': leave it out, or use layout"
+    said = "latent_key_dim is 3, but keys and values share all of a joint latent: leave it out, or use layout"
     with pytest.raises(StrictDataclassClassValidationError, match=said):
         latent_config(latent_dim=[6, 8], latent_key_dim=[3, 4])
     with pytest.raises(ValueError, match=said):

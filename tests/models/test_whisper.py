@@ -84,9 +84,9 @@ def test_only_the_chosen_parts_lose_their_projections(model):
 
 def test_without_a_choice_what_keeps_something_is_converted(model):
     assert convert(model, 6).config.latent_parts == list(CACHED)
-    with pytest.raises(ValueError, match="of the encoder, decoder, cross"):
+    with pytest.raises(ValueError, match="are encoder, decoder, cross"):
         convert(model, 6, parts=["crossed"])
-    with pytest.raises(ValueError, match="of the encoder: give a list"):
+    with pytest.raises(ValueError, match="with attention are encoder: give a list"):
         convert(tiny.conformer(), 6, parts=["decoder"])
 
 
@@ -272,7 +272,7 @@ def test_what_can_not_be_converted_says_so_in_one_sentence(model, statistics):
         with pytest.raises(ValueError, match=r"an encoder-decoder \(whisper\) has two: leave them out"):
             convert(model, 6, method="whitened", statistics=statistics, **how)
     few = asrlib.collect_statistics(model, processor_of("whisper"), tiny.corpus(24), parts=["cross"])
-    with pytest.raises(ValueError, match=r"nothing of attention in decoder: collect_statistics\(\.\.\., parts="):
+    with pytest.raises(ValueError, match=r"do not cover attention in decoder: collect_statistics\(\.\.\., parts="):
         convert(model, 6, method="whitened", statistics=few)
     with pytest.raises(ValueError, match="windows of 1 s as a whole"):
         next(asrlib.stream(model, processor_of("whisper"), []))
@@ -344,8 +344,8 @@ def test_a_shared_latent_is_saved_once_and_loaded_back(model, tmp_path):
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        (dict(latent_dim=6, parts=["decoder"]), "joint latent of cross-attention, not a joint one of decoder"),
-        (dict(latent_dim=12, layout="split"), "not a split one of decoder, cross"),
+        (dict(latent_dim=6, parts=["decoder"]), "joint latent of cross-attention, not a joint latent of decoder"),
+        (dict(latent_dim=12, layout="split"), "not a split latent of decoder, cross"),
         (dict(latent_dim=6, method="attended"), "fits the latent of one layer"),
         (dict(latent_dim=6, method="two_sided", ranks="energy"), "neither cache_cut nor ranks"),
         (dict(cache_cut=0.5), "neither cache_cut nor ranks"),

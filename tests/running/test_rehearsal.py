@@ -140,7 +140,7 @@ def in_shards(folder: Path) -> None:
         (
             "bin",
             lambda folder: (folder / "vocab.json").unlink(),
-            "holds no vocab.json or tokenizer.json, what the model spells with: get",
+            "holds no vocab.json or tokenizer.json, so the model cannot spell: get",
         ),
         ("bin", lambda folder: (folder / "preprocessor_config.json").unlink(), "containing a preprocessor_config.json"),
     ],

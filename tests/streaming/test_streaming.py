@@ -159,7 +159,7 @@ def test_two_streams_of_one_model_do_not_hear_each_other():
         ),
         (
             lambda: tiny.conformer(add_adapter=True, output_hidden_size=16),
-            "the adapter behind the encoder can not stream",
+            "the adapter behind the encoder cannot stream",
         ),
     ],
 )
@@ -503,9 +503,9 @@ def test_a_file_of_another_rate_is_recognised_from_the_command_line(saved, tmp_p
         (["damaged.wav"], "damaged.wav: audio cannot be decoded"),
         (["empty.wav"], "empty.wav: audio holds no samples"),
         (["speech.wav", "--cache", "int3"], "'int3' is no number format of a cache: choose one of float32"),
-        (["speech.wav", "--left", "-1"], "a left context of -1.0 s can not be"),
-        (["speech.wav", "--left", "nan"], "a left context of nan s can not be"),
-        (["speech.wav", "--lookahead", "inf"], "a lookahead of inf ms can not be"),
+        (["speech.wav", "--left", "-1"], "left_seconds is -1.0: give 0 or more"),
+        (["speech.wav", "--left", "nan"], "left_seconds is nan: give 0 or more"),
+        (["speech.wav", "--lookahead", "inf"], "lookahead_ms is inf: it must be 0 or more"),
         (["speech.wav", "--model", "/no/model"], "no model at /no/model"),
         (["speech.wav", "--model", "rotary"], "positions are rotary: only relative ones can stream"),
     ],

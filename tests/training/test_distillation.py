@@ -100,8 +100,8 @@ def test_a_student_comes_nearer_to_its_teacher_and_leaves_it_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
-        ({"kl_weight": 1.0}, "none was given"),
-        ({"hidden_weight": 1.0}, "none was given"),
+        ({"kl_weight": 1.0}, "no teacher was given"),
+        ({"hidden_weight": 1.0}, "no teacher was given"),
         ({"ctc_weight": 0.0}, "nothing to learn from"),
     ],
 )

@@ -284,7 +284,9 @@ def test_processes_have_the_same_model_but_masks_of_their_own(undisturbed):
 def test_another_number_of_processes_does_not_go_on_where_these_have_ended(tmp_path):
     facts = {"step": 3, "seconds": 1.0, "finished": False, "processes": 2}
     write_json(tmp_path / "checkpoint-3" / ".completed.json", facts)
-    with pytest.raises(ValueError, match="checkpoint-3 was left by a training in 2 processes, and these are 1: start"):
+    with pytest.raises(
+        ValueError, match="checkpoint-3 comes from a training in 2 processes, and this one has 1: start"
+    ):
         trained(tmp_path, "encoder")
 
 
@@ -495,7 +497,7 @@ def test_a_job_on_other_speech_is_refused(tmp_path):
     job = write_job(*arguments, corpus=where["corpus"])
     lines = (tmp_path / "validation.jsonl").read_text().splitlines()
     (tmp_path / "validation.jsonl").write_text("\n".join(lines[1:]))
-    with pytest.raises(ValueError, match=r"not the speech that the job was written for: 10 of 11 utterances are here"):
+    with pytest.raises(ValueError, match=r"not the speech of this job: 10 of 11 utterances are here"):
         main([str(job)])
     assert read_json(job.parent / "failures" / "0.json")["error"] == "ValueError"
     with pytest.raises(SystemExit):

@@ -357,7 +357,7 @@ def test_a_loss_that_is_no_number_names_its_batch_and_leaves_the_best_checkpoint
     monkeypatch.setattr(SpeechTrainer, "training_step", training_step)
     with pytest.raises(FloatingPointError) as error:
         run(tmp_path, model)
-    assert f"It came of a batch of {len(batches[-1])} utterances" in str(error.value)
+    assert f"The loss comes from a batch of {len(batches[-1])} utterances" in str(error.value)
     assert f"({', '.join(batches[-1])})" in str(error.value) and len(batches[-1]) > 1
     assert {path.parent.name for path in tmp_path.glob(f"*/{CHECKPOINT_MARKER}")} == {"checkpoint-2", "checkpoint-6"}
     facts = read_json(tmp_path / "checkpoint-6" / "trainer_state.json")

@@ -1,11 +1,10 @@
 """The latent twin of transformers' NemotronAsrStreamingForRNNT: a FastConformer that streams, with a transducer.
 
-It keeps a window of the past itself: `DynamicCache` holds the last `sliding_window` − 1 frames of every layer, as keys
-and values. The twin gives it latents to hold instead, so that everything that runs the original, `generate` over chunks
-of audio too, runs the twin with a cache so much smaller. Positions are relative, as in Transformer-XL, and never enter
-what is held.
+It keeps a window of the past itself: `DynamicCache` holds keys and values of the last `sliding_window` − 1 frames of
+every layer. The twin's window holds latents instead, which are smaller. Everything that runs the original runs the twin
+too, also `generate` over chunks of audio. Positions are relative, as in Transformer-XL, and are not cached.
 
-Shapes: B batch, n frames of a call, T frames heard (those of the window, then the n), D width.
+Shapes: B batch, n frames of a call, T frames attended to (those of the window, then the n), D width.
 """
 
 from dataclasses import dataclass, replace
@@ -26,28 +25,28 @@ from asrlib.models.latent_twin import LatentConfig, latent_kv
 
 @strict
 class NemotronMLAConfig(LatentConfig, NemotronAsrStreamingConfig):
-    """NemotronAsrStreamingConfig plus what `LatentConfig` says of the latent."""
+    """NemotronAsrStreamingConfig with the settings of `LatentConfig`."""
 
     model_type = "nemotron_asr_streaming-mla"
 
 
 def check_streaming(config: NemotronAsrStreamingConfig) -> None:
-    """Raises ValueError: another way to stream is built in."""
+    """Raises ValueError: the model has its own way to stream."""
     raise ValueError(
         f"{config.model_type} streams by its own cache and not by asrlib.stream: give model.generate a generator of "
-        "chunks as input_features, as transformers documents it"
+        "chunks as input_features, as the documentation of transformers shows"
     )
 
 
 def encode(model: NemotronAsrStreamingForRNNT, inputs: dict[str, torch.Tensor]):
-    """Runs the encoder over a batch, with the lookahead that the config names unless `inputs` do."""
+    """Runs the encoder over a batch, with the lookahead of `inputs` or else of the config."""
     ahead = model.config.encoder_config.default_num_lookahead_tokens
     return model.get_audio_features(**{"num_lookahead_tokens": ahead} | inputs)
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the frames of one call attend to: in the place of a memory of `attention.memory`."""
+    """What the frames of one call attend to; stands in for a memory of `streaming.memory`."""
 
     embeddings_1PD: torch.Tensor  # of the distances T−1 … −(T−1)
     heard_B1nT: torch.Tensor | None
@@ -55,14 +54,13 @@ class Context:
     layer: int
 
     def frames(self, new: tuple[torch.Tensor, ...]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-        """([B, T, numbers] with the window's before what is new, who hears whom [B, n, T]); the window moves on."""
+        """(the window's frames and then the new ones [B, T, numbers], which keys each query attends to [B, n, T]); the
+        window moves on."""
         held = new
         if self.cache is not None:
-            second_BnN = (
-                new[1] if len(new) > 1 else new[0][..., :0]
-            )  # the cache holds two tensors, of which one suffices
+            second_BnN = new[1] if len(new) > 1 else new[0][..., :0]  # of a joint latent: a cache has two
             held = self.cache.update(new[0][:, None], second_BnN[:, None], self.layer)
-            held = tuple(one_B1TN[:, 0] for one_B1TN in held[: len(new)])
+            held = tuple(held_B1TN[:, 0] for held_B1TN in held[: len(new)])
         return held, None if self.heard_B1nT is None else self.heard_B1nT[:, 0]
 
     def positions(self, attention: RelativeAttention, frames: int) -> torch.Tensor:
@@ -70,7 +68,7 @@ class Context:
 
 
 class BlockedAttention(KeyValueMemory, FastConformerNames, NemotronAsrStreamingEncoderAttention):
-    """The parent's parameters and results, in blocks of queries, with projected positions kept from call to call."""
+    """The parent's parameters and results, in blocks of queries; projected positions stay from call to call."""
 
     def forward(
         self,
@@ -80,8 +78,8 @@ class BlockedAttention(KeyValueMemory, FastConformerNames, NemotronAsrStreamingE
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `RelativeAttention`; `position_embeddings` [B, 2T−1, D] are the same for every utterance, and
-        `past_key_values` is a window of what this class remembers."""
+        """See `RelativeAttention`. `position_embeddings` [B, 2T−1, D] are the same for every utterance, and
+        `past_key_values` is a window over the output of `remembered`."""
         context = Context(position_embeddings[:1], heard(attention_mask), past_key_values, self.layer_idx)
         return RelativeAttention.forward(self, hidden_states, past=context)
 

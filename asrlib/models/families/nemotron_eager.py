@@ -1,7 +1,7 @@
-"""Mends eager attention of transformers' own Nemotron, in this process, wherever nemotron.py is imported.
+"""Corrects the eager attention of transformers' own Nemotron in this process, once nemotron.py is imported.
 
-It stands apart from the latent twin, which does without: code that goes along with an exported model changes no class
-of transformers.
+The latent twin does not need it, so it is a file of its own: the code of an exported model must change no class of
+transformers.
 """
 
 from functools import wraps
@@ -15,8 +15,8 @@ from asrlib.attention.chunks import heard
 
 
 def _reading_its_mask(forward):
-    """transformers 5.23 takes the mask of eager attention, 0 where a frame is heard, for a boolean one, and so hears
-    what it should not and nothing else. Frames of padding that hear nothing hear all here: no number would spread."""
+    """transformers 5.23 reads the mask of eager attention, 0 where a query may attend, as a boolean one, and so attends
+    to the wrong frames. Padding that attends to no frame attends to all here, since it would become NaN and spread."""
 
     @wraps(forward)
     def corrected(self, hidden_states, position_embeddings, attention_mask=None, **others):

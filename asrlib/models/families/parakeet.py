@@ -1,8 +1,8 @@
-"""The latent twins of transformers' ParakeetForCTC and ParakeetForRNNT: a FastConformer, eight times fewer frames than
-features, with CTC or a transducer behind it.
+"""The latent twins of transformers' ParakeetForCTC and ParakeetForRNNT: a FastConformer with CTC or a transducer, which
+makes one frame of eight frames of features.
 
-Its positions are relative, as in Transformer-XL, so that attention is worked by `attention.relative` under the names
-that this has for its parameters.
+Positions are relative, as in Transformer-XL, so `attention.relative` computes the attention, with its own names for the
+parameters.
 """
 
 from dataclasses import replace
@@ -22,19 +22,19 @@ from asrlib.models.family import Family
 from asrlib.models.heads import Transducer
 from asrlib.models.latent_twin import LatentConfig, latent_kv
 
-HOP = 160  # samples at 16 kHz between frames of features, of ParakeetFeatureExtractor: a model's config does not say
+HOP = 160  # samples at 16 kHz between frames of ParakeetFeatureExtractor; a model's config does not hold it
 
 
 @strict
 class ParakeetMLAConfig(LatentConfig, ParakeetCTCConfig):
-    """ParakeetCTCConfig plus what `LatentConfig` says of the latent."""
+    """ParakeetCTCConfig with the settings of `LatentConfig`."""
 
     model_type = "parakeet_ctc-mla"
 
 
 @strict
 class ParakeetRNNTMLAConfig(LatentConfig, ParakeetRNNTConfig):
-    """ParakeetRNNTConfig plus what `LatentConfig` says of the latent."""
+    """ParakeetRNNTConfig with the settings of `LatentConfig`."""
 
     model_type = "parakeet_rnnt-mla"
 
@@ -43,7 +43,7 @@ ParakeetConfig = ParakeetCTCConfig | ParakeetRNNTConfig
 
 
 def input_length(config: ParakeetConfig, samples: int) -> int:
-    """Frames of features of so many samples."""
+    """Frames of features of `samples` samples."""
     return samples // HOP
 
 
@@ -53,16 +53,16 @@ def samples_per_frame(config: ParakeetConfig) -> int:
 
 def check_streaming(config: ParakeetConfig) -> None:
     """Raises ValueError: the features need the whole recording."""
-    raise ValueError(f"features of {config.model_type} are normalised over whole recordings, so it can not stream")
+    raise ValueError(f"features of {config.model_type} are normalised over whole recordings, so it cannot stream")
 
 
 def encode(model: ParakeetForRNNT, inputs: dict[str, torch.Tensor]):
-    """What the encoder makes of a batch."""
+    """The encoder's output for a batch."""
     return model.get_audio_features(**inputs)
 
 
 class FastConformerNames:
-    """What `attention.relative` works on, by the names that FastConformers have for it."""
+    """A FastConformer's parameters under the names that `attention.kinds` expects."""
 
     linear_q = property(lambda self: self.q_proj)
     linear_k = property(lambda self: self.k_proj)
@@ -85,7 +85,7 @@ class BlockedAttention(KeyValueMemory, FastConformerNames, ParakeetEncoderAttent
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `RelativeAttention`; `position_embeddings` [B, 2T−1, D] are the same for every utterance."""
+        """See `RelativeAttention`. `position_embeddings` [B, 2T−1, D] are the same for every utterance."""
         embeddings_1PD = None if position_embeddings is None else position_embeddings[:1]
         return RelativeAttention.forward(self, hidden_states, attention_mask, embeddings_1PD, **kwargs)
 

@@ -1,8 +1,8 @@
 """The latent twins of transformers' Wav2Vec2ForCTC and HubertForCTC.
 
-Both are plain transformer encoders over the same convolutions. Positions come of a convolution whose result is added to
-the frames before the first layer: keys are made of what values are made of, so a joint latent serves both, and nothing
-stands in the way of absorbing it.
+Both are plain transformer encoders over the same convolutions. Positions come from a convolution whose output is added
+to the frames before the first layer. So keys and values read the same input, a joint latent serves both, and it can be
+absorbed.
 """
 
 from dataclasses import replace
@@ -23,23 +23,23 @@ from asrlib.models.latent_twin import LatentConfig, LatentProjections
 
 @strict
 class Wav2Vec2MLAConfig(LatentConfig, Wav2Vec2Config):
-    """Wav2Vec2Config plus what `LatentConfig` says of the latent."""
+    """Wav2Vec2Config with the settings of `LatentConfig`."""
 
     model_type = "wav2vec2-mla"
 
 
 @strict
 class HubertMLAConfig(LatentConfig, HubertConfig):
-    """HubertConfig plus what `LatentConfig` says of the latent."""
+    """HubertConfig with the settings of `LatentConfig`."""
 
     model_type = "hubert-mla"
 
 
 def check_streaming(config: Wav2Vec2Config | HubertConfig) -> None:
-    """Raises ValueError: the positions hear what is yet to come, and before the first layer."""
+    """Raises ValueError: the convolution for positions reads later frames."""
     reach = config.num_conv_pos_embeddings // 2
     raise ValueError(
-        f"positions of {config.model_type} come of a convolution that hears {reach} frames ahead of each: only models "
+        f"positions of {config.model_type} come from a convolution that hears {reach} frames ahead: only models "
         "with relative positions can stream"
     )
 

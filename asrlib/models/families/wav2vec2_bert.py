@@ -1,8 +1,8 @@
 """The latent twin of transformers' Wav2Vec2BertForCTC: a Conformer on log-mel features.
 
-Its usual positions, relative_key, add (q_i · e_{i−j}) / √d_h to the scores, an embedding e for each distance within a
-window (Shaw et al. 2018, arXiv 1803.02155). Only queries meet them: keys and values are made of the same inputs, and a
-joint latent serves both. With rotary positions it can not (`latent_twin.check_layout`).
+Its usual positions, relative_key, add (q_i · e_{i−j}) / √d_h to the scores, an embedding e for each distance within
+a window (Shaw et al. 2018, arXiv 1803.02155). They change neither keys nor values, which read the same input, so a
+joint latent serves both. With rotary positions it cannot (`latent_twin.check_layout`).
 """
 
 from huggingface_hub.dataclasses import strict
@@ -12,21 +12,21 @@ from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2Ber
 from asrlib.models.family import Family
 from asrlib.models.latent_twin import LatentConfig, LatentProjections
 
-# What SeamlessM4TFeatureExtractor does, and a model's config does not say, in samples at 16 kHz.
+# Samples at 16 kHz of SeamlessM4TFeatureExtractor; a model's config does not hold them.
 WINDOW = 400
 HOP = 160
-STRIDE = 2  # features are two neighbouring frames of mel energies
+STRIDE = 2  # frames of mel energies in a frame of features
 
 
 @strict
 class Wav2Vec2BertMLAConfig(LatentConfig, Wav2Vec2BertConfig):
-    """Wav2Vec2BertConfig plus what `LatentConfig` says of the latent."""
+    """Wav2Vec2BertConfig with the settings of `LatentConfig`."""
 
     model_type = "wav2vec2-bert-mla"
 
 
 def input_length(config: Wav2Vec2BertConfig, samples: int) -> int:
-    """Frames of features of so many samples."""
+    """Frames of features of `samples` samples."""
     return max(0, 1 + (samples - WINDOW) // HOP) // STRIDE
 
 
@@ -36,7 +36,7 @@ def samples_per_frame(config: Wav2Vec2BertConfig) -> int:
 
 def check_streaming(config: Wav2Vec2BertConfig) -> None:
     """Raises ValueError: the features need the whole recording."""
-    raise ValueError(f"features of {config.model_type} are normalised over whole recordings, so it can not stream")
+    raise ValueError(f"features of {config.model_type} are normalised over whole recordings, so it cannot stream")
 
 
 class LatentSelfAttention(LatentProjections, Wav2Vec2BertSelfAttention):
@@ -48,7 +48,7 @@ class LatentSelfAttention(LatentProjections, Wav2Vec2BertSelfAttention):
 
 
 class Wav2Vec2BertMLAForCTC(Wav2Vec2BertForCTC):
-    """Wav2Vec2BertForCTC with latent keys and values in its encoder; an adapter behind that keeps its own."""
+    """Wav2Vec2BertForCTC with latent keys and values in its encoder; an adapter keeps its own."""
 
     config_class = Wav2Vec2BertMLAConfig
     config: Wav2Vec2BertMLAConfig

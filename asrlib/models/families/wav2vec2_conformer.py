@@ -1,7 +1,7 @@
 """The latent twin of transformers' Wav2Vec2ConformerForCTC.
 
-Only what produces keys and values is replaced; queries, relative positions and everything else are the
-parent's own. In relative-position attention
+Only the projections of keys and values are replaced; queries, relative positions and everything else are the parent's.
+In relative-position attention
 
     score(i, j) = ((q_i + u)·k_j + (q_i + v)·p_{i−j}) / √d_h        (Transformer-XL, arXiv 1901.02860, 3.3)
 
@@ -21,23 +21,24 @@ from asrlib.attention.kinds import KeyValueMemory, LatentMemory, RelativeAttenti
 from asrlib.models.family import Family
 from asrlib.models.latent_twin import LatentConfig, latent_kv, with_classes
 
-BLOCK_FRAMES = 256  # of the feature encoder at once: some 5 s, for which its widest layer takes 32 MB
+BLOCK_FRAMES = 256  # of the feature encoder at once: 5 s, in which its widest layer takes 32 MB
 
 
 @strict
 class Wav2Vec2ConformerMLAConfig(LatentConfig, Wav2Vec2ConformerConfig):
-    """Wav2Vec2ConformerConfig plus what `LatentConfig` says of the latent."""
+    """Wav2Vec2ConformerConfig with the settings of `LatentConfig`."""
 
     model_type = "wav2vec2-conformer-mla"
 
 
 class BlockedSelfAttention(KeyValueMemory, Wav2Vec2ConformerSelfAttention):
-    """The parent's parameters and results, by `attention.relative`: in blocks of queries, with projected positions kept
-    from call to call, and able to stream. Rotary positions, or none, are worked by the parent."""
+    """The parent's parameters and results, by `attention.relative`: in blocks of queries, with projected positions that
+    stay from call to call, and able to stream. The parent handles rotary positions, or none."""
 
     def forward(self, hidden_states, attention_mask=None, relative_position_embeddings=None, **kwargs):
-        worked_by = RelativeAttention if self.position_embeddings_type == "relative" else Wav2Vec2ConformerSelfAttention
-        return worked_by.forward(self, hidden_states, attention_mask, relative_position_embeddings, **kwargs)
+        relative = self.position_embeddings_type == "relative"
+        kind = RelativeAttention if relative else Wav2Vec2ConformerSelfAttention
+        return kind.forward(self, hidden_states, attention_mask, relative_position_embeddings, **kwargs)
 
 
 class LatentSelfAttention(LatentMemory, BlockedSelfAttention):
@@ -50,9 +51,9 @@ class LatentSelfAttention(LatentMemory, BlockedSelfAttention):
 
 
 class BlockedFeatureEncoder(Wav2Vec2ConformerFeatureEncoder):
-    """The parent's parameters and results, in evaluation worked in blocks of frames, so that memory grows with the
-    frames and not with the samples, of which the first convolutions make so many more. An encoder that normalises over
-    all frames is worked by the parent."""
+    """The parent's parameters and results. Evaluation works in blocks of frames: memory grows with the output's frames,
+    not with the much larger outputs of the first convolutions. The parent handles an encoder that normalises over all
+    frames."""
 
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:
         over_all_frames = isinstance(self.conv_layers[0], Wav2Vec2ConformerGroupNormConvLayer)
@@ -79,18 +80,18 @@ IN_BLOCKS = {
 
 
 def frames(model: Wav2Vec2ConformerForCTC, input_values: torch.Tensor) -> torch.Tensor:
-    """What the layers read: samples [B, S] → [B, T, D]."""
+    """The layers' input: samples [B, S] → [B, T, D]."""
     base = model.wav2vec2_conformer
     return base.feature_projection(base.feature_extractor(input_values).transpose(1, 2))[0]
 
 
 def logits(model: Wav2Vec2ConformerForCTC, x_BTD: torch.Tensor) -> torch.Tensor:
-    """Of what the last layer gives: [B, T, D] → [B, T, V]."""
+    """The last layer's output [B, T, D] → logits [B, T, V]."""
     return model.lm_head(model.wav2vec2_conformer.encoder.layer_norm(x_BTD))
 
 
 def check_streaming(config: Wav2Vec2ConformerConfig) -> None:
-    """Raises ValueError where something in the model takes the whole recording."""
+    """Raises ValueError where some part of the model needs the whole recording."""
     if config.position_embeddings_type != "relative":
         raise ValueError(f"positions are {config.position_embeddings_type}: only relative ones can stream")
     if config.feat_extract_norm == "group":
@@ -98,7 +99,7 @@ def check_streaming(config: Wav2Vec2ConformerConfig) -> None:
             "the feature encoder normalises over whole recordings: only feat_extract_norm: layer can stream"
         )
     if config.add_adapter:
-        raise ValueError("the adapter behind the encoder can not stream: convert a model without one")
+        raise ValueError("the adapter behind the encoder cannot stream: convert a model without one")
 
 
 class Wav2Vec2ConformerMLAForCTC(Wav2Vec2ConformerForCTC):

@@ -1,10 +1,10 @@
 """The latent twin of transformers' WhisperForConditionalGeneration.
 
-Its encoder's self-attention, its decoder's self-attention and its cross-attention can each be latent or stay as they
-are. The encoder hears a whole window at once and keeps nothing; `generate` keeps the decoder's tokens, and of every
-decoder layer keys and values of all frames, which are there before the first token. Keys have no bias and positions are
-added before the first layer, so keys and values read the same in all three, and a joint latent serves both. In
-cross-attention all layers read the same, the encoder's output: one latent can serve all of them (`latent_shared`).
+The encoder's self-attention, the decoder's self-attention and the cross-attention can each be latent or stay standard.
+The encoder processes a whole window at once and keeps nothing. `generate` caches keys and values of the decoder's
+tokens and, in cross-attention of every layer, of all frames, before the first token. Keys have no bias, and positions
+are added before the first layer, so keys and values read the same input in all three, and a joint latent serves both.
+Cross-attention of all layers reads the encoder's output, so that one latent can serve all layers (`latent_shared`).
 
 Shapes: B batch, H heads, n queries, T frames or tokens attended to, m = H·n, D width, E = D / H, R latent width.
 """
@@ -22,17 +22,17 @@ from asrlib.models.family import Family
 from asrlib.models.heads import Decoder
 from asrlib.models.latent_twin import LatentConfig, LatentProjections
 
-PARTS = ("encoder", "decoder", "cross")  # self-attention of either, and the decoder's to the encoder's frames
-CACHED = ("decoder", "cross")  # of which `generate` keeps something
+PARTS = ("encoder", "decoder", "cross")  # self-attention of both, and the decoder's attention to the encoder's frames
+CACHED = ("decoder", "cross")  # parts whose keys and values `generate` caches
 HOP = 160  # samples
 SAMPLES_PER_FRAME = 2 * HOP
 
 
 @strict
 class WhisperMLAConfig(LatentConfig, WhisperConfig):
-    """WhisperConfig plus what `LatentConfig` says of the latent, and `latent_parts`, which attention has one: any of
+    """WhisperConfig with the settings of `LatentConfig`, and `latent_parts`, whose attention is latent: any of
     encoder, decoder and cross. `latent_dim` has a width for each of their modules, in this order, first layer first.
-    `latent_shared`: cross-attention of all layers has one latent, joint and of one width, of which one copy is kept.
+    `latent_shared`: cross-attention of all layers shares one joint latent, and one copy of it is cached.
     """
 
     model_type = "whisper-mla"
@@ -67,15 +67,15 @@ def check_shared(parts: list[str] | tuple[str, ...], layout: str) -> None:
     """Raises ValueError unless cross-attention with such latents can share one."""
     if "cross" not in parts or layout != "joint":
         raise ValueError(
-            f"what layers share is a joint latent of cross-attention, not a {layout} one of {', '.join(parts)}: leave "
+            f"layers can share a joint latent of cross-attention, not a {layout} latent of {', '.join(parts)}: leave "
             "shared out, or use layout: joint and parts with cross"
         )
 
 
 def check_streaming(config: WhisperConfig) -> None:
-    """Raises ValueError: the encoder hears windows as a whole."""
+    """Raises ValueError: the encoder needs whole windows."""
     seconds = config.max_source_positions * SAMPLES_PER_FRAME / 16_000
-    raise ValueError(f"{config.model_type} hears windows of {seconds:g} s as a whole, so it can not stream")
+    raise ValueError(f"{config.model_type} hears windows of {seconds:g} s as a whole, so it cannot stream")
 
 
 def parts(model: WhisperForConditionalGeneration) -> dict[str, list[nn.Module]]:
@@ -92,7 +92,7 @@ def _places(model: WhisperForConditionalGeneration, part: str) -> list[tuple[nn.
 def generate_and_keep(
     model: WhisperForConditionalGeneration, features_BFS: torch.Tensor, **how
 ) -> tuple[torch.Tensor, EncoderDecoderCache]:
-    """(what `model.generate` gives of a batch's features, the very cache that it kept of all hypotheses)."""
+    """(output of `model.generate` for a batch of features, the cache that it filled, with all hypotheses)."""
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     return model.generate(features_BFS, past_key_values=cache, **how), cache
 
@@ -100,9 +100,9 @@ def generate_and_keep(
 class LatentWhisperAttention(LatentProjections, WhisperAttention):
     """Attention whose keys and values come from a latent.
 
-    That is what a cache of transformers holds then, in the place of the keys [B, 1, T, R]; in that of the values are
-    no numbers [B, 1, T, 0], or a split latent's second half. `form`: see `kinds.LatentMemory`. `kept_by`: the layer
-    whose place in the cache has the latent that this one reads; its own, but where layers share one.
+    A cache of transformers then holds the latent in place of the keys [B, 1, T, R]. In place of the values it holds no
+    numbers [B, 1, T, 0], or the second half of a split latent. `form`: see `kinds.LatentMemory`. `kept_by` is the layer
+    whose place in the cache holds this layer's latent: its own, unless layers share one.
     """
 
     form = "auto"
@@ -143,7 +143,7 @@ class LatentWhisperAttention(LatentProjections, WhisperAttention):
         return self.out_proj(output_BnHE.flatten(2)), weights
 
     def _latents(self, x_BnD, frames_BTD, cache: Cache | None) -> tuple[torch.Tensor, ...]:
-        """The latents [B, T, R] of all that is attended to; the cache keeps them."""
+        """The latents [B, T, R] of all frames or tokens attended to; the cache keeps them."""
         crossed, there = frames_BTD is not None, False
         if isinstance(cache, EncoderDecoderCache):
             if crossed:
@@ -178,9 +178,9 @@ class LatentWhisperAttention(LatentProjections, WhisperAttention):
         return self._kernel(self, query_BHnE, key_BHTE, value_BHTE, mask_B1nT, **how)
 
     def _absorbed(self, query_BHnE, latents, mask_B1nT, **kwargs):
-        """Queries go to the latents, all heads' as rows of one matrix, so that latents are read once for all of them.
+        """Projects queries to the latents. Those of all heads are rows of one matrix, which reads the latents once.
 
-        b_k adds the same to all scores of a query, which softmax takes away; b_v passes, as weights add up to one.
+        b_k adds the same to all scores of a query, and softmax cancels it. b_v is added at the end: weights sum to 1.
         """
         heads = (self.num_heads, self.head_dim)
         up_k_HER, up_v_HER = (up.weight.unflatten(0, heads) for up in (self.latent_kv.up_k, self.latent_kv.up_v))
@@ -208,7 +208,7 @@ class LatentWhisperAttention(LatentProjections, WhisperAttention):
 
 
 def _held(cache: Cache, layer: int) -> tuple[torch.Tensor, ...]:
-    """The latents [B, T, R] in a layer's place."""
+    """The latents [B, T, R] in a layer's place of the cache."""
     return tuple(one[:, 0] for one in (cache.layers[layer].keys, cache.layers[layer].values) if one.shape[-1])
 
 
