@@ -233,6 +233,7 @@ CALLS = [  # words, what is said, exit status
     (["latin"], "latin.yaml is not text in UTF-8 (see its byte 5): save it in UTF-8", 2),
     (["all", "--set", "model=models/latent"], "models/latent, which is latent already: give the one it was", 2),
     (["all", "--set", "convert_to=gqa", "method=mean"], "'convert_to' is gqa, which a wav2vec2-conformer cannot", 2),
+    (["all", "--set", "train_split=test"], "'train_split': calibration on 'test' would spoil the test: give a", 2),
     (["all", "--set", "parts=[]"], "parts is [], but attention of wav2vec2-conformer is of the encoder", 2),
     (["all", "--set", "parts=[decoder]"], "but attention of wav2vec2-conformer is of the encoder: give a list of", 2),
     (
