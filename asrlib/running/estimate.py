@@ -248,8 +248,9 @@ def _lines(estimated: dict) -> Iterator[str]:
 
 
 def _line(what: str, part: dict) -> str:
-    seconds = "?" if part["seconds"] is None else duration(part["seconds"])
-    return _row(what, seconds if part.get("whole", True) else f"> {seconds}", part.get("source", ""))
+    whole = part.get("whole", part["seconds"] is not None)
+    amount = duration(part["seconds"]) if part["seconds"] or whole else "?"
+    return _row(what, amount if whole or amount == "?" else f"> {amount}", part.get("source", ""))
 
 
 def _row(what: str, amount: str, source: str = "") -> str:
