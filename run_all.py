@@ -3,20 +3,19 @@
     python run_all.py demo                                      params/demo.yaml → reports/demo/index.html
     python run_all.py quick --set model=/path/to/model epochs=2 --name trial
     python run_all.py demo --from 04_evaluate                   this step and all after it, again
-    python run_all.py demo --estimate                           what it would take here: starts nothing
-    python run_all.py baselines --engine ray                    members of a sweep side by side, on a cluster perhaps
+    python run_all.py demo --estimate                           the time and memory it would take here; runs nothing
+    python run_all.py baselines --engine ray                    several members of a sweep at once, or on a cluster
     python run_all.py --list                                    params files and runs
-    python run_all.py --verify reports/demo                     are its files and word errors what the run made?
-    python run_all.py --diff reports/demo reports/wider         what is different: parameters, code, results
+    python run_all.py --verify reports/demo                     are its files and word errors still those of the run?
+    python run_all.py --diff reports/demo reports/wider         the differences: parameters, code, results
     python run_all.py --index                                   reports/index.html: all runs, in a table that sorts
 
-Called again, it skips what is unchanged and resumes what was interrupted.
+A second call skips what is unchanged and resumes what was interrupted.
 
 A params file with `sweep` asks for several runs, reports/<run>/<member>/, and for the steps that compare them. --set,
---force and --from hold for every member and for the comparison; a step that only the comparison has, for it alone.
---engine ray runs the members as tasks of Ray, on this machine; ray://auto on the cluster it is part of, and
-ray://HOST:PORT on another. All machines see the project under one path; --storage says where the reports are if they do
-not see those.
+--force and --from hold for every member and for the comparison. --engine ray runs the members as tasks of Ray on this
+machine, ray://auto on the cluster that this machine is part of, ray://HOST:PORT on another. All machines see the
+project under one path. If they do not share its reports, --storage names the place where these are kept.
 """
 
 import argparse
@@ -32,8 +31,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from asrlib.running.command_line import add_debug, sentence, tell
 from asrlib.runs import BadParameter, Run, asked_steps, find_notebooks, progress, write_json
 
-if TYPE_CHECKING:  # functions import what takes long, so that a list or a refused call is answered at once
+if TYPE_CHECKING:  # functions import slow modules themselves, so that a list or a refused call is answered at once
     from asrlib.running.parameters import Schema
+    from asrlib.running.sweeps import Member
 
 ROOT = Path(__file__).resolve().parent
 LONGEST_NAME = 200  # bytes of a run folder's name; file systems end at 255
@@ -45,23 +45,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("params", nargs="?", metavar="NAME", help="params/NAME.yaml, or the path of a YAML file")
-    add("--set", nargs="+", action="extend", default=[], metavar="name=value", help="go before the file's")
+    add("--set", nargs="+", action="extend", default=[], metavar="name=value", help="values that replace the file's")
     add("--name", metavar="RUN", help="run folder below reports/ (default: NAME; auto: NAME and the time)")
     add("--from", dest="start", metavar="STEP", help="run this step and all after it again")
     add("--force", action="store_true", help="run every step again")
-    add("--estimate", action="store_true", help="measure what the run would take here, start nothing")
+    add("--estimate", action="store_true", help="say what time and memory the run would take here; run nothing")
     add(
         "--engine",
         default="local",
-        help="of a sweep's members: local (one after another), ray, ray://auto, ray://HOST:PORT",
+        help="where the members of a sweep run: local (one after another), ray, ray://auto, ray://HOST:PORT",
     )
-    add("--cpus", type=float, metavar="N", help="that Ray gives each member (default: 1)")
-    add("--gpus", type=float, metavar="N", help="that Ray gives each member (default: 1 where there are any)")
-    add("--storage", metavar="URL", help="where Ray's machines keep the reports if they share none (s3://...)")
+    add("--cpus", type=float, metavar="N", help="CPUs for each member on Ray (default: 1)")
+    add("--gpus", type=float, metavar="N", help="GPUs for each member on Ray (default: 1 if there are any)")
+    add("--storage", metavar="URL", help="URL for the reports, if Ray's machines do not share a folder (s3://...)")
     add("--list", action="store_true", help="show params files and runs")
-    add("--verify", type=Path, metavar="FOLDER", help="check a report's files and count its word errors again")
-    add("--diff", nargs=2, type=Path, metavar="FOLDER", help="say what is different between two runs")
-    add("--index", action="store_true", help="write reports/index.html, over all runs")
+    add("--verify", type=Path, metavar="FOLDER", help="check the files of a run, and count its word errors again")
+    add("--diff", nargs=2, type=Path, metavar="FOLDER", help="show the differences between two runs")
+    add("--index", action="store_true", help="write reports/index.html, a table of all runs")
     add("--root", type=Path, default=ROOT, help="project folder (default: where run_all.py is)")
     add_debug(parser)
     args = parser.parse_args(argv)
@@ -70,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_together(args: argparse.Namespace, refuse: Callable[[str], NoReturn]) -> None:
-    """Refuse options that contradict each other, or would have no effect."""
+    """Refuse options that contradict each other or would have no effect."""
 
     def given(**options: Any) -> list[str]:
         return [f"--{name}" for name, value in options.items() if value not in (None, False, [], "local")]
@@ -83,13 +83,13 @@ def check_together(args: argparse.Namespace, refuse: Callable[[str], NoReturn]) 
     if len(looks) > 1:
         refuse(f"{' and '.join(looks)} ask for different things: give one of them")
     if looks and args.params:
-        refuse(f"{looks[0]} runs nothing, and {args.params!r} is to be run: give one of them")
+        refuse(f"{looks[0]} runs nothing, but {args.params!r} asks for a run: give one of them")
     if looks and of_a_run + of_a_sweep:
-        refuse(f"{(of_a_run + of_a_sweep)[0]} belongs to a params file that is to be run: leave it out with {looks[0]}")
+        refuse(f"{(of_a_run + of_a_sweep)[0]} has no effect without a params file: leave it out with {looks[0]}")
     if args.force and args.start:
-        refuse("--force asks for every step again, --from for some of them: give one of them")
+        refuse("--force runs every step again, --from only some steps: give one of them")
     if args.estimate and of_a_sweep:
-        refuse(f"{of_a_sweep[0]} says where members run, and --estimate starts none: give one of them")
+        refuse(f"{of_a_sweep[0]} says where members run, but --estimate runs nothing: give one of them")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,8 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return do(args, args.root.resolve())
     except KeyboardInterrupt:
-        resumes = "The same command, given again, resumes here." if starts_something(args) else "Nothing was kept."
-        print(f"\nInterrupted. {resumes}", file=sys.stderr)
+        advice = "The same command, given again, resumes here." if starts_something(args) else "Nothing was kept."
+        print(f"\nInterrupted. {advice}", file=sys.stderr)
         return 130
     except Exception as error:
         return end(error, args)
@@ -117,7 +117,7 @@ def starts_something(args: argparse.Namespace) -> bool:
 
 
 def end(error: Exception, args: argparse.Namespace) -> int:
-    """Say what went wrong, in a sentence; the exit status."""
+    """Say what went wrong, in a sentence; return the exit status."""
     if isinstance(error, BadParameter):
         tell(str(error), error, args.debug)
         return 2
@@ -127,9 +127,10 @@ def end(error: Exception, args: argparse.Namespace) -> int:
     if isinstance(error, RunLocked):
         tell(str(error), error, args.debug)
         return 2
-    said = str(error) if isinstance(error, StepFailed) else with_advice(sentence(error))
-    resumes = isinstance(error, StepFailed | OSError) and starts_something(args)
-    tell(f"{said}\nThe same command, given again, resumes there." if resumes else said, error, args.debug)
+    message = str(error) if isinstance(error, StepFailed) else with_advice(sentence(error))
+    if isinstance(error, StepFailed | OSError) and starts_something(args):
+        message += "\nThe same command, given again, resumes there."
+    tell(message, error, args.debug)
     return 1
 
 
@@ -140,7 +141,7 @@ def run_all(args: argparse.Namespace, root: Path) -> int:
 
     notebooks = find_notebooks(root)
     if not notebooks:
-        raise BadParameter(f"{root} is no project folder: it holds no notebooks/NN_*.ipynb, see --root")
+        raise BadParameter(f"{root} is not a project folder: it holds no notebooks/NN_*.ipynb, see --root")
     file = parameters.find_params(root, args.params)
     schema = parameters.Schema(notebooks)
     if args.start:
@@ -159,7 +160,8 @@ def run_sweep(args: argparse.Namespace, root: Path, run: Run, file: Path, schema
     sweep = sweeps.read_sweep(root, run, file, args.set, schema)
     redo = steps_to_redo(args, sweep.step_names)
     if args.estimate:
-        return show_estimate(root, schema, sweep.members, redo, sweep)
+        comparison = sweeps.Member(run, sweep.values, sweeps.plan_comparison(sweep, sweep.members))
+        return show_estimate(root, schema, [*sweep.members, comparison], redo)
     for member in sweep.members:
         check_model(schema.defaults | member.values, [step.name for step in member.steps])
     from asrlib.running import cluster
@@ -171,10 +173,10 @@ def run_sweep(args: argparse.Namespace, root: Path, run: Run, file: Path, schema
 
 def run_one(args: argparse.Namespace, root: Path, run: Run, file: Path, schema: "Schema") -> int:
     """Run the steps that `file` asks for."""
-    asked = {"engine": args.engine, "cpus": args.cpus, "gpus": args.gpus, "storage": args.storage}
-    for option, value in asked.items():
+    options = {"engine": args.engine, "cpus": args.cpus, "gpus": args.gpus, "storage": args.storage}
+    for option, value in options.items():
         if value not in (None, "local"):
-            raise BadParameter(f"--{option} {value} is for the members of a sweep, which {file.name} is not")
+            raise BadParameter(f"--{option} {value} is for the members of a sweep, but {file.name} is not a sweep")
     values, names = read_values(file, args.set, schema, list(schema.parameters))
     redo = steps_to_redo(args, names)
     from asrlib.running import pipeline, sweeps, workplace
@@ -188,15 +190,15 @@ def run_one(args: argparse.Namespace, root: Path, run: Run, file: Path, schema: 
         say(f"params {file.name} → {run.path}")
         for name in redo:
             run.discard(name)
-        some = {} if names == list(schema.parameters) else {"steps": names}
-        write_json(run.path / "params.json", values | some)
+        chosen = {} if names == list(schema.parameters) else {"steps": names}
+        write_json(run.path / "params.json", values | chosen)
         pipeline.run_steps(steps, place, say, command_of(args))
         say(str(run.path / "index.html"))
     return 0
 
 
 def say(text: str) -> None:
-    """Print it, and write it to the log of the run at work."""
+    """Print `text`, and write it to the log of the run."""
     from asrlib.running.workplace import log
 
     log.info(text)
@@ -204,14 +206,14 @@ def say(text: str) -> None:
 
 
 def look_at(args: argparse.Namespace, root: Path) -> int:
-    """What --verify, --diff and --index ask of runs that are there."""
+    """Do what --verify, --diff or --index asks of finished runs."""
     from asrlib.reporting import runs_page
     from asrlib.running import differences, verification
 
     if args.verify:
-        found = verification.verify(root / args.verify)
-        print(verification.as_text(found))
-        return int(any(one.problems for one in found.values()))
+        verified = verification.verify(root / args.verify)
+        print(verification.as_text(verified))
+        return int(any(result.problems for result in verified.values()))
     if args.diff:
         from asrlib.running.parameters import Schema
 
@@ -222,23 +224,17 @@ def look_at(args: argparse.Namespace, root: Path) -> int:
     return 0
 
 
-def show_estimate(*planned: Any) -> int:
-    """Print what the run or sweep would take; it is kept in the run folders, and nothing is run."""
-    from asrlib.running.cost_card import as_text
-    from asrlib.running.estimate import estimate
+def show_estimate(root: Path, schema: "Schema", runs: list["Member"], redo: list[str]) -> int:
+    """Print what `runs` would take. The estimates are kept in their folders, and nothing is run."""
+    from asrlib.running.estimate import as_text, estimate
 
-    begin, screen = time.monotonic(), sys.stderr  # which libraries are kept from
-
-    def say(measured: str) -> None:
-        print(f"measuring {measured} ({time.monotonic() - begin:.0f} s)", file=screen, flush=True)
-
-    say("how long: a minute or two for a small model, ten and more for the published one on a CPU")
-    print(as_text(estimate(*planned, say=say)))
+    print("measuring: a minute or two for a small model, longer for a large one on a CPU", file=sys.stderr, flush=True)
+    print(as_text(estimate(root, schema.defaults, runs, redo)))
     return 0
 
 
 def steps_to_redo(args: argparse.Namespace, names: list[str]) -> list[str]:
-    """Those of the steps `names` that --force and --from ask for, changed or not."""
+    """The steps among `names` that run again, changed or not, because of --force or --from."""
     from asrlib.running.parameters import known_step
 
     start = known_step(args.start, names, "--from") if args.start else len(names)
@@ -246,7 +242,7 @@ def steps_to_redo(args: argparse.Namespace, names: list[str]) -> list[str]:
 
 
 def command_of(args: argparse.Namespace) -> str:
-    """What makes this run again from nothing."""
+    """The command that makes this run from nothing."""
     words = ["python", "run_all.py", args.params]
     words += ["--set", *args.set] if args.set else []
     words += ["--name", args.name] if args.name and args.name != "auto" else []
@@ -256,7 +252,7 @@ def command_of(args: argparse.Namespace) -> str:
 def read_values(
     file: Path, assignments: list[str], schema: "Schema", steps: list[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Checked parameters of the file and --set, and the steps that run (the file's `steps`, or all)."""
+    """The checked parameters of the file and of --set, and the steps that run: the file's `steps`, or all."""
     from asrlib.running.parameters import read_assignments, read_params_file
     from asrlib.running.preflight import checked
 
@@ -272,7 +268,7 @@ def run_name(name: str | None, file: Path) -> str:
     if len(name.encode()) > LONGEST_NAME:
         raise BadParameter(f"--name {name!r} is too long for a folder: give it at most {LONGEST_NAME} bytes")
     if name.startswith((".", "-")) or name == "examples":
-        raise BadParameter(f"--name {name!r} is taken: name the run otherwise, without a leading dot or dash")
+        raise BadParameter(f"--name {name!r} is reserved: choose another name, without a leading dot or dash")
     return name
 
 
@@ -291,8 +287,8 @@ def listing(root: Path) -> str:
             runs[folder.name] = f"{len(done)} of {len(steps)} step{'s' * (len(steps) > 1)} completed"
     width = max(19, *map(len, params | runs))
     lines = []
-    for title, said in (("params", params), ("runs", runs)):
-        lines += [title, *(f"  {name:<{width}} {text}".rstrip() for name, text in said.items())]
+    for title, texts in (("params", params), ("runs", runs)):
+        lines += [title, *(f"  {name:<{width}} {text}".rstrip() for name, text in texts.items())]
     return "\n".join(lines)
 
 

@@ -18,8 +18,8 @@ LINES = 400
 CODE_LINES = 120  # of a notebook, its parameters included, without blank lines and comments
 REACH = {  # files of asrlib that a notebook may depend on
     "00_baseline": 68,
-    "01_convert": 63,
-    "02_analyze_svd_error": 70,
+    "01_convert": 64,
+    "02_analyze_svd_error": 71,
     "03_finetune": 53,
     "04_evaluate": 61,
     "05_benchmark": 77,

@@ -320,6 +320,12 @@ def unpadded(model: nn.Module, frames_B: torch.Tensor) -> Iterator[torch.Tensor]
         yield torch.arange(int(frames_B.max()), device=frames_B.device) < frames_B[:, None]
 
 
+def check_calibration(split: str) -> None:
+    """Raises ValueError for a test split."""
+    if "test" in split:
+        raise ValueError(f"calibration on {split!r} would spoil the test: give a training split")
+
+
 def collect_statistics(
     model: PreTrainedModel,
     processor,
@@ -340,8 +346,7 @@ def collect_statistics(
     """
     check_loaded(model, processor)
     check_corpus(corpus)
-    if "test" in corpus.split:
-        raise ValueError(f"calibration on {corpus.split!r} would spoil the test: give a training split")
+    check_calibration(corpus.split)
     home, device = choose_device(None, model), choose_device(device, model)
     corpus = corpus.excerpt(max_seconds)
     dataset = SpeechDataset(corpus, processor)

@@ -68,6 +68,14 @@ class Rejected:
     where: str
 
 
+class NoSuchSplit(FileNotFoundError, ValueError):
+    """A corpus has no split of that name; the message names those that it has."""
+
+    def __init__(self, message: str, split: str):
+        super().__init__(message)
+        self.split = split
+
+
 def check_corpus(corpus: Any) -> None:
     """Raises TypeError where `corpus` is no Corpus, but for example the name of one."""
     if not isinstance(corpus, Corpus):

@@ -16,7 +16,7 @@ import datasets
 import pyarrow
 from pyarrow import parquet
 
-from asrlib.data.corpus import UNKNOWN_SPEAKER, Corpus, Row, gather, named
+from asrlib.data.corpus import UNKNOWN_SPEAKER, Corpus, NoSuchSplit, Row, gather, named
 
 T = TypeVar("T")
 P = TypeVar("P", bound=PurePath)
@@ -146,7 +146,7 @@ def choose_split(tables: dict[tuple[str, str], T], split: str | None, folder: Pa
         if keys:
             return split, tables[keys[0]]
     names = ", ".join(f"{configuration}/{name}".lstrip("/") for configuration, name in tables)
-    raise FileNotFoundError(f"no split '{split}' in {folder}; splits found: {names}")
+    raise NoSuchSplit(f"no split '{split}' in {folder}; splits found: {names}", split)
 
 
 # ---- from a table to a corpus ------------------------------------------------------------------------------

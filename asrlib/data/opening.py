@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from asrlib.data.corpus import HUB_ID, LONGEST_NAME, URL, Corpus, in_corpus, told_apart
+from asrlib.data.corpus import HUB_ID, LONGEST_NAME, URL, Corpus, NoSuchSplit, in_corpus, told_apart
 from asrlib.runs import resolve
 
 
@@ -142,7 +142,9 @@ def check_splits(source: str | os.PathLike, splits: Iterable[str]) -> None:
         raise FileNotFoundError(f"there is no corpus at {path}")
     missing = [split for split in asked if present is not None and split not in present]
     if missing:
-        raise ValueError(f"corpus {source} has no split {missing[0]!r}: it has {', '.join(sorted(present))}")
+        raise NoSuchSplit(
+            f"corpus {source} has no split {missing[0]!r}: it has {', '.join(sorted(present))}", missing[0]
+        )
 
 
 def _splits_in(folder: Path, asked: list[str]) -> list[str] | None:

@@ -231,12 +231,11 @@ def _filled(
 # ---- audio -------------------------------------------------------------------------------------------------
 
 
-def noise(seconds: float, count: int = 1, split: str = "all") -> Corpus:
-    """`count` utterances of noise, each `seconds` long: a model's time does not depend on the content of the audio."""
+def noise(seconds: float) -> Corpus:
+    """One utterance of noise in place of speech: a pass takes the same time, whatever the audio holds."""
     samples_S = np.random.default_rng(0).normal(scale=0.1, size=round(seconds * SAMPLE_RATE)).astype(np.float32)
     source = partial(_as_file, samples_S)
-    rows = [Utterance(f"noise-{i}", "A", "", len(samples_S) / SAMPLE_RATE, "memory", source) for i in range(count)]
-    return Corpus("noise", split, tuple(rows))
+    return Corpus("noise", "all", (Utterance("noise", "A", "", len(samples_S) / SAMPLE_RATE, "memory", source),))
 
 
 def _as_file(samples_S: np.ndarray) -> io.BytesIO:

@@ -18,19 +18,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from asrlib.attention.names import attends_across
 from asrlib.data.audio import SAMPLE_RATE
+from asrlib.models.heads import FEATURES_PER_SECOND
 from asrlib.models.registry import family_of, frame_counts
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def best_symbols(model: nn.Module, processor, inputs_1S: torch.Tensor) -> torch.Tensor:
-    """The work that is timed: a model's input [1, S, ...] → token ids, one a frame [1, T] or as it writes them."""
+def best_symbols(model: nn.Module, processor, inputs_1S: torch.Tensor, seconds: float | None = None) -> torch.Tensor:
+    """The work that is timed: a model's input [1, S, ...] → token ids, one a frame [1, T] or as it writes them.
+
+    `seconds` of speech in a window that is padded; without it, the whole window counts."""
     head, inputs_1S = family_of(model.config).head, inputs_1S.to(model.dtype)
     if not head.reads_labels:
         return model(inputs_1S).logits.argmax(-1)
     frames_1 = frame_counts(model, torch.tensor([inputs_1S.shape[1]], device=inputs_1S.device))
-    return head.recognised(model, processor, {model.main_input_name: inputs_1S}, None, frames_1)
+    batch = {model.main_input_name: inputs_1S}
+    if seconds is not None and attends_across(model.config):
+        heard_S = torch.arange(inputs_1S.shape[-1], device=inputs_1S.device) < round(seconds * FEATURES_PER_SECOND)
+        batch["attention_mask"] = heard_S[None].long()
+    return head.recognised(model, processor, batch, None, frames_1)
 
 
 def processor_of_each(systems: dict[str, nn.Module], processor) -> dict:

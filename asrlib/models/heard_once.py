@@ -35,6 +35,15 @@ class EncoderStates:
         self._states: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # [T, D]
 
     @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Every call computes: what is timed must do its work."""
+        limit, self.limit_bytes = self.limit_bytes, 0
+        try:
+            yield
+        finally:
+            self.limit_bytes = limit
+
+    @contextmanager
     def of(self, model: nn.Module) -> Iterator[None]:
         """The encoder of `model`, where a decoder attends to one, computes only what is not kept.
 

@@ -1,1 +1,1 @@
-"""What runs: parameters, plans, steps, sweeps, and what a run would take."""
+"""Runs: their parameters, plans, steps and sweeps, and what they would take."""

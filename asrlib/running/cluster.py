@@ -1,13 +1,13 @@
-"""The members of a sweep as tasks of Ray, on a cluster or on this machine's own cores.
+"""Runs the members of a sweep as tasks of Ray, on a cluster or on the cores of this machine.
 
     python run_all.py SWEEP --engine ray                  on this machine, as many members at once as it has room for
     python run_all.py SWEEP --engine ray://auto           on the cluster that this machine is part of
     python run_all.py SWEEP --engine ray://HOST:10001     on another one, through Ray's client
 
-Ray decides which machine runs a member, and runs it again where its worker is lost. What was done by then lies in the
-member's folder, so it goes on there. The project with its reports lies on storage that all machines see under one path.
-Where only the project does, --storage s3://BUCKET/FOLDER (any URL of fsspec) keeps the reports: a machine fetches a
-member from there before it starts, and sends what has changed when a step ends.
+Ray decides which machine runs a member. If its worker is lost, Ray runs the member again, which resumes from its
+folder. The project and its reports lie on storage that all machines see under one path. If they share the project only,
+--storage s3://BUCKET/FOLDER (any URL of fsspec) keeps the reports: a machine fetches a member from there before it
+starts, and sends what has changed when a step ends.
 """
 
 import logging
@@ -35,15 +35,15 @@ from asrlib.running.sweeps import IN_TURN, Engine, Failures, Member, Sweep, reas
 from asrlib.running.workplace import RunLocked, StepFailed, Workplace, locked, log, work_in
 from asrlib.runs import BadParameter
 
-RETRIES = 3  # of a member whose worker is lost
+RETRIES = 3  # for a member whose worker is lost
 POLL_SECONDS = 0.5
-ANSWER_SECONDS = 60.0  # until a machine says whether it sees a file, and until we see one that it wrote
-CANCEL_SECONDS = 10.0  # a worker that is told to stop ends its kernel first; then it is killed
-OBJECT_STORE_BYTES = 80 * 2**20  # nothing large goes through it; Ray wants 75 MiB at least
+ANSWER_SECONDS = 60.0  # for a machine to say whether it sees a file, and for its own files to show up here
+CANCEL_SECONDS = 10.0  # for a worker to end its kernel and stop; then it is killed
+OBJECT_STORE_BYTES = 80 * 2**20  # nothing large goes through it; Ray needs 75 MiB at least
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_raylet_start_wait_time_s": "60",  # a busy machine, or one whose files are far away, takes longer than 10 s
-    "RAY_worker_register_timeout_seconds": "300",  # likewise; ray.init waits for ever for a worker given up after 60 s
+    "RAY_raylet_start_wait_time_s": "60",  # 10 s are too few on a busy machine or with slow storage
+    "RAY_worker_register_timeout_seconds": "300",  # likewise: ray.init would wait forever for a worker given up
 }
 NEWS = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (\[(?:\d+/\d+|on \S+)\].*)")  # in a member's pipeline.log
 
@@ -55,24 +55,24 @@ NEWS = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (\[(?:\d+/\d+|on \S+)\].*)") 
 def engine_of(
     name: str, reports: Path, cpus: float | None = None, gpus: float | None = None, storage: str | None = None
 ) -> Iterator[Engine]:
-    """The engine called `name`: local, ray, ray://auto or ray://HOST:PORT; Ray is connected while the block runs.
+    """The engine called `name`: local, ray, ray://auto or ray://HOST:PORT. Ray is connected while the block runs.
 
-    reports: the folder of all runs. cpus, gpus: what each member gets (default: one CPU, and one GPU where the cluster
-    has any). storage: URL of a copy of `reports` for machines that do not share it. Raises BadParameter where there is
-    no such engine, Ray is not installed, no cluster answers, no machine of it has as much, one of them does not see
-    `reports`, or `storage` cannot be written to.
+    `reports`: the folder of all runs. `cpus`, `gpus`: what each member gets (default: one CPU, and one GPU if the
+    cluster has any). `storage`: URL of a copy of `reports` for machines that do not share it. Raises BadParameter where
+    there is no such engine, Ray is not installed, no cluster answers, no machine has enough CPUs or GPUs, a machine
+    does not see `reports`, or `storage` cannot be written to.
     """
     address = ray_address(name)
     if address is None:
         if (cpus, gpus, storage) != (None, None, None):
-            raise BadParameter("--cpus, --gpus and --storage belong to --engine ray: this is --engine local")
+            raise BadParameter("--cpus, --gpus and --storage belong to --engine ray, but this is --engine local")
         yield IN_TURN
         return
     _check_share(cpus, gpus)
     if storage:
         check_storage(storage)
     ray = _import_ray()
-    connected = ray.is_initialized()  # by a program that calls us: its connection is used, and left to it
+    connected = ray.is_initialized()  # by the program that calls us: its connection is used, and stays open
     try:
         if not connected:
             _connect(ray, address)
@@ -86,7 +86,7 @@ def engine_of(
 
 
 def ray_address(engine: str) -> str | None:
-    """What Ray calls the cluster that `--engine` asks for; None where members run in turn. Raises BadParameter."""
+    """Ray's address of the cluster that `--engine` names; None for local. Raises BadParameter."""
     name, separator, address = engine.partition("://")
     if engine == "local":
         return None
@@ -100,7 +100,7 @@ def _check_share(cpus: float | None, gpus: float | None) -> None:
         if number is not None and not (0 <= number <= 1 or (number > 1 and number == int(number))):
             raise BadParameter(f"{name} {number:g} should be a whole number, or a share of one")
     if cpus == 0 and not gpus:
-        raise BadParameter("--cpus 0 should stand beside --gpus above 0: each member must ask for something")
+        raise BadParameter("--cpus 0 needs --gpus above 0: each member must ask for something")
 
 
 def _import_ray() -> ModuleType:
@@ -115,7 +115,7 @@ def _import_ray() -> ModuleType:
 
 
 def _connect(ray: ModuleType, address: str) -> None:
-    library = Path(__file__).parent.parent  # which workers elsewhere must find as well
+    library = Path(__file__).parent.parent  # workers on other machines import it too
     options: dict[str, Any] = {"runtime_env": {"env_vars": {"PYTHONPATH": f"{library}:${{PYTHONPATH}}"}}}
     if address == "local":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -128,11 +128,13 @@ def _connect(ray: ModuleType, address: str) -> None:
         logs = " (more in its logs, as a rule /tmp/ray/session_latest/logs)" if address == "local" else ""
         raise BadParameter(f"no connection to Ray ({address}): {reason}{logs}") from error
     finally:
-        signal.signal(signal.SIGTERM, stop)  # Ray's own handler ends us at once, and leaves members running
+        signal.signal(
+            signal.SIGTERM, stop
+        )  # Ray's own handler would end this process at once and leave members running
 
 
 def _room(ray: ModuleType, cpus: float, gpus: float | None) -> tuple[dict[str, float], dict[str, str], int]:
-    """What each member asks Ray for, the machines that have as much (id → name), and how many members fit at once."""
+    """(what each member asks Ray for, {id: name} of the machines that have as much, how many members run at once)."""
     machines = [machine for machine in ray.nodes() if machine["Alive"]]
     if gpus is None:
         gpus = 1 if any(machine["Resources"].get("GPU", 0) >= 1 for machine in machines) else 0
@@ -152,14 +154,16 @@ def _room(ray: ModuleType, cpus: float, gpus: float | None) -> tuple[dict[str, f
 
 @contextmanager
 def _seen_by(ray: ModuleType, machines: dict[str, str], reports: Path) -> Iterator[Path]:
-    """A file in `reports` that all of `machines` see, there while the block runs. Raises BadParameter."""
+    """A file in `reports`, while the block runs. Raises BadParameter where one of `machines` cannot see it."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     reports.mkdir(parents=True, exist_ok=True)
     token = reports / f".tmp-seen-{uuid.uuid4().hex}"
     token.touch()
     try:
-        exists = ray.remote(lambda path: os.path.exists(path))  # needs nothing of asrlib, which may not be seen either
+        exists = ray.remote(
+            lambda path: os.path.exists(path)
+        )  # imports nothing of asrlib, which that machine may not see either
         asked = {}
         for node, machine in machines.items():
             there = NodeAffinitySchedulingStrategy(node, soft=False)
@@ -188,11 +192,11 @@ def _answer(ray: ModuleType, task: Any) -> bool:
 
 @dataclass
 class _Followed:
-    """A member that Ray runs, and how far it is by what it writes into its pipeline.log."""
+    """A member that Ray runs, followed by what it writes into its pipeline.log."""
 
     member: Member
     title: str
-    read: int = 0  # bytes of pipeline.log
+    read: int = 0  # bytes of pipeline.log that were read
     begun: float | None = None  # on our clock, s
 
     @property
@@ -200,7 +204,7 @@ class _Followed:
         return self.member.run.path / "pipeline.log"
 
     def news(self) -> list[str]:
-        """Where it runs and which step begins or ends, as written since the last look."""
+        """The lines, new since the last call, that say where it runs and which step begins or ends."""
         if not self.log.is_file():
             return []
         with open(self.log, "rb") as file:
@@ -208,26 +212,27 @@ class _Followed:
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
         self.read += len(whole)
-        return [found[1] for line in whole.decode(errors="replace").splitlines() if (found := NEWS.match(line))]
+        matches = map(NEWS.match, whole.decode(errors="replace").splitlines())
+        return [match[1] for match in matches if match]
 
 
 @dataclass(frozen=True)
 class _Cluster:
-    """What is connected, and what of it each member gets."""
+    """A connected cluster, and the share of each member."""
 
     ray: ModuleType
     resources: dict[str, float]  # of each member
     machines: dict[str, str]  # id → name, of those that can run one
     at_once: int
     token: Path | None  # all of them see it
-    storage: str | None  # where the reports are if they share none
+    storage: str | None  # URL of the reports if the machines do not share them
     mirrors: dict[str, Mirror] = field(default_factory=dict)  # of each member, here
 
     def url(self, sweep: Sweep, *member: str) -> str:
         return "/".join((self.storage.rstrip("/"), sweep.run.path.name, *member))
 
     def fetch(self, sweep: Sweep) -> None:
-        """Bring here what storage has of members that are not finished here, and of a comparison never begun here."""
+        """Fetch from storage the members that are not finished here, and a comparison that was never begun here."""
         for member in sweep.members if self.storage else ():
             mirror = self.mirrors[member.name] = Mirror(member.run.path, self.url(sweep, member.name))
             if not member.finished:
@@ -238,7 +243,7 @@ class _Cluster:
             self.comparison(sweep).fetch()
 
     def send(self, sweep: Sweep) -> None:
-        """Send the comparison; its members sent themselves."""
+        """Send the comparison; members have sent themselves."""
         if self.storage:
             self.comparison(sweep).send()
 
@@ -247,9 +252,9 @@ class _Cluster:
         return Mirror(sweep.run.path, self.url(sweep), without=others)
 
     def run_members(self, sweep: Sweep, place: Workplace, say: Callable[[str], None], command: str) -> Failures:
-        """Run the members that are not finished; returns the names of those that failed, and how.
+        """Run the members that are not finished; returns those that failed.
 
-        Each locks its own folder, on its machine; the sweep's own lock, of `place`, is held here.
+        Each member locks its own folder, on its machine. The lock of the sweep, of `place`, is held here.
         """
         waiting = []
         for number, member in enumerate(sweep.members, 1):
@@ -267,25 +272,25 @@ class _Cluster:
         work = self.ray.remote(max_retries=RETRIES, retry_exceptions=[RunLocked], **self.resources)(_work)
         tasks: dict[Any, _Followed] = {}
         try:
-            for one in waiting:
-                member, url = one.member, None
-                one.news()  # of earlier calls
+            for followed in waiting:
+                member, url = followed.member, None
+                followed.news()  # skip those of earlier calls
                 if self.storage:
-                    self.mirrors[member.name].send()  # that some steps are to run again
+                    self.mirrors[member.name].send()  # some of its steps may have to run again
                     url = self.url(sweep, member.name)
                 task = work.options(name=member.name).remote(member, sweep.root, command, self.token, url)
-                tasks[task] = one
+                tasks[task] = followed
             return self._follow(tasks, sweep, say, command)
         except BaseException:  # Ctrl-C, most often
             self._cancel(list(tasks))
             raise
         finally:
-            write_index(sweep.run.path, command)  # the page says who was interrupted
+            write_index(sweep.run.path, command)  # the page names the members that were interrupted
 
     def _follow(self, tasks: dict[Any, _Followed], sweep: Sweep, say: Callable[[str], None], command: str) -> Failures:
-        """Tell what the members do until all have ended."""
+        """Say what the members do until all have ended."""
         failures: Failures = []
-        took: list[float] = []  # seconds, of members that ran to their end
+        took: list[float] = []  # seconds, of members that are finished
         running, begin = dict(tasks), time.monotonic()
 
         def tell(text: str) -> None:
@@ -301,50 +306,51 @@ class _Cluster:
         ) as bar:
             while running:
                 ended, _ = self.ray.wait(list(running), timeout=POLL_SECONDS)
-                for one in running.values():
-                    for text in one.news():
-                        lost = "worker lost, goes on " if one.begun and text.startswith("[on ") else ""
-                        one.begun = one.begun or time.monotonic()
-                        tell(f"{one.title}: {lost}{text}")
+                for followed in running.values():
+                    for text in followed.news():
+                        lost = "worker lost, goes on " if followed.begun and text.startswith("[on ") else ""
+                        followed.begun = followed.begun or time.monotonic()
+                        tell(f"{followed.title}: {lost}{text}")
                 for task in ended:
-                    one = running.pop(task)
-                    failure = self._failure(task, one)
-                    seconds = time.monotonic() - (one.begun or begin)
+                    followed = running.pop(task)
+                    failure = self._failure(task, followed)
+                    seconds = time.monotonic() - (followed.begun or begin)
                     if failure is None:
                         took.append(seconds)
                     else:
-                        failures.append((one.member.name, failure))
-                        tell(f"{one.title}: {reasons(failures)[-1][0]}")
+                        failures.append((followed.member.name, failure))
+                        tell(f"{followed.title}: {reasons(failures)[-1][0]}")
                     write_index(sweep.run.path, command)
                     left = [other.member for other in running.values()]
                     ahead = time_left(seconds_ahead(sweep, left, took, self.at_once))
                     verb = "failed after" if failure else "took"
                     elapsed = duration(time.monotonic() - begin)
-                    tell(f"{one.title} {verb} {duration(seconds)} (elapsed {elapsed}{ahead})")
+                    tell(f"{followed.title} {verb} {duration(seconds)} (elapsed {elapsed}{ahead})")
                     bar.update()
-                bar.set_postfix_str(", ".join(one.member.name for one in running.values() if one.begun)[:80])
+                begun = [followed.member.name for followed in running.values() if followed.begun]
+                bar.set_postfix_str(", ".join(begun)[:80])
         order = [member.name for member in sweep.members]
         return sorted(failures, key=lambda failure: order.index(failure[0]))
 
-    def _failure(self, task: Any, one: _Followed) -> StepFailed | None:
-        """How a member that has ended failed, if it did."""
+    def _failure(self, task: Any, followed: _Followed) -> StepFailed | None:
+        """The failure of a member that has ended; None where it is finished."""
         try:
             failure = self.ray.get(task)
             if self.storage:
-                self.mirrors[one.member.name].fetch()
+                self.mirrors[followed.member.name].fetch()
             if failure:
                 return StepFailed(failure)
             give_up = time.monotonic() + ANSWER_SECONDS
-            while not one.member.finished and time.monotonic() < give_up:  # storage of many machines shows files late
+            while not followed.member.finished and time.monotonic() < give_up:  # shared storage shows files late
                 time.sleep(0.1)
-            if one.member.finished:
+            if followed.member.finished:
                 return None
-            reason = f"its machine says it is done, but {one.member.run.path} does not show that: is it shared?"
+            reason = f"its machine says it is done, but {followed.member.run.path} does not show that: is it shared?"
         except self.ray.exceptions.RayTaskError as error:
             reason = f"{type(error.cause).__name__}: {error.cause}"
-        except self.ray.exceptions.RayError as error:  # its worker was lost too often, most likely
+        except self.ray.exceptions.RayError as error:  # most likely its worker was lost too often
             reason = f"{type(error).__name__}: {error}"
-        return StepFailed(f"{reason.splitlines()[0]}\nlog: {one.log}")
+        return StepFailed(f"{reason.splitlines()[0]}\nlog: {followed.log}")
 
     def _cancel(self, tasks: list[Any]) -> None:
         for task in tasks:
@@ -355,9 +361,9 @@ class _Cluster:
 
 
 def _work(member: Member, root: Path, command: str, token: Path | None, url: str | None) -> str | None:
-    """In a worker of Ray: run a member; returns how it failed, if it did.
+    """Run a member in a worker of Ray; returns the message of its failure, or None.
 
-    token: a file in the reports, seen by all who share them; url: the member's copy for those who do not. Raises
+    `token`: a file in the reports that machines share. `url`: the copy of the member where they share none. Raises
     RunLocked, FileNotFoundError.
     """
     machine = socket.gethostname()

@@ -1,117 +1,61 @@
-"""The rates that an estimate is made of, measured on this machine: a little of the work, through the code of a run.
+"""What an estimate measures on this machine: a batch is transcribed, a few steps are trained.
 
-Times are seconds, audio is in seconds with the padding of its batches. What would take longer than LONGEST is measured
+Times are seconds per second of audio, with the padding of its batches. What would take longer than LONGEST is measured
 on less audio.
 """
 
-import copy
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from itertools import pairwise
 from time import perf_counter
-from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from asrlib.attention.chunks import Chunks
-from asrlib.attention.names import encoder_config
-from asrlib.conversion.convert import convert, decompose
-from asrlib.conversion.methods import METHODS
-from asrlib.conversion.statistics import collect_statistics
 from asrlib.data.batches import BucketBatchSampler
 from asrlib.data.corpus import Corpus
-from asrlib.measuring.lengths import benchmark_lengths
 from asrlib.measuring.timing import peak_memory_bytes
 from asrlib.measuring.transcribing import transcribe
 from asrlib.models.inference import choose_device
-from asrlib.models.registry import family_of, frames_of, frames_per_second
-from asrlib.runs import project_root
 from asrlib.training.training import TrainingSettings, train
 
-LONGEST = 8.0  # seconds of work that one measurement may take, as far as that can be foreseen
+LONGEST = 8.0  # seconds that one measurement may take, as far as that can be foreseen
 PASSES_OF_A_STEP = 5  # a training step costs at most: forward, backward as two, checkpoints recomputed, the teacher
-STEPS = 4  # of training that are timed; the first one is to warm up
-IMPORTS = ("ipykernel.kernelapp", "asrlib.reporting.comparison", "asrlib.training.training", "asrlib.measuring.methods")
-LENGTHS = (5.0, 30.0)  # seconds of audio whose passes tell how time grows with the length
-
-
-@dataclass(frozen=True)
-class Rate:
-    """So many seconds of work on so much audio."""
-
-    seconds: float
-    audio: float
-
-    @property
-    def per_second(self) -> float:
-        return self.seconds / self.audio
-
-
-def warm(work: Callable[[], Any]) -> tuple[Any, float]:
-    """(what `work` gives, the seconds that takes): the less of two times, as the first warms up, and others disturb."""
-    times = []
-    for _ in range(2):
-        begin = perf_counter()
-        made = work()
-        times.append(perf_counter() - begin)
-    return made, min(times)
-
-
-@cache
-def start_of_a_kernel() -> float:
-    """Of a new Python with what most notebooks import."""
-    command = [sys.executable, "-c", f"import {', '.join(IMPORTS)}"]
-    return warm(lambda: subprocess.run(command, cwd=project_root(), capture_output=True, check=True))[1]
+STEPS = 3  # of training that are timed; the first one warms up
 
 
 def batches_of(corpus: Corpus, batch_seconds: float) -> list[Corpus]:
-    """Longest utterances first."""
-    sampler = BucketBatchSampler([one.seconds for one in corpus], batch_seconds, shuffle=False)
+    """The batches in which a run works through the corpus, longest utterances first."""
+    sampler = BucketBatchSampler([utterance.seconds for utterance in corpus], batch_seconds, shuffle=False)
     return [replace(corpus, utterances=tuple(corpus[i] for i in batch)) for batch in sampler]
 
 
 def padded(*batches: Corpus) -> float:
-    """The audio in them."""
-    return sum(len(batch) * max(one.seconds for one in batch) for batch in batches)
+    """Seconds of audio in `batches`, with their padding."""
+    return sum(len(batch) * max(utterance.seconds for utterance in batch) for batch in batches)
 
 
-def up_to(corpus: Corpus, seconds: float) -> Corpus:
-    """Its utterances that are no longer; the shortest alone where none is so short."""
-    short = [one for one in corpus if one.seconds <= seconds] or [min(corpus, key=lambda one: one.seconds)]
-    return replace(corpus, utterances=tuple(short))
+def typical_batch(corpus: Corpus, batch_seconds: float) -> Corpus:
+    """The middle one of all batches of utterances that fit into it; the shortest utterance where none fits."""
+    fitting = [utterance for utterance in corpus if utterance.seconds <= batch_seconds]
+    fitting = fitting or [min(corpus, key=lambda utterance: utterance.seconds)]
+    batches = batches_of(replace(corpus, utterances=tuple(fitting)), batch_seconds)
+    return batches[(len(batches) - 1) // 2]
 
 
-def decoding(corpus: Corpus, model, processor) -> Rate:
-    """Of reading and checking the audio, as `open_usable` does."""
-    some = corpus.excerpt(60.0)
-    return Rate(warm(lambda: some.usable(processor, frames_of(model)))[1], some.seconds)
+def passes(corpus: Corpus, model, processor, batch_seconds: float, device: str, precision: str) -> float:
+    """The time of transcribing a typical batch."""
 
+    def measured(batch_seconds: float) -> float:
+        batch, times = typical_batch(corpus, batch_seconds), []
+        for _ in range(2):  # the first warms up
+            begin = perf_counter()
+            transcribe(model, processor, batch, batch_seconds, device=device, precision=precision)
+            times.append(perf_counter() - begin)
+        return min(times) / padded(batch)
 
-def passes(
-    corpus: Corpus, model, processor, batch_seconds: float, device: str, precision: str, chunks: Chunks | None = None
-) -> Rate:
-    """Of transcribing: of a typical batch if that is quick enough."""
-
-    def run(batch_seconds: float) -> Rate:
-        batches = batches_of(up_to(corpus, batch_seconds), batch_seconds)
-        batch, how = batches[(len(batches) - 1) // 2], {"device": device, "precision": precision, "chunks": chunks}
-        return Rate(warm(lambda: transcribe(model, processor, batch, batch_seconds, **how))[1], padded(batch))
-
-    one = run(min(one.seconds for one in corpus))
-    return run(min(batch_seconds, max(one.audio, LONGEST / one.per_second)))
-
-
-def growth_of_passes(corpus: Corpus, model, processor, device: str, precision: str) -> tuple[float, float]:
-    """(a, b): a pass over L seconds of audio, alone, takes a·L + b·L² seconds, by those of LENGTHS."""
-    found = benchmark_lengths({"it": model}, processor, corpus, LENGTHS, 1, device, precision)
-    (short, long), (at_short, at_long) = LENGTHS, [ms / 1000 for ms in found["systems"]["it"]["ms"]]
-    b = max(0.0, (at_long / long - at_short / short) / (long - short))
-    return max(0.0, at_long / long - b * long), b
+    shortest = min(utterance.seconds for utterance in corpus)
+    return measured(min(batch_seconds, max(shortest, LONGEST / measured(shortest))))
 
 
 class _Stopwatch(TrainerCallback):
@@ -128,55 +72,32 @@ class _Stopwatch(TrainerCallback):
 
 
 def training(
-    corpus: Corpus, model, processor, settings: TrainingSettings, teacher, audio_per_second: float
-) -> tuple[Rate, int | None, str]:
-    """(steps on a typical batch; bytes of one on the longest, weights and optimizer included; how those are known).
+    corpus: Corpus, model, processor, settings: TrainingSettings, teacher, pass_time: float
+) -> tuple[float, int | None]:
+    """(the time of training steps on a typical batch, the peak memory of steps on the largest, in bytes).
 
-    None on a device that cannot tell. `audio_per_second`: how much a second of inference passes over. The learning rate
-    is next to nothing: the model stays what it is. Raises torch.OutOfMemoryError, which names what to lower.
+    The memory includes weights and optimizer; it is None on a device that cannot tell. `pass_time`: what `passes` gave.
+    The learning rate is next to nothing, so that the model stays what it is. Raises torch.OutOfMemoryError, which names
+    what to lower.
     """
     gentle = {"learning_rate": 1e-9, "scheduler": "constant", "gradient_accumulation": 1, "epochs": 1}
     gentle |= {"evaluations_per_epoch": 1, "speeds": (1.0,), "training_strategy": "ddp"}
     device, models = choose_device(settings.device, model), [model, teacher] if teacher else [model]
-    for one in models:
-        one.to(device)  # what is there before is no part of the peak
+    for loaded in models:
+        loaded.to(device)  # what is there before is no part of the peak
+    batch = typical_batch(corpus, min(settings.batch_seconds, LONGEST / (PASSES_OF_A_STEP * pass_time)))
+    repeated = replace(batch, utterances=batch.utterances * STEPS)
 
-    def steps(batch: Corpus) -> float:
-        """Seconds of the quickest but the first."""
-        stopwatch, often = _Stopwatch(), replace(batch, utterances=batch.utterances * STEPS)
+    def step_seconds() -> float:
+        stopwatch, measured = _Stopwatch(), replace(settings, **gentle, batch_seconds=padded(batch))
         with tempfile.TemporaryDirectory() as folder:
-            of_one = replace(settings, **gentle, batch_seconds=padded(batch))
-            train(model, processor, often, batch[-1:], folder, of_one, teacher, [stopwatch])
+            train(model, processor, repeated, batch[-1:], folder, measured, teacher, [stopwatch])
         return min(after - before for before, after in pairwise(stopwatch.ends))
 
-    room = min(settings.batch_seconds, LONGEST * audio_per_second / PASSES_OF_A_STEP)
-    batches = batches_of(up_to(corpus, room), room)
-    typical = batches[(len(batches) - 1) // 2]
-    rate, peak = Rate(steps(typical), padded(typical)), peak_memory_bytes(lambda: steps(batches[0]), device)
+    time, peak = step_seconds() / padded(batch), peak_memory_bytes(step_seconds, device)
     if peak is None:
-        return rate, None, ""
-    weights = sum(p.numel() * p.element_size() for one in models for p in one.parameters())
-    trained = 3 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)  # gradients, two moments
-    scale = padded(batches_of(corpus, settings.batch_seconds)[0]) / padded(batches[0])
-    source = "measured" if scale == 1 else f"scaled from a batch of {padded(batches[0]):.0f} s of audio"
-    return rate, weights + trained + round(scale * max(0, peak - trained)), source
-
-
-def one_layer(corpus: Corpus, model, processor, device: str, layout: str, method: str) -> tuple[Rate, float, float]:
-    """(statistics on top of a pass, seconds of its decomposition, of a conversion by that).
-
-    Of a twin of the model that has no other layer, with random weights. `corpus`: calibration speech, more than the
-    model is wide in frames.
-    """
-    config = copy.deepcopy(model.config)
-    encoder_config(config).num_hidden_layers = 1
-    twin = family_of(config).standard_model(config).eval()
-    longest = max(one.seconds for one in corpus)  # by so much an excerpt may be shorter than what is asked for
-    some = corpus.excerpt(max(10.0, 1.2 * encoder_config(config).hidden_size / frames_per_second(config)) + longest)
-    how = {"device": device, "attention": METHODS[method].needs_attention}
-    _, passing = warm(lambda: transcribe(twin, processor, some, device=device))
-    statistics, collecting = warm(lambda: collect_statistics(twin, processor, some, some.seconds, **how))
-    how = {"layout": layout, "method": method, "statistics": statistics}
-    made, decomposing = warm(lambda: decompose(twin, **how))
-    _, converting = warm(lambda: convert(twin, cache_cut=0.875, decomposition=made, **how))  # a middling one
-    return Rate(max(0.0, collecting - passing), some.seconds), decomposing, converting
+        return time, None
+    weights = sum(p.numel() * p.element_size() for loaded in models for p in loaded.parameters())
+    optimizer = 3 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)  # gradients, two moments
+    larger = max(map(padded, batches_of(corpus, settings.batch_seconds))) / padded(batch)
+    return time, weights + optimizer + round(larger * max(0, peak - optimizer))

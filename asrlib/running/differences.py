@@ -1,4 +1,4 @@
-"""What is different between two runs: what they were asked for, what they ran on, what came out.
+"""The differences between two runs: their parameters, what they ran on, their results.
 
 python run_all.py --diff reports/demo reports/wider
 """
@@ -18,9 +18,9 @@ MISSING = "–"
 
 
 def differences(a: Path, b: Path, defaults: Mapping[str, Any]) -> str:
-    """In words and tables; `defaults` are those of the notebooks' parameters.
+    """Words and tables; `defaults` are those of the notebooks' parameters.
 
-    Raises BadParameter where one is no run, or is a sweep, whose members are compared by its own pages.
+    Raises BadParameter where a folder is not a run, or is a sweep: its own pages compare its members.
     """
     for folder in (a, b):
         if not (folder / "params.json").is_file():
@@ -36,14 +36,15 @@ def differences(a: Path, b: Path, defaults: Mapping[str, Any]) -> str:
     return "\n\n".join(f"{title}\n{text}" for title, text in sections.items())
 
 
-def _table(runs: tuple[Run, Run], one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """The names of which the two say something else."""
-    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+def _table(runs: tuple[Run, Run], before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """The names whose values differ between the two runs."""
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     if not names:
         return "the same"
-    apart = runs[0].path.name != runs[1].path.name
-    facts = zip(runs, (one, other), strict=True)
-    columns = {run.path.name if apart else str(run.path): [_shown(of.get(name)) for name in names] for run, of in facts}
+    titles = [run.path.name for run in runs]
+    titles = titles if titles[0] != titles[1] else [str(run.path) for run in runs]
+    values = zip(titles, (before, after), strict=True)
+    columns = {title: [_shown(given.get(name)) for name in names] for title, given in values}
     return pd.DataFrame(columns, index=names).to_string()
 
 
@@ -57,12 +58,12 @@ def _made_with(run: Run) -> dict[str, str]:
 
 
 def _results(a: Run, b: Run) -> Iterator[str]:
-    one, other = comparison_table(a), comparison_table(b)
-    for system in one.index.intersection(other.index):
+    table_a, table_b = comparison_table(a), comparison_table(b)
+    for system in table_a.index.intersection(table_b.index):
         yield system
-        splits = [name.removeprefix("cer_") for name in one if name.startswith("cer_") and name in other]
+        splits = [name.removeprefix("cer_") for name in table_a if name.startswith("cer_") and name in table_b]
         for split in splits:
-            before, after = one.at[system, f"wer_{split}"], other.at[system, f"wer_{split}"]
+            before, after = table_a.at[system, f"wer_{split}"], table_b.at[system, f"wer_{split}"]
             if pd.notna(before) and pd.notna(after):
                 yield f"  WER {split:<20} {100 * before:6.2f} → {100 * after:6.2f} %  {_tested(a, b, system, split)}"
         for column, name, show in (
@@ -71,7 +72,7 @@ def _results(a: Run, b: Run) -> Iterator[str]:
             ("rtfx", "RTFx", "{:.1f}".format),
             ("peak_memory_bytes", "peak memory", size),
         ):
-            before, after = one.at[system, column], other.at[system, column]
+            before, after = table_a.at[system, column], table_b.at[system, column]
             if pd.notna(before) and pd.notna(after):
                 changed = change(after, before) if before != after else "the same"
                 yield f"  {name:<24} {show(before):>10} → {show(after):>10}  {changed}"

@@ -1,11 +1,11 @@
-"""A run folder's copy at a URL that fsspec knows (s3://…, gs://…, file:///…), for machines that share no storage.
+"""The copy of a run folder at a URL of fsspec (s3://…, gs://…, file:///…), for machines that share no storage.
 
     mirror = Mirror(run.path, "s3://bucket/reports/baselines/architecture-conformer_attention-mha")
-    mirror.fetch()    # the folder becomes what the copy is
-    mirror.send()     # the copy becomes what the folder is
+    mirror.fetch()    # the folder becomes equal to the copy
+    mirror.send()     # the copy becomes equal to the folder
 
-Only a marker in .completed means that a step is done. A marker therefore goes before anything that it speaks for is
-touched, and comes when all of that is there: whoever looks in between finds the step not done.
+Only a marker in .completed means that a step is done. So a marker is removed before the files of its step change, and
+written when all of them are there. In between the step does not count as done.
 """
 
 import tempfile
@@ -32,7 +32,7 @@ def check_storage(url: str) -> None:
 
 
 class Mirror:
-    """folder: local. url: where its copy is, or will be. without: names at the top of the folder that stay out of it.
+    """`folder`: the local one. `url`: the place of its copy. `without`: names at its top that are not copied.
 
     Raises BadParameter where fsspec does not know such a URL, or a package for it is missing.
     """
@@ -46,14 +46,14 @@ class Mirror:
             raise BadParameter(f"{url} cannot be used: {error}") from None
         self.folder, self.root = folder, root.rstrip("/")
         self.without = {".lock", *without}
-        self.sent: dict[str, State | None] | None = None  # what the copy holds, as far as we know
+        self.sent: dict[str, State | None] | None = None  # files of the copy, as far as known
 
     def exists(self) -> bool:
-        """Is there a copy?"""
+        """Whether there is a copy."""
         return bool(self._copied())
 
     def fetch(self) -> None:
-        """Make the folder what the copy is; where there is none yet, leave the folder as it is."""
+        """Make the folder equal to the copy; without a copy, leave it as it is."""
         there = self._copied()
         if there:
             here = self._files()
@@ -65,7 +65,7 @@ class Mirror:
         self.sent = self._files() if there else {}
 
     def send(self) -> None:
-        """Make the copy what the folder is."""
+        """Make the copy equal to the folder."""
         sent = dict.fromkeys(self._copied()) if self.sent is None else self.sent
         here = self._files()
         changed = {name for name, state in here.items() if state != sent.get(name)}

@@ -1,6 +1,6 @@
-"""The notebooks' cells, read as the JSON that they are, and of their `parameters` cells what papermill will see.
+"""The cells of notebooks, read as JSON, and the parameters that papermill sees in their `parameters` cells.
 
-Neither nbformat nor papermill is imported: that alone takes seconds, and a mistake in a call is told in less.
+Neither nbformat nor papermill is imported: that takes seconds, and a wrong call should be answered at once.
 """
 
 import ast
@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 from asrlib.runs import BadParameter
 
-PARAMETER = re.compile(  # as papermill.translators.PythonTranslator.PARAMETER_PATTERN has it; a test compares the two
+PARAMETER = re.compile(  # papermill.translators.PythonTranslator.PARAMETER_PATTERN; a test compares the two
     r"""(?P<name>\w+) \s*
     (: \s* ["']? (?P<annotation>\w[\w\[\],\s]*) ["']? \s*)?
     = \s* (?P<default>.*?)
@@ -48,10 +48,10 @@ def read_cells(notebook: Path) -> list[Cell]:
 
 
 def read_parameters(notebook: Path) -> dict[str, Parameter]:
-    """Parameters of one notebook, as papermill will see them.
+    """The parameters of one notebook, as papermill sees them.
 
-    Raises BadParameter where papermill would overlook one (it skips `int | None` and lines with a second
-    `=`), or where a default is no literal.
+    Raises BadParameter where papermill would overlook a parameter (it skips `int | None` and lines with a second `=`),
+    and where a default is not a literal.
     """
     source = next((cell.source for cell in read_cells(notebook) if "parameters" in cell.tags), "")
     seen = definitions(source)
@@ -66,16 +66,16 @@ def read_parameters(notebook: Path) -> dict[str, Parameter]:
         try:
             parameters[name] = Parameter(annotation, ast.literal_eval(default), about)
         except (ValueError, SyntaxError):
-            raise BadParameter(f"{notebook.name}: default of {name!r} is no literal: {default}") from None
+            raise BadParameter(f"{notebook.name}: default of {name!r} is not a literal: {default}") from None
         type_of(annotation, f"{notebook.name}: parameter {name!r}")
     return parameters
 
 
 def definitions(source: str) -> dict[str, tuple[str, str, str]]:
-    """By name the annotation ("None" where there is none), the default and the help of a `parameters` cell.
+    """{name: (annotation, or "None" where there is none, default, help)} of a `parameters` cell.
 
-    As papermill has it: blank lines and comments are skipped, and so is a line with two `=`; a line with none belongs
-    to the definition before it. Of a definition over several lines, the last one's comment is the help.
+    As in papermill, blank lines, comments and lines with two `=` are skipped, and a line without `=` belongs to the
+    definition before it. The comment of a definition's last line is its help.
     """
     lines_of: list[list[str]] = [[]]
     for line in map(str.strip, source.splitlines()):
@@ -103,7 +103,7 @@ def _assigned_names(source: str) -> list[str]:
 
 
 def type_of(annotation: str, where: str) -> Any:
-    """The type that an annotation means. Raises BadParameter, which begins with `where`, for any but TYPES."""
+    """The type that an annotation means. Raises BadParameter, which begins with `where`, for types not in TYPES."""
 
     def build(node: ast.expr) -> Any:
         match node:

@@ -1,8 +1,9 @@
-"""What values a parameter may have, beyond its type: the schema's limits, by name.
+"""The values that a parameter may have, beyond its type.
 
 The docstring of a validator is the limit in words, as docs/parameters.md shows it.
 """
 
+import math
 import re
 from collections.abc import Collection
 from typing import Any
@@ -29,26 +30,29 @@ def name_in(choices: Collection[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
-def numbers(more_than: float, null: bool = False) -> AfterValidator:
-    """Of a list: every item a number above that; or, with `null`, nothing."""
+def numbers(above: float, below: float = math.inf, null: bool = False, empty: bool = True) -> AfterValidator:
+    """Every item of a list is a number between the two or, with `null`, nothing; with `empty` there may be no item."""
+    limit = f"numbers above {above:g}" + f" and below {below:g}" * (below < math.inf) + " or null" * null
 
     def check(values: list) -> list:
+        if not values and not empty:
+            raise ValueError(f"should hold {limit}")
         for value in values:
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not (null and value is None) and not (number and value > more_than):
-                raise ValueError(f"should hold numbers above {more_than:g}{' or null' if null else ''}, not {value!r}")
+            if not (null and value is None) and not (number and above < value < below):
+                raise ValueError(f"should hold {limit}, not {value!r}")
         return values
 
-    check.__doc__ = f"numbers above {more_than:g}{' or null' if null else ''}"
+    check.__doc__ = limit + ", at least one" * (not empty)
     return AfterValidator(check)
 
 
 def some_of(*choices: str) -> AfterValidator:
     """Of a list, where there is one."""
-    one = one_of(*choices)
+    check_item = one_of(*choices).func
 
     def check(values: list | None) -> list | None:
-        return values and [one.func(value) for value in values]
+        return values and [check_item(value) for value in values]
 
     check.__doc__ = f"some of {', '.join(choices)}"
     return AfterValidator(check)
@@ -66,11 +70,10 @@ def in_words(limit: Any) -> str:
     if isinstance(limit, AfterValidator):
         return limit.func.__doc__
     names = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than", "min_length": "items: at least"}
-    found = [(name, getattr(one, name)) for one in limit.metadata for name in names if hasattr(one, name)]
-    return ", ".join(f"{names[name]} {value}" for name, value in found)
+    bounds = [(name, getattr(bound, name)) for bound in limit.metadata for name in names if hasattr(bound, name)]
+    return ", ".join(f"{names[name]} {value}" for name, value in bounds)
 
 
-AT_LEAST_ONE, POSITIVE, NOT_NEGATIVE = Field(ge=1), Field(gt=0), Field(ge=0)
 PRECISION = one_of("fp32", "bf16", "fp16")
 SCHEDULER = one_of(
     "linear", "cosine", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau"
@@ -78,73 +81,51 @@ SCHEDULER = one_of(
 
 LIMITS: dict[str, Any] = {
     "eval_splits": Field(min_length=1),
-    "train_samples": AT_LEAST_ONE,
-    "validation_samples": AT_LEAST_ONE,
-    "eval_samples": AT_LEAST_ONE,
-    "analysis_samples": AT_LEAST_ONE,
-    "analysis_eval_samples": AT_LEAST_ONE,
-    "analysis_cuts": Field(min_length=1),
+    "analysis_cuts": numbers(0, below=1, empty=False),
     "analysis_methods": Field(min_length=1),
-    "benchmark_samples": AT_LEAST_ONE,
-    "benchmark_pass_seconds": POSITIVE,
+    "benchmark_seconds": numbers(0),
     "stream_chunks_ms": numbers(0, null=True),
     "stream_left_seconds": numbers(0),
-    "stream_lookahead_ms": NOT_NEGATIVE,
     "stream_caches": some_of("float32", "bfloat16", "float16", "int8", "int4"),
     "benchmark_left_seconds": numbers(0),
     "benchmark_stream_size": one_of("shipped", "published"),
-    "benchmark_stream_gib": POSITIVE,
-    "hidden_size": AT_LEAST_ONE,
-    "num_layers": AT_LEAST_ONE,
-    "num_heads": AT_LEAST_ONE,
-    "kv_heads": AT_LEAST_ONE,
-    "new_kv_heads": AT_LEAST_ONE,
-    "new_latent_dim": AT_LEAST_ONE,
-    "query_latent_dim": AT_LEAST_ONE,
-    "feedforward_size": AT_LEAST_ONE,
-    "depthwise_kernel": AT_LEAST_ONE,
-    "largest_chunk": NOT_NEGATIVE,
-    "subsampling_channels": AT_LEAST_ONE,
     "window_seconds": Field(ge=1, le=30),
     "mel_bins": Field(ge=8),  # two convolutions of stride 2 leave one of them
-    "frame_shift_ms": POSITIVE,
     "dropout": Field(ge=0, lt=1),
-    "time_masks": NOT_NEGATIVE,
-    "frequency_masks": NOT_NEGATIVE,
-    "speeds": Field(min_length=1),
-    "baseline_samples": AT_LEAST_ONE,
-    "baseline_epochs": POSITIVE,
-    "baseline_learning_rate": POSITIVE,
+    "speeds": numbers(0, empty=False),
     "baseline_warmup_ratio": Field(ge=0, le=1),
     "baseline_scheduler": SCHEDULER,
-    "baseline_patience": AT_LEAST_ONE,
-    "baseline_batch_seconds": POSITIVE,
     "baseline_precision": PRECISION,
-    "latent_dim": AT_LEAST_ONE,
     "cache_cut": Field(gt=0, lt=1),
     "layout": one_of("joint", "split"),
     "convert_to": one_of("mla", "gqa"),
     "method": name_in(METHODS),
-    "ctc_weight": NOT_NEGATIVE,
-    "kl_weight": NOT_NEGATIVE,
-    "hidden_weight": NOT_NEGATIVE,
-    "calibration_seconds": POSITIVE,
     "parts": some_of("encoder", "decoder", "cross"),
     "ranks": one_of("uniform", "energy", "sensitivity"),
-    "rank_multiple": AT_LEAST_ONE,
     "trainable": one_of("attention", "latent", "all"),
-    "epochs": POSITIVE,
-    "learning_rate": POSITIVE,
     "warmup_ratio": Field(ge=0, le=1),
     "scheduler": SCHEDULER,
-    "weight_decay": NOT_NEGATIVE,
-    "batch_seconds": POSITIVE,
-    "gradient_accumulation": AT_LEAST_ONE,
-    "evaluations_per_epoch": AT_LEAST_ONE,
-    "patience": AT_LEAST_ONE,
     "precision": PRECISION,
-    "training_processes": AT_LEAST_ONE,
     "training_strategy": one_of("ddp", "fsdp"),
     "device": AfterValidator(check_device),
-    "seed": NOT_NEGATIVE,
 }
+# fmt: off
+AT_LEAST_ONE = (
+    "train_samples", "validation_samples", "eval_samples", "analysis_samples", "analysis_eval_samples",
+    "benchmark_samples", "hidden_size", "num_layers", "num_heads", "kv_heads", "new_kv_heads", "latent_dim",
+    "new_latent_dim", "query_latent_dim", "feedforward_size", "depthwise_kernel", "subsampling_channels",
+    "baseline_samples", "baseline_patience", "rank_multiple", "gradient_accumulation", "evaluations_per_epoch",
+    "patience", "training_processes",
+)
+POSITIVE = (
+    "benchmark_pass_seconds", "benchmark_stream_gib", "frame_shift_ms", "baseline_epochs", "baseline_learning_rate",
+    "baseline_batch_seconds", "calibration_seconds", "epochs", "learning_rate", "batch_seconds",
+)
+NOT_NEGATIVE = (
+    "stream_lookahead_ms", "largest_chunk", "time_masks", "frequency_masks", "ctc_weight", "kl_weight",
+    "hidden_weight", "weight_decay", "seed",
+)
+# fmt: on
+LIMITS |= dict.fromkeys(AT_LEAST_ONE, Field(ge=1))
+LIMITS |= dict.fromkeys(POSITIVE, Field(gt=0))
+LIMITS |= dict.fromkeys(NOT_NEGATIVE, Field(ge=0))

@@ -1,8 +1,7 @@
-"""docs/parameters.md: every parameter of every notebook in one table, read from their `parameters` cells; and
-docs/outdated.md: which steps a change of each runs again.
+"""docs/parameters.md, a table of all parameters, and docs/outdated.md, the steps that a change of each runs again.
 
-python -m asrlib parameters            prints the first
-python -m asrlib parameters --write    writes both
+python -m asrlib parameters            prints the first page
+python -m asrlib parameters --write    writes both pages
 """
 
 import argparse
@@ -54,7 +53,7 @@ This page is made from the notebooks and `NEEDS` in `asrlib/runs/__init__.py`, b
 
 
 def outdated(root: Path) -> dict[str, list[str]]:
-    """By parameter the steps that a change of it outdates: those that take it and those that need one of these."""
+    """{parameter: the steps that its change outdates}: those that take it, and those that need one of these."""
     declared = {step: read_parameters(path) for step, path in find_notebooks(root).items()}
     names = dict.fromkeys(name for parameters in declared.values() for name in parameters if name not in SET_BY_RUN_ALL)
     takers = {name: [step for step, parameters in declared.items() if name in parameters] for name in names}
@@ -91,8 +90,8 @@ def _row(name: str, takers: dict[str, Parameter]) -> str:
     cells = [
         f"`{name}`",
         _type(first.annotation),
-        _told_apart({number: f"`{_yaml(one.default)}`" for number, one in takers.items()}),
-        _told_apart({number: one.help for number, one in takers.items()}),
+        _differences({number: f"`{_yaml(parameter.default)}`" for number, parameter in takers.items()}),
+        _differences({number: parameter.help for number, parameter in takers.items()}),
         limits,
         " ".join(takers),
     ]
@@ -100,23 +99,23 @@ def _row(name: str, takers: dict[str, Parameter]) -> str:
 
 
 def _type(annotation: str) -> str:
-    """As a params file has it: `int or null` for Optional[int]."""
+    """A type in the words of a params file: `int or null` for Optional[int]."""
     inner = annotation.removeprefix("Optional[").removesuffix("]")
     return f"{inner} or null" if annotation.startswith("Optional[") else annotation
 
 
 def _yaml(value: Any) -> str:
-    """As one line of a params file."""
+    """A value as a params file holds it."""
     if isinstance(value, str):
         return value or '""'
     return json.dumps(value, ensure_ascii=False)
 
 
-def _told_apart(said: dict[str, str]) -> str:
-    """What all notebooks say, or the first, and behind it what others say instead."""
-    (first, *_) = said.values()
+def _differences(texts: dict[str, str]) -> str:
+    """The text of the first notebook, and after it those of notebooks that differ, with their numbers."""
+    (first, *_) = texts.values()
     others: dict[str, list[str]] = {}
-    for number, text in said.items():
+    for number, text in texts.items():
         if text != first:
             others.setdefault(text, []).append(number)
     return "; ".join([first, *(f"in {', '.join(numbers)}: {text}" for text, numbers in others.items())])
@@ -124,9 +123,9 @@ def _told_apart(said: dict[str, str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m asrlib parameters", description="Makes docs/parameters.md and docs/outdated.md."
+        prog="python -m asrlib parameters", description="Make docs/parameters.md and docs/outdated.md."
     )
-    parser.add_argument("--write", action="store_true", help="write them in the project instead of printing")
+    parser.add_argument("--write", action="store_true", help="write both pages into the project")
     args = parser.parse_args(argv)
     root = project_root()
     if not args.write:

@@ -1,4 +1,4 @@
-"""What may be set in a run: the notebooks' own `parameters` cells, read as one schema.
+"""The parameters of a run: the `parameters` cells of the notebooks, read as one schema.
 
 Types come from the cells (`epochs: int = 4  # passes over the training data`), limits on values from LIMITS.
 A name means the same in every notebook that declares it.
@@ -17,15 +17,15 @@ from asrlib.running.parameter_limits import LIMITS
 from asrlib.runs import BadParameter, nearest
 
 SET_BY_RUN_ALL = {"run_dir": "name the run with --name", "members": "name them in `sweep`"}
-BESIDE_PARAMETERS = ("sweep", "steps")  # what a params file may say at its top, though no notebook declares it
+BESIDE_PARAMETERS = ("sweep", "steps")  # names that a params file may hold though no notebook declares them
 
 
 # ---- params files and --set ----------------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string and takes the last of two equal keys: here a float, and an error. And what JSON
-    writes as two escapes, as programs write emoji, is one character."""
+    """YAML 1.1, but for three things: 1e-4 is a float, two equal keys are an error, and a character that JSON writes as
+    two escapes (an emoji, for example) is one character."""
 
     def construct_scalar(self, node: yaml.ScalarNode) -> str:
         value = super().construct_scalar(node)
@@ -61,18 +61,18 @@ def find_params(root: Path, name: str) -> Path:
         if path.suffix in (".yaml", ".yml") and path.is_file():
             return path
     if Path(name).is_file():
-        raise BadParameter(f"{name} is no params file: those end in .yaml")
+        raise BadParameter(f"{name} is not a params file: its name should end in .yaml")
     known = sorted(path.stem for path in (root / "params").glob("*.yaml"))
     proposal = nearest(name, known) or f": there are {', '.join(known)}"
     raise BadParameter(f"there is no params file {name!r}{proposal}")
 
 
 def read_params_file(path: Path) -> dict[str, Any]:
-    """The flat mapping in a params file; an empty file sets nothing."""
+    """The mapping in a params file; an empty file sets nothing."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise BadParameter(f"{path} is not text in UTF-8 (see its byte {error.start}): save it as such") from None
+        raise BadParameter(f"{path} is not text in UTF-8 (see its byte {error.start}): save it in UTF-8") from None
     values = read_yaml(text, str(path))
     values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
@@ -97,9 +97,9 @@ def read_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 class Schema:
-    """Every parameter of every notebook, and how to check values against them.
+    """Every parameter of every notebook, and the check of values against them.
 
-    `run_dir` and `members` are left out: it is the pipeline that says where a run goes and what a sweep compares.
+    `run_dir` and `members` are left out: the pipeline sets them.
     """
 
     def __init__(self, notebooks: Mapping[str, Path]):
@@ -132,7 +132,7 @@ class Schema:
     def check(self, values: Mapping[str, Any], origin: Mapping[str, str]) -> dict[str, Any]:
         """The given values with their declared types; `origin[name]` says where a value was given.
 
-        Raises BadParameter with one line for each thing that is wrong.
+        Raises BadParameter with a line for each wrong value.
         """
         try:
             checked = self.model(**values).model_dump(exclude_unset=True)
@@ -152,7 +152,7 @@ class Schema:
         if name in SET_BY_RUN_ALL:
             return f"{where} is set by run_all itself: {SET_BY_RUN_ALL[name]}"
         if name in BESIDE_PARAMETERS:
-            return f"{where} is no parameter: it belongs at the top of a params file"
+            return f"{where} is not a parameter: it belongs at the top of a params file"
         if error["type"] == "extra_forbidden":
             valid = [*self.model.model_fields, *BESIDE_PARAMETERS]
             return f"unknown parameter {where}{nearest(name, valid) or ': valid are ' + ', '.join(valid)}"
@@ -161,9 +161,9 @@ class Schema:
         return f"parameter {where} is {values[name]!r}{item}, {message}"
 
     def for_step(self, step: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of `values` that the notebook of `step` declares.
+        """The values that the notebook of `step` declares.
 
-        latent_dim and cache_cut are two ways to say one thing: giving one switches the other's default off.
+        latent_dim and cache_cut both say how wide the latent is: a value of one switches the other's default off.
         """
         values = dict(values)
         for given, other in (("latent_dim", "cache_cut"), ("cache_cut", "latent_dim")):

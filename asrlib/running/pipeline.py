@@ -1,7 +1,7 @@
 """Execute the notebooks of a run in order, each in a fresh kernel, skipping what is unchanged.
 
-A kernel never outlives what it works for: it ends when this process ends, however it ends, and it holds the
-run folder's lock until then, so that no two kernels ever write to one run.
+A kernel ends when this process ends, however it ends. Until then it holds the lock of the run folder, so that two
+kernels never write to one run.
 """
 
 import os
@@ -28,14 +28,14 @@ KERNEL_SHUTDOWN_SECONDS = 2.0  # then it is killed
 ENGINE = "asrlib"  # name of our papermill engine
 
 
-ADVICE = {  # by how the operating system, or Rust's library, puts it
+ADVICE = {  # by the words of the operating system, or of Rust's library
     ("No space left on device", "os error 28", "Disk quota exceeded", "File too large", "os error 27"): (
-        "The disk is full, or a limit on files reached: make room first."
+        "The disk is full, or a limit on files is reached: make room first."
     ),
     ("Permission denied", "Read-only file system", "Operation not permitted"): (
         "Nothing can be written there: make the folder writable, or work in a copy of the project."
     ),
-    ("Not a directory", "File exists"): "Where a folder should be, a file is in the way: move it.",
+    ("Not a directory", "File exists"): "A folder is needed, and a file is in the way: move it.",
 }
 
 
@@ -44,7 +44,7 @@ ADVICE = {  # by how the operating system, or Rust's library, puts it
 
 @dataclass(frozen=True)
 class Step:
-    """One notebook with its parameters. Equal fingerprints: running it again would make the same."""
+    """One notebook with its parameters. With an equal fingerprint, running it again would give the same results."""
 
     name: str
     notebook: Path
@@ -60,19 +60,21 @@ def plan(
     names: list[str],
     members: Mapping[str, str] | None = None,
 ) -> list[Step]:
-    """The steps called `names`. A step's fingerprint covers its code cells, its parameters, those files of asrlib
-    that it imports and this run uses, the files its parameters point to, and the steps it needs; of a sweep as a whole,
-    also its `members`: name of each run that the steps compare → fingerprint of what they need of that run."""
+    """The steps called `names`.
+
+    The fingerprint of a step covers its code cells, its parameters, the files that these name, the files of asrlib that
+    it imports and this run uses, and the steps that it needs. For a sweep as a whole it also covers `members`: the name
+    of each run that the steps compare → the fingerprint of what they need of that run.
+    """
     notebooks = find_notebooks(root)
     run_dir = str(run.path.relative_to(root) if run.path.is_relative_to(root) else run.path)
-    left_out = (
-        unused_files(schema.defaults | values, root) if members is None else {}
-    )  # members differ in what they use
+    # Members differ in the files that they use.
+    left_out = unused_files(schema.defaults | values, root) if members is None else {}
     steps: list[Step] = []
     for name in names:
         parameters = schema.for_step(name, values)
         code = [cell.source for cell in read_cells(notebooks[name]) if cell.kind == "code"]
-        effective = schema.defaults_of(name) | parameters  # saying a default aloud changes nothing
+        effective = schema.defaults_of(name) | parameters  # giving a default changes nothing
         files = {key: file_state(root, value) for key, value in effective.items()}
         library = files_fingerprint(library_files("\n".join(code), root / "asrlib", left_out), root)
         needed = [step.fingerprint for step in of_needed(name, steps)]
@@ -86,14 +88,14 @@ def plan(
 
 
 def of_needed(name: str, steps: list[Step]) -> list[Step]:
-    """Those of `steps` that the step `name` needs."""
+    """The steps among `steps` that the step `name` needs."""
     needed = needed_by(name, [step.name for step in steps])
     return [step for step in steps if step.name in needed]
 
 
 def pending(run: Run, steps: list[Step], redo: Iterable[str] = ()) -> list[Step]:
-    """Those of `steps` that are not done as they stand now, or asked for in `redo`, and those that need one of these;
-    in order."""
+    """The steps that have to run, in order: those not completed with their present fingerprint, those in `redo`, and
+    those that need one of these."""
     waiting: list[Step] = []
     for step in steps:
         done = (run.completed(step.name) or {}).get("fingerprint") == step.fingerprint and step.name not in redo
@@ -106,10 +108,10 @@ def pending(run: Run, steps: list[Step], redo: Iterable[str] = ()) -> list[Step]
 
 
 def execute(step: Step, place: Workplace, title: str, pages: list[str]) -> float:
-    """Run one notebook and render its page; seconds it took. Only then is the step marked as completed.
+    """Run one notebook, render its page, and mark the step as completed; returns the seconds that it took.
 
-    `title` labels the progress bar (on a terminal only), the page links to `pages`. Raises StepFailed; a later call
-    then resumes here.
+    `title` labels the progress bar on a terminal. The page links to `pages`. Raises StepFailed; a later call then
+    resumes here.
     """
     import nbformat
 
@@ -158,7 +160,7 @@ def _run_papermill(step: Step, output: Path, place: Workplace, title: str) -> No
     from jupyter_client.kernelspec import KernelSpecManager
 
     _register_engine()
-    with tempfile.TemporaryDirectory(prefix="asr-") as private:  # a socket's path may have 107 bytes
+    with tempfile.TemporaryDirectory(prefix="asr-") as private:  # the path of a socket has at most 107 bytes
         kernel = AsyncKernelManager(
             kernel_name="python3",
             kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),  # this interpreter, whatever is installed
@@ -186,15 +188,18 @@ def _run_papermill(step: Step, output: Path, place: Workplace, title: str) -> No
                 "cwd": str(place.root),
                 "env": kernel_environment() | {"IPYTHONDIR": private},
                 "pass_fds": list(place.locks),
-                "stdout": place.log_file,  # what is printed past Python: C libraries, crashes
+                "stdout": place.log_file,  # of C libraries and of crashes
                 "stderr": place.log_file,
             },
         )
 
 
 def kernel_environment() -> dict[str, str]:
-    """The environment variables of a kernel. Where this process writes no bytecode, kernels keep theirs in the user's
-    cache: else each would compile torch again, which takes longer than many a step."""
+    """The environment variables of a kernel.
+
+    Where this process writes no bytecode, kernels keep theirs in the user's cache. Without it each kernel would compile
+    torch again, which takes longer than many steps.
+    """
     variables = os.environ | ENVIRONMENT
     if variables.pop("PYTHONDONTWRITEBYTECODE", "") or sys.dont_write_bytecode:
         variables.setdefault("PYTHONPYCACHEPREFIX", str(user_cache() / "bytecode"))
@@ -202,7 +207,7 @@ def kernel_environment() -> dict[str, str]:
 
 
 def _register_engine() -> None:
-    """papermill's own engine, with a kernel that we configured."""
+    """Register papermill's own engine, with a kernel that we configured."""
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine, papermill_engines
     from papermill.log import logger
@@ -224,12 +229,12 @@ def _register_engine() -> None:
 
 
 def _explain(error: Exception) -> str:
-    """The error of a cell, with those lines of its traceback that say where it went wrong."""
+    """The error of a cell, with the lines of its traceback that say where it arose."""
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     if isinstance(error, DeadKernelError):
-        return "its kernel died (killed, or out of memory?); pipeline.log has its last words"
+        return "its kernel died (was it killed, or out of memory?); pipeline.log has its last output"
     if not isinstance(error, PapermillExecutionError):
         return f"{type(error).__name__}: {error}"
     text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
@@ -237,12 +242,12 @@ def _explain(error: Exception) -> str:
     return "\n".join([with_advice(f"{error.ename}: {error.evalue}"), f"in cell {error.exec_count}:", *where[-8:]])
 
 
-def with_advice(said: str) -> str:
-    """What an operating system said, with what to do about it, if that is known."""
+def with_advice(message: str) -> str:
+    """An error of the operating system, followed by what to do about it where that is known."""
     for signs, advice in ADVICE.items():
-        if any(sign in said for sign in signs):
-            return f"{said}\n{advice}"
-    return said
+        if any(sign in message for sign in signs):
+            return f"{message}\n{advice}"
+    return message
 
 
 # ---- all steps ---------------------------------------------------------------------------------------------
@@ -255,8 +260,11 @@ def run_steps(
     command: str,
     after_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """Show which of `steps` are unchanged and execute the others, keeping the index page up to date; it shows
-    `command` to those who want to repeat the run. Raises StepFailed where a step fails."""
+    """Say which of `steps` are unchanged, and execute the others.
+
+    The index page is kept up to date; it shows `command` to those who want to repeat the run. Raises StepFailed where a
+    step fails.
+    """
     from asrlib.reporting.pages import write_index
     from asrlib.running.verification import write_checksums
 
@@ -268,7 +276,7 @@ def run_steps(
         state = "unchanged" if step not in waiting else "resumes" if begun else "runs"
         took = f"{duration(seconds):>12}" if seconds is not None else ""
         say(f"  {step.name:<24}{state:<12}{took}".rstrip())
-    for step in waiting:  # before the first one runs: whatever happens now, they are out of date
+    for step in waiting:  # before the first one runs, since all are out of date now
         run.outdate(step.name)
     write_index(run.path, command)
     begin = time.monotonic()
@@ -288,14 +296,14 @@ def run_steps(
 
 
 def expected_seconds(root: Path, run: Run, steps: list[Step]) -> float | None:
-    """How long the last of `steps` took here the last time, or else what `seconds_before` knows."""
+    """Seconds that the last of `steps` took in this run the last time; otherwise what `seconds_before` gives."""
     seconds = run.seconds(steps[-1].name)
     return seconds_before(root, steps) if seconds is None else seconds
 
 
 def seconds_before(root: Path, steps: list[Step]) -> float | None:
-    """How long the last of `steps` took in the latest run, of a sweep perhaps, that had its parameters and those of the
-    steps that it needs."""
+    """Seconds that the last of `steps` took in the latest run with the same parameters, of it and of the steps that it
+    needs; members of sweeps count."""
     asked = {step.name: step.parameters | {"run_dir": ""} for step in [*of_needed(steps[-1].name, steps), steps[-1]]}
     latest: dict[str, Any] = {"time": "", "seconds": None}
     for runs in ("*", "*/*"):
@@ -309,7 +317,7 @@ def seconds_before(root: Path, steps: list[Step]) -> float | None:
 
 
 def time_left(expected: list[float | None]) -> str:
-    """`, about 3 min 10 s left`; `more than` where some steps were never timed; nothing where none was."""
+    """`, about 3 min 10 s left`; `more than` where some steps were never timed; empty where none was."""
     known = [seconds for seconds in expected if seconds is not None]
     if not known:
         return ""

@@ -1,25 +1,38 @@
-"""What a run asks for that this model, this speech or this machine cannot give: refused before anything starts."""
+"""Refuses, before anything starts, what this model, this speech or this machine cannot do."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from asrlib.attention.widths import check_latent_dim
-from asrlib.conversion.methods import grouping_methods, latent_methods
+from asrlib.conversion.methods import METHODS, grouping_methods, latent_methods
 from asrlib.running.parameters import Schema, known_step
 from asrlib.runs import BadParameter, nearest, read_json, resolve
 
 
-def merged(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values of all `layers` (where given, values), later ones going before, and by name where each was given.
+@contextmanager
+def refused(what: str = "") -> Iterator[None]:
+    """Raises an error of the block as BadParameter, whose message begins with `what`."""
+    try:
+        yield
+    except BadParameter:
+        raise
+    except (OSError, ValueError) as error:
+        raise BadParameter(f"{what}: {error}" if what else str(error)) from None
 
-    latent_dim and cache_cut are two ways to say one thing: giving one takes back the other of earlier layers.
+
+def merged(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of all `layers` (where given, values), of which the last counts, and by name where each was given.
+
+    latent_dim and cache_cut both say how wide the latent is. A layer that gives one takes back the other of earlier
+    layers.
     """
     values, origin = {}, {}
     for where, given in layers:
-        for one, other in (("latent_dim", "cache_cut"), ("cache_cut", "latent_dim")):
-            if given.get(one) is not None:
+        for width, other in (("latent_dim", "cache_cut"), ("cache_cut", "latent_dim")):
+            if given.get(width) is not None:
                 values.pop(other, None)
         values |= given
         origin |= dict.fromkeys(given, where)
@@ -60,19 +73,17 @@ def check_width(values: dict[str, Any]) -> None:
         hidden_size = model_width(values["model"], values.get("revision"))
     if hidden_size is None:
         return
-    try:
+    with refused():
         if cache_cut is not None:
             from asrlib.conversion.convert import latent_dim_for
 
             latent_dim = latent_dim_for(cache_cut, hidden_size)
         check_latent_dim(latent_dim, hidden_size, values.get("layout") or "joint")
-    except ValueError as error:
-        raise BadParameter(str(error)) from None
 
 
 def check_whose_width(values: Mapping[str, Any], steps: Iterable[str]) -> None:
-    """Refuse a width of the conversion, among `values` that were given, where a new model is made and none converted:
-    it would do nothing."""
+    """Refuse a width of the conversion, among the `values` that were given, where a new model is made and never
+    converted: the width would do nothing."""
     if not values.get("architecture") or "01_convert" in steps:
         return
     for name in ("latent_dim", "kv_heads"):
@@ -100,76 +111,81 @@ def model_width(source: str, revision: str | None = None) -> int | None:
             return None
         config = Path(cached)
     try:
-        found = read_json(config)
-        found = found.get("encoder_config") or found
-        return found.get("hidden_size", found.get("d_model"))
+        settings = read_json(config)
+        settings = settings.get("encoder_config") or settings
+        return settings.get("hidden_size", settings.get("d_model"))
     except (ValueError, AttributeError):  # damaged, as `check_model` will say
         return None
 
 
 def check_surroundings(values: dict[str, Any]) -> None:
-    """Refuses what would fail in the middle of a run for what this machine has: model, splits, device, precision.
+    """Refuse what would fail in the middle of a run for what this machine has: model, splits, device, precision.
 
-    Reads no audio and no weights, and nothing from a network but the names of the files where the corpus is a URL: a
-    hub id is taken on trust. Raises BadParameter.
+    Reads no audio and no weights, and nothing from a network but a list of the files where the corpus is a URL. A hub
+    id is believed. Raises BadParameter.
     """
-    import torch
-
     from asrlib.attention.kinds import attention_kind
-    from asrlib.data.opening import check_splits
     from asrlib.measuring.recipes import RECIPES
-    from asrlib.models.inference import choose_device
     from asrlib.models.loading import resolve_model
 
-    unknown = f": choose from {'; '.join(RECIPES)}"
-    asked: dict[str, list[str]] = {}
-    try:
+    with refused():
         if values.get("model") and not values.get("architecture"):
             resolve_model(values["model"])
         if values.get("corpus"):
-            asked = {"eval_splits": values.get("eval_splits", [])}
-            asked |= {name: [values[name]] for name in ("train_split", "validation_split") if values.get(name)}
-            check_splits(values["corpus"], [split for splits in asked.values() for split in splits])
+            _check_speech(values)
         attention_kind(values.get("attention", "mha"))
-        chosen = choose_device(values.get("device", "auto"))
-        if values.get("benchmark_compiled"):
-            from asrlib.measuring.speed import check_compiler
-
-            check_compiler(chosen)
-    except (OSError, ValueError) as error:
-        missing = re.search(r"no split '([^']*)'", str(error))
-        whose = [name for name, splits in asked.items() if missing and missing[1] in "+".join(splits).split("+")]
-        raise BadParameter(f"{' and '.join(whose)}: {error}" if whose else str(error)) from None
-    device, cuda = values.get("device", "auto"), torch.cuda.is_available()
-    for name in ("precision", "baseline_precision"):
-        if values.get(name) == "fp16" and (device == "cpu" or not cuda):
-            raise BadParameter(f"{name!r} is fp16, which needs a CUDA device: use bf16 or fp32")
-    _check_processes(values, torch.cuda.device_count() if cuda and device != "cpu" else 0)
-    if values.get("architecture") and not values.get("baseline_epochs", True):
-        raise BadParameter("'architecture' asks for a new model, whose weights are random: say 'baseline_epochs' too")
+        _check_machine(values)
     if values.get("architecture"):
-        _check_new_model(values)
+        if not values.get("baseline_epochs", True):
+            raise BadParameter("'architecture' makes a new model, whose weights are random: give 'baseline_epochs' too")
+        _new_config(values)
     method, convert_to = values.get("method"), values.get("convert_to", "mla")
     if method is not None and method not in (grouping_methods() if convert_to == "gqa" else latent_methods()):
         raise BadParameter(f"'method' is {method}, which cannot convert to {convert_to}")
-    for seconds in values.get("benchmark_seconds", []):
-        if not isinstance(seconds, float | int) or seconds <= 0:
-            raise BadParameter(f"'benchmark_seconds' holds {seconds!r}: each should be a number of seconds above 0")
-    for cut in values.get("analysis_cuts", []):
-        if not isinstance(cut, float) or not 0 < cut < 1:
-            raise BadParameter(f"'analysis_cuts' holds {cut!r}: a cut lies between 0 and 1 (0.75 keeps a quarter)")
     for name in values.get("analysis_methods", []):
         if name not in RECIPES:
-            raise BadParameter(f"'analysis_methods' holds {name!r}{nearest(str(name), RECIPES) or unknown}")
+            choices = nearest(str(name), RECIPES) or f": choose from {'; '.join(RECIPES)}"
+            raise BadParameter(f"'analysis_methods' holds {name!r}{choices}")
     weights = [values.get(name) for name in ("ctc_weight", "kl_weight", "hidden_weight")]
     if None not in weights and not any(weights):
         raise BadParameter("'ctc_weight', 'kl_weight' and 'hidden_weight' are all 0: there is nothing to learn from")
 
 
+def _check_speech(values: Mapping[str, Any]) -> None:
+    """The corpus has the splits; the message names the parameter that asks for a missing one."""
+    from asrlib.data.corpus import NoSuchSplit
+    from asrlib.data.opening import check_splits
+
+    asked = {name: [values[name]] for name in ("train_split", "validation_split") if values.get(name)}
+    asked |= {"eval_splits": values.get("eval_splits", [])}
+    try:
+        check_splits(values["corpus"], [split for splits in asked.values() for split in splits])
+    except NoSuchSplit as error:
+        names = [name for name, splits in asked.items() if error.split in "+".join(splits).split("+")]
+        raise BadParameter(f"{' and '.join(names)}: {error}") from None
+
+
+def _check_machine(values: Mapping[str, Any]) -> None:
+    """This machine has the device, and all that is asked of the device."""
+    import torch
+
+    from asrlib.models.inference import choose_device
+
+    device = values.get("device", "auto")
+    chosen = choose_device(device)
+    if values.get("benchmark_compiled"):
+        from asrlib.measuring.speed import check_compiler
+
+        check_compiler(chosen)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() and device != "cpu" else 0
+    for name in ("precision", "baseline_precision"):
+        if values.get(name) == "fp16" and not gpus:
+            raise BadParameter(f"{name!r} is fp16, which needs a CUDA device: use bf16 or fp32")
+    _check_processes(values, gpus)
+
+
 def check_model(values: Mapping[str, Any], steps: Iterable[str]) -> None:
-    """Refuses a model folder in which something is missing or cut short, of which an estimate would take the config;
-    and a model of which `steps` cannot be run. Raises BadParameter.
-    """
+    """Refuse a model folder that lacks something, and a model with which `steps` cannot run. Raises BadParameter."""
     from transformers import AutoConfig
 
     from asrlib.models.loading import check_folder, resolve_model
@@ -181,25 +197,22 @@ def check_model(values: Mapping[str, Any], steps: Iterable[str]) -> None:
         return
     else:
         named = f"'model' is {values['model']}"
-        try:
+        with refused():
             check_folder(folder)
             config = AutoConfig.from_pretrained(folder)
             family_of(config)
-        except (OSError, ValueError) as error:
-            raise BadParameter(str(error)) from None
-    try:
+    with refused(named):
         if "01_convert" in steps:
             _check_conversion(values, config, named)
         if "04_evaluate" in steps and values.get("stream_chunks_ms"):
             family_of(config).check_streaming(config)
         if "05_benchmark" in steps:
             _check_benchmark(values, config)
-    except ValueError as error:
-        raise error if isinstance(error, BadParameter) else BadParameter(f"{named}: {error}") from None
 
 
 def _check_conversion(values: Mapping[str, Any], config, named: str) -> None:
     from asrlib.conversion.sequential import check_one_stack
+    from asrlib.conversion.statistics import check_calibration
     from asrlib.models.registry import chosen_parts, family_of
 
     family = family_of(config)
@@ -211,6 +224,10 @@ def _check_conversion(values: Mapping[str, Any], config, named: str) -> None:
     chosen_parts(config, values.get("parts"))
     if values.get("sequential") or values.get("reestimate_batch_norm"):
         check_one_stack(config)
+    watches = METHODS[values.get("method", "svd")].needs_statistics or values.get("ranks") == "sensitivity"
+    if watches and values.get("train_split"):
+        with refused("'train_split'"):
+            check_calibration(values["train_split"])
 
 
 def _check_benchmark(values: Mapping[str, Any], config) -> None:
@@ -226,32 +243,27 @@ def _check_benchmark(values: Mapping[str, Any], config) -> None:
         size_of(config)
 
 
-def _check_processes(values: dict[str, Any], gpus: int) -> None:
-    """`gpus` is how many of them training may use; 0: it runs on the CPU."""
+def _check_processes(values: Mapping[str, Any], gpus: int) -> None:
+    """`gpus`: how many of them training may use; 0 on the CPU."""
     count, config = values.get("training_processes", 1), values.get("accelerate_config")
     if config is not None and not resolve(config).is_file():
-        raise BadParameter(f"'accelerate_config' is {config}, which is no file: `accelerate config` writes one")
+        raise BadParameter(f"'accelerate_config' is {config}, which is not a file: `accelerate config` writes one")
     if config is not None and count > 1:
-        raise BadParameter(f"'training_processes' is {count}, but 'accelerate_config' says how many: give one of them")
+        raise BadParameter(
+            f"'training_processes' is {count}, but 'accelerate_config' gives their number too: give one of the two"
+        )
     if 0 < gpus < count:
-        raise BadParameter(f"'training_processes' is {count}, but each needs a GPU and here are {gpus}")
+        raise BadParameter(f"'training_processes' is {count}, but each needs a GPU, and this machine has {gpus}")
     if values.get("training_strategy") != "fsdp":
         return
     if not gpus or (count == 1 and config is None):
         raise BadParameter("'training_strategy' is fsdp, which needs GPUs and 'training_processes' above 1: use ddp")
     if "fp16" in (values.get("precision"), values.get("baseline_precision")):
-        raise BadParameter("'training_strategy' is fsdp, which is not provided for fp16: use bf16 or fp32")
-
-
-def _check_new_model(values: dict[str, Any]) -> None:
-    speeds = values.get("speeds", [])
-    if any(not isinstance(speed, float | int) or speed <= 0 for speed in speeds):
-        raise BadParameter(f"'speeds' is {speeds!r}: each should be a number above 0 (1.1 is 10 % faster)")
-    _new_config(values)
+        raise BadParameter("'training_strategy' is fsdp, which cannot train in fp16: use bf16 or fp32")
 
 
 def _new_config(values: Mapping[str, Any]):
-    """Of the new model that is asked for. Raises BadParameter where there can be none."""
+    """The config of the new model. Raises BadParameter where there cannot be such a model."""
     from huggingface_hub.errors import StrictDataclassError
 
     from asrlib.models.scratch import SIZES, new_config, new_processor
@@ -261,5 +273,5 @@ def _new_config(values: Mapping[str, Any]):
     try:
         return new_config(values["architecture"], new_processor(values["architecture"], **features), **sizes)
     except (ValueError, StrictDataclassError) as error:
-        said = re.sub(r"\b(latent_dim|kv_heads)\b", r"new_\1", str(error))  # as the parameters are called
-        raise BadParameter(f"no such model can be made: {said}") from None
+        reason = re.sub(r"\b(latent_dim|kv_heads)\b", r"new_\1", str(error))  # as the parameters are called
+        raise BadParameter(f"there cannot be such a model: {reason}") from None

@@ -3,8 +3,8 @@
     sweep: [quick, full]                             params files, each a member named by its file
     sweep: {latent_dim: [16, 32], layout: [joint]}   a member for each combination: latent_dim-16_layout-joint
 
-The file's other values hold for every member and go before those of a member's own file. A member is a run like any
-other, in reports/<sweep>/<member>. The steps that declare `members` then run once more, in reports/<sweep> itself.
+The file's other values hold for every member; they replace those of a member's own file. A member is a run like any
+other, in reports/<sweep>/<member>. Then the steps that declare `members` run once more, in reports/<sweep> itself.
 """
 
 import re
@@ -24,12 +24,12 @@ from asrlib.runs import BadParameter, Run, member_names, needed_by, own_values, 
 from asrlib.runs.fingerprints import fingerprint
 
 RUN_FOLDERS = {"metrics", "predictions", "tables", "figures", "rejected", "models", "checkpoints", "notebooks"}
-DIFFERS_BY_CHANCE = r"0x[0-9a-f]+|Request ID: [^)]*"  # in the messages of one and the same failure of the network
+DIFFERS_BY_CHANCE = r"0x[0-9a-f]+|Request ID: [^)]*"  # between two messages about the same failure of a network
 
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a sweep, as it is to be."""
+    """One run of a sweep: its folder, its parameters, its steps."""
 
     run: Run
     values: dict[str, Any]
@@ -44,7 +44,7 @@ class Member:
         return not pending(self.run, self.steps)
 
     def fingerprint_for(self, comparing: Iterable[str]) -> str:
-        """Of what the steps `comparing`, of the sweep as a whole, may read of this run: theirs and what they need."""
+        """The fingerprint of what the steps `comparing`, of the sweep as a whole, may read of this run."""
         names = [step.name for step in self.steps]
         read = {name for step in comparing for name in (step, *needed_by(step, names))}
         return fingerprint([step.fingerprint for step in self.steps if step.name in read])
@@ -52,14 +52,14 @@ class Member:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All that a params file with `sweep` asks for, checked."""
+    """What a params file with `sweep` asks for, checked."""
 
     file: Path
     root: Path
     run: Run  # of the sweep as a whole
     schema: Schema
-    sweep: list | dict[str, list]  # as the params file says it
-    values: dict[str, Any]  # that hold for all members
+    sweep: list | dict[str, list]  # as the params file gives it
+    values: dict[str, Any]  # of all members
     members: list[Member]
 
     @property
@@ -74,7 +74,7 @@ class Sweep:
         return [step for step in self.schema.parameters if step in names]
 
 
-Failures = list[tuple[str, StepFailed]]  # names of the members that failed, and how
+Failures = list[tuple[str, StepFailed]]  # (name of a member that failed, its error)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Engine:
 
     run_members: Callable[[Sweep, Workplace, Callable[[str], None], str], Failures]  # those that are not finished
     at_once: int = 1
-    before: Callable[[Sweep], None] = lambda sweep: None  # brings here what was done elsewhere
+    before: Callable[[Sweep], None] = lambda sweep: None  # fetches what was done elsewhere
     after: Callable[[Sweep], None] = lambda sweep: None
 
 
@@ -91,7 +91,7 @@ class Engine:
 
 
 def read_sweep(root: Path, run: Run, file: Path, assignments: list[str], schema: Schema) -> Sweep:
-    """The sweep in `file`, all its members checked and planned. Raises BadParameter, which says of which member."""
+    """The sweep in `file`, all its members checked and planned. Raises BadParameter, which names the member."""
     given = read_params_file(file)
     sweep = given.pop("sweep")
     _check_sweep(sweep, given, file.name)
@@ -102,7 +102,7 @@ def read_sweep(root: Path, run: Run, file: Path, assignments: list[str], schema:
             values, steps = checked([*_layers(root, own, shared), assigned], schema, list(schema.parameters))
             for varied, value in own.items() if isinstance(own, dict) else ():
                 if values.get(varied) != value:
-                    raise BadParameter(f"{varied!r} is what the sweep varies: --set should leave it alone")
+                    raise BadParameter(f"{varied!r} is what the sweep varies: leave it out of --set")
         except BadParameter as error:
             raise BadParameter("\n".join(f"member {name}: {line}" for line in str(error).splitlines())) from None
         member = Run(run.path / name)
@@ -118,12 +118,12 @@ def _layers(root: Path, own: str | dict[str, Any], shared: tuple[str, dict]) -> 
     file = find_params(root, own)
     values = read_params_file(file)
     if "sweep" in values:
-        raise BadParameter(f"{file.name} is a sweep itself: name its members instead")
+        raise BadParameter(f"{file.name} is a sweep itself: give its members instead")
     return [(file.name, values), shared]
 
 
 def _check_sweep(sweep: Any, shared: Mapping[str, Any], where: str) -> None:
-    """Raises BadParameter where `sweep` has neither of the two forms, or its members cannot be told apart."""
+    """Raises BadParameter where `sweep` has neither of the two forms, or two members would have the same name."""
     files = isinstance(sweep, list) and sweep and all(isinstance(name, str) and name for name in sweep)
     lists = isinstance(sweep, dict) and sweep and all(isinstance(name, str) for name in sweep)
     if not files and not (lists and all(isinstance(values, list) and values for values in sweep.values())):
@@ -138,7 +138,9 @@ def _check_sweep(sweep: Any, shared: Mapping[str, Any], where: str) -> None:
         if [other.casefold() for other in names].count(name.casefold()) > 1:
             raise BadParameter(f"two members of the sweep (in {where}) would be named {name!r}")
         if name in RUN_FOLDERS or name.startswith(".") or len(name.encode()) > 200:
-            raise BadParameter(f"a member of the sweep (in {where}) cannot be named {name!r}: no good name of a folder")
+            raise BadParameter(
+                f"a member of the sweep (in {where}) cannot be named {name!r}: a folder needs another name"
+            )
 
 
 # ---- running -----------------------------------------------------------------------------------------------
@@ -147,10 +149,10 @@ def _check_sweep(sweep: Any, shared: Mapping[str, Any], where: str) -> None:
 def run_sweep(
     sweep: Sweep, redo: list[str], say: Callable[[str], None], command: str, engine: Engine | None = None
 ) -> None:
-    """Run all members that are not finished, then, here, the steps that compare those that are.
+    """Run all members that are not finished, then, on this machine, the steps that compare the finished ones.
 
-    redo: steps that run again even if unchanged, in every member and in the comparison. engine: default IN_TURN. A
-    member that fails does not stop the others: StepFailed is raised at the end and names all that failed. Raises
+    `redo`: steps that run again even if unchanged, in every member and in the comparison. `engine`: by default IN_TURN.
+    A member that fails does not stop the others: StepFailed is raised at the end and names all that failed. Raises
     RunLocked.
     """
     from asrlib.reporting.pages import write_index
@@ -177,7 +179,7 @@ def run_sweep(
 
 
 def _begin(sweep: Sweep, redo: list[str]) -> None:
-    """Before the first member runs: whatever happens now, this is out of date."""
+    """Mark as out of date what is, before the first member runs."""
     for name in redo:
         for member in sweep.members:
             if name in [step.name for step in member.steps]:
@@ -194,7 +196,7 @@ def _run_in_turn(sweep: Sweep, place: Workplace, say: Callable[[str], None], com
     from asrlib.reporting.pages import write_index
 
     failures: Failures = []
-    took: list[float] = []  # seconds, of members that ran to their end
+    took: list[float] = []  # seconds, of members that are finished
     begin = time.monotonic()
     for number, member in enumerate(sweep.members, 1):
         title = f"[{number}/{len(sweep.members)}] {member.name}"
@@ -209,7 +211,7 @@ def _run_in_turn(sweep: Sweep, place: Workplace, say: Callable[[str], None], com
         except StepFailed as failure:
             failures.append((member.name, failure))
             say(reasons(failures)[-1][0])
-        finally:  # after Ctrl-C too: the page says who was interrupted
+        finally:  # after Ctrl-C too: the page names the member that was interrupted
             write_index(sweep.run.path, command)
         now = time.monotonic()
         if member.finished:
@@ -230,23 +232,23 @@ def run_member(
     command: str,
     after_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run those of the member's steps that are not done, in its own `place`. Raises StepFailed."""
+    """Run the steps of the member that are not done, in its own `place`. Raises StepFailed."""
     write_json(member.run.path / "params.json", member.values)
     run_steps(member.steps, place, say, command, after_step)
 
 
-def plan_comparison(sweep: Sweep) -> list[Step]:
-    """The steps of the sweep as a whole, over the members that are finished now."""
-    comparing = sweep.comparing
-    finished = {member.name: member.fingerprint_for(comparing) for member in sweep.members if member.finished}
-    return plan(sweep.root, sweep.run, sweep.schema, sweep.values, comparing, finished)
+def plan_comparison(sweep: Sweep, members: Iterable[Member] | None = None) -> list[Step]:
+    """The steps of the sweep as a whole over `members`; by default those that are finished now."""
+    compared = [member for member in sweep.members if member.finished] if members is None else members
+    fingerprints = {member.name: member.fingerprint_for(sweep.comparing) for member in compared}
+    return plan(sweep.root, sweep.run, sweep.schema, sweep.values, sweep.comparing, fingerprints)
 
 
 def seconds_ahead(sweep: Sweep, members: list[Member], took: list[float], at_once: int = 1) -> list[float | None]:
-    """By how much each of `members` that is not finished, and each comparing step, delays the end, if so many members
-    run at once; None where nothing tells.
+    """Seconds by which each unfinished one of `members`, and each comparing step, delays the end, if `at_once` members
+    run at once; None where that is unknown.
 
-    A member that was never timed is taken to be like those that ran before it: `took`, in seconds.
+    A member that was never timed is expected to take the mean of `took`: the seconds of members that ran before it.
     """
     ahead: list[float | None] = []
     for member in members:
@@ -261,7 +263,7 @@ def seconds_ahead(sweep: Sweep, members: list[Member], took: list[float], at_onc
 
 
 def _delays(durations: list[float | None], at_once: int) -> list[float | None]:
-    """By how much each delays the end, if one after the other is begun as soon as a place of `at_once` is free."""
+    """Seconds by which each delays the end, if each begins as soon as one of `at_once` places is free."""
     places, delays = [0.0] * at_once, []
     for seconds in durations:
         end, first_free = max(places), places.index(min(places))
@@ -271,7 +273,7 @@ def _delays(durations: list[float | None], at_once: int) -> list[float | None]:
 
 
 def _explain(failures: Failures) -> str:
-    """Who failed, and why."""
+    """The members that failed, each with its reason and its notebook."""
     lines = [f"failed: {', '.join(name for name, _ in failures)}"]
     for (name, _), (reason, *notebook) in zip(failures, reasons(failures), strict=True):
         lines += [f"  {name}: {reason}", *(f"    {where}" for where in notebook)]
@@ -279,12 +281,12 @@ def _explain(failures: Failures) -> str:
 
 
 def reasons(failures: Failures) -> list[list[str]]:
-    """Of each failure the reason's first line and where its notebook is; of one like another before, only whose."""
+    """For each failure [the first line of its reason, where its notebook is], or [`the same as` another member]."""
     first: dict[str, str] = {}
-    told = []
+    lines = []
     for name, failure in failures:
         reason, *_, notebook = str(failure).splitlines()
         kind = re.sub(DIFFERS_BY_CHANCE, "", reason)
-        told.append([f"the same as {first[kind]}"] if kind in first else [reason, notebook])
+        lines.append([f"the same as {first[kind]}"] if kind in first else [reason, notebook])
         first.setdefault(kind, name)
-    return told
+    return lines

@@ -1,4 +1,4 @@
-"""A run folder while it is worked in: ours alone, with its log open."""
+"""A run folder at work: locked for this process, with its log open."""
 
 import fcntl
 import logging
@@ -20,7 +20,7 @@ log = logging.getLogger("asrlib.running.pipeline")
 
 
 class RunLocked(RuntimeError):
-    """Another process works in the run folder."""
+    """Another process is at work in the run folder."""
 
 
 class StepFailed(RuntimeError):
@@ -29,17 +29,19 @@ class StepFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Workplace:
-    """A run folder that is ours alone, with its log open."""
+    """A run folder that this process has locked, with its log open."""
 
     root: Path
     run: Run
-    locks: tuple[int, ...]  # file descriptors; a kernel inherits them: the folder is locked until it is gone too
+    locks: tuple[
+        int, ...
+    ]  # file descriptors; a kernel inherits them, so that the folder stays locked until the kernel has ended
     log_file: TextIO
 
 
 @contextmanager
 def work_in(root: Path, run: Run, held: tuple[int, ...] = ()) -> Iterator[Workplace]:
-    """Raises RunLocked where another run is at work in the folder. `held`: locks of a sweep that the run is part of."""
+    """Lock a run folder and open its log. `held`: the locks of a sweep that the run is part of. Raises RunLocked."""
     with locked(run) as lock, logged(run) as log_file:
         remove_partial(run.path)
         try:
@@ -52,7 +54,7 @@ def work_in(root: Path, run: Run, held: tuple[int, ...] = ()) -> Iterator[Workpl
 
 @contextmanager
 def locked(run: Run) -> Iterator[int]:
-    """Hold the run folder's lock; gives its file descriptor. A kernel whose run was killed is waited for."""
+    """Hold the lock of the run folder; yields its file descriptor. Waits for a kernel whose run was killed."""
     run.path.mkdir(parents=True, exist_ok=True)
     with open(run.path / ".lock", "a+", encoding="utf-8") as file:
         give_up = time.monotonic() + LOCK_WAIT_SECONDS
@@ -67,8 +69,8 @@ def locked(run: Run) -> Iterator[int]:
                 if (not elsewhere and _alive(owner)) or time.monotonic() > give_up:
                     where = f" on {machine}" if elsewhere else ""
                     raise RunLocked(
-                        f"{run.path} is in use by another run (process {owner}{where}): wait for it, or name this "
-                        "one differently with --name"
+                        f"{run.path} is in use by another run (process {owner}{where}): wait for it, or give this run "
+                        "another name with --name"
                     ) from None
                 time.sleep(0.1)
         file.truncate(0)
@@ -88,7 +90,7 @@ def _alive(pid: str) -> bool:
 
 
 class _LogFile(logging.FileHandler):
-    """Appends every line with its time; of a progress bar that redraws one line, only a sample."""
+    """Appends every line with its time, and of a progress bar, which redraws one line, only a sample."""
 
     last_progress = 0.0
 
@@ -110,7 +112,8 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def logged(run: Run) -> Iterator[TextIO]:
-    """Send our log, papermill's, kernels' prints to <run>/pipeline.log, and a sweep's around it; gives the file."""
+    """Send our log, papermill's, and what kernels print to <run>/pipeline.log and to that of a sweep around it; yields
+    the file."""
     handler = _LogFile(run.path / "pipeline.log", encoding="utf-8")
     loggers = [log, logging.getLogger("papermill"), logging.getLogger("py.warnings")]
     logging.captureWarnings(True)

@@ -209,7 +209,7 @@ def test_a_benchmark_times_what_is_written(loaded, name):
     for row, utterance in zip(transcribe(model, processor, speech), speech, strict=True):
         inputs = inputs_of_each({"it": model}, processor, utterance.audio(), torch.device("cpu"))
         with torch.no_grad():
-            ids = best_symbols(model, processor, inputs["it"])
+            ids = best_symbols(model, processor, inputs["it"], utterance.seconds)
         assert family_of(model.config).head.texts(processor, ids.tolist()) == [row["hypothesis"]]
 
 

@@ -7,6 +7,7 @@ import torch
 
 import asrlib
 from asrlib.data.batches import SpeechCollator, SpeechDataset
+from asrlib.measuring.speed import benchmark_speed
 from asrlib.measuring.transcribing import transcribe
 from asrlib.models.heard_once import EncoderStates, keep_encoder_states, weights_fingerprint
 from asrlib.models.inference import inference, zero_attention
@@ -95,6 +96,12 @@ def test_an_encoder_that_learns_or_draws_is_not_remembered(whisper, kept):
         assert torch.equal(*(whisper(**batch()).encoder_last_hidden_state for _ in range(2)))
     assert (kept.computed, kept.read) == (3, 3)
     assert "forward" not in vars(whisper.model.encoder)
+
+
+def test_a_benchmark_computes_what_it_times(whisper, kept):
+    encoded(whisper, batch())
+    benchmark_speed({"it": whisper}, family_models.processor_of("whisper"), tiny.corpus(3), repeats=1, warmup=1)
+    assert (kept.computed, kept.read) == (3, 0) and kept.limit_bytes
 
 
 def test_the_limit_holds_and_the_oldest_go(whisper, kept):

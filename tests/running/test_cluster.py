@@ -229,13 +229,13 @@ def test_an_engine_is_named_as_ray_names_its_clusters(engine, address):
         (["four", "--gpus", "1"], "--cpus, --gpus and --storage belong to --engine ray"),
         (["four", "--engine", "ray", "--cpus", "1.5"], "--cpus 1.5 should be a whole number, or a share of one"),
         (["four", "--engine", "ray", "--gpus", "-1"], "--gpus -1 should be a whole number, or a share of one"),
-        (["four", "--engine", "ray", "--cpus", "0"], "--cpus 0 should stand beside --gpus above 0"),
+        (["four", "--engine", "ray", "--cpus", "0"], "--cpus 0 needs --gpus above 0"),
         (["four", "--engine", "ray", "--set", "sed=1"], "did you mean 'seed'?"),
         (
             ["four", "--engine", "ray", "--storage", "s4://reports"],
             "s4://reports cannot be used: Protocol not known: s4",
         ),
-        (["long", "--engine", "ray"], "--engine ray is for the members of a sweep, which long.yaml is not"),
+        (["long", "--engine", "ray"], "--engine ray is for the members of a sweep, but long.yaml is not a sweep"),
     ],
 )
 def test_impossible_engines_are_refused_before_anything_starts(project, capsys, words, message):

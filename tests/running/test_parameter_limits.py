@@ -21,6 +21,7 @@ def checked(name: str, value):
         ("stream_caches", ["float32", "int4"]),
         ("benchmark_left_seconds", [600]),
         ("largest_chunk", 0),
+        ("analysis_cuts", [0.5, 0.75]),
     ],
 )
 def test_what_is_possible_passes(name, value):
@@ -37,6 +38,10 @@ def test_what_is_possible_passes(name, value):
         ("stream_left_seconds", [float("nan")], "not nan"),
         ("stream_caches", ["float32", "int9"], "should be one of .* did you mean 'int8'"),
         ("benchmark_left_seconds", [-1], "not -1"),
+        ("benchmark_seconds", [0], "should hold numbers above 0, not 0"),
+        ("analysis_cuts", [0.5, 75], "should hold numbers above 0 and below 1, not 75"),
+        ("analysis_cuts", [], "should hold numbers above 0 and below 1"),
+        ("speeds", [1.0, float("inf")], "should hold numbers above 0, not inf"),
         ("largest_chunk", -1, "greater than or equal to 0"),
     ],
 )

@@ -144,7 +144,11 @@ def test_values_that_vary_are_combined(project):
         ("sweep: [models]", [], "cannot be named 'models'"),
         ("sweep: {ticks: [1, many]}", [], "member ticks-many: parameter 'ticks' (in the sweep of mine.yaml) is"),
         ("sweeep: {ticks: [1]}", [], "unknown parameter 'sweeep' (in mine.yaml): did you mean 'sweep'?"),
-        ("ticks: 1", ["--set", "sweep={ticks: [1]}"], "'sweep' (in --set) is no parameter: it belongs at the top of"),
+        (
+            "ticks: 1",
+            ["--set", "sweep={ticks: [1]}"],
+            "'sweep' (in --set) is not a parameter: it belongs at the top of",
+        ),
         (
             "sweep: {tiks: [1]}",
             [],

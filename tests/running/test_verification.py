@@ -66,7 +66,7 @@ def test_what_was_not_touched_is_right_and_passing_files_may_change(run):
         "3 of 3 word error rates come out the same again",
         "2 paired tests come out the same again",
     ]
-    assert as_text(found).endswith("nothing wrong found in what is checked above")
+    assert as_text(found).endswith("nothing is wrong in what was checked above")
 
 
 def test_coreutils_read_the_checksums(run):
@@ -164,7 +164,7 @@ def test_members_of_a_sweep_are_verified_too(tmp_path, capsys):
     assert call(tmp_path, "--verify", "widths") == 1
     shown = capsys.readouterr().out.splitlines()
     assert shown[:2] == ["widths", "  1 of 1 files have the sha256 they had when the run ended"]
-    assert shown[-2] == "  WRONG  missing: index.html" and shown[-1].startswith("1 problem found; to make it again: ")
+    assert shown[-2] == "  WRONG  missing: index.html" and shown[-1].startswith("1 problem found; to run it again: ")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):

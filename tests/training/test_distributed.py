@@ -532,7 +532,7 @@ def test_curves_grow_in_their_place_for_whoever_watches(monkeypatch, watched):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"accelerate_config": "nowhere.yaml"}, "'accelerate_config' is nowhere.yaml, which is no file"),
+        ({"accelerate_config": "nowhere.yaml"}, "'accelerate_config' is nowhere.yaml, which is not a file"),
         (
             {"accelerate_config": __file__, "training_processes": 2},
             "'training_processes' is 2, but 'accelerate_config'",
@@ -550,7 +550,7 @@ def test_each_process_has_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     check_surroundings({"training_processes": 2, "training_strategy": "fsdp"})
-    with pytest.raises(BadParameter, match="'training_processes' is 3, but each needs a GPU and here are 2"):
+    with pytest.raises(BadParameter, match="'training_processes' is 3, but each needs a GPU, and this machine has 2"):
         check_surroundings({"training_processes": 3})
-    with pytest.raises(BadParameter, match="fsdp, which is not provided for fp16: use bf16 or fp32"):
+    with pytest.raises(BadParameter, match="fsdp, which cannot train in fp16: use bf16 or fp32"):
         check_surroundings({"training_processes": 2, "training_strategy": "fsdp", "precision": "fp16"})
