@@ -101,8 +101,10 @@ def label_ids(text: str, processor) -> list[int]:
     end mark.
     """
     tokenizer = _tokenizer(processor)
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
     prompt = getattr(tokenizer, "prefix_tokens", None)
+    # Whisper was trained on text that begins with a space: without it, its own transcripts surprise it.
+    spoken = text if prompt is None else f" {text}"
+    ids = tokenizer(spoken, add_special_tokens=False, split_special_tokens=True).input_ids
     return ids if prompt is None else [*prompt[1:], *ids, tokenizer.eos_token_id]
 
 

@@ -1,6 +1,7 @@
 """Transcribing speech with any recogniser, and its word errors."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -121,3 +122,16 @@ def evaluate(
     if predictions is not None:
         write_predictions(predictions, transcripts)
     return score(transcripts)
+
+
+def in_own_words(
+    model: nn.Module, processor, corpus: Corpus, device: str | None = None, precision: str = "fp32"
+) -> Corpus:
+    """The corpus with what `model` writes in place of its texts, without those utterances of which it writes nothing.
+
+    A decoder that was trained to write case and punctuation finds references without them unlikely from the first
+    token on: what is measured or learnt there is not what it does when it writes.
+    """
+    transcripts = transcribe(model, processor, corpus, device=device, precision=precision)
+    written = zip(corpus, (transcript["hypothesis"] for transcript in transcripts), strict=True)
+    return replace(corpus, utterances=tuple(replace(utterance, text=text) for utterance, text in written if text))

@@ -9,6 +9,7 @@ Shapes: N utterances.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,9 +68,25 @@ def _wer(predictions: list[dict], form: Callable[[str], str]) -> float | None:
     return 100 * jiwer.wer(references, hypotheses) if any(references) else None
 
 
+REPEATED = re.compile(r"(?:^|\s)(\S+(?:\s\S+){0,7}?)(?:\s\1){3,}(?=\s|$)")  # one to eight words, four times or more
+
+
+def loops(predictions: list[dict]) -> int | None:
+    """In how many transcripts the model repeats itself: one to eight words, four times in a row or more often, where
+    the reference does not. None of transcripts that no decoder wrote, which cannot."""
+    if not any(prediction.get("normaliser") for prediction in predictions):
+        return None
+    repeats = [[bool(REPEATED.search(as_counted(prediction, side))) for side in SIDES] for prediction in predictions]
+    return sum(hypothesis and not reference for reference, hypothesis in repeats)
+
+
 # Metrics beside word and character errors: name → function of transcripts. Each appears in the tables and in
 # metrics/*.json, and --verify checks it. docs/extending.md works out another one.
-METRICS: dict[str, Callable[[list[dict]], float | None]] = {"normalised WER %": normalised_wer, "raw WER %": raw_wer}
+METRICS: dict[str, Callable[[list[dict]], float | None]] = {
+    "normalised WER %": normalised_wer,
+    "raw WER %": raw_wer,
+    "loops": loops,
+}
 
 
 # ---- word errors -------------------------------------------------------------------------------------------
