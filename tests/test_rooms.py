@@ -19,11 +19,11 @@ CODE_LINES = 120  # of a notebook, beside its parameters, without blank lines an
 REACH = {  # files of asrlib that a notebook may depend on
     "00_baseline": 68,
     "01_convert": 63,
-    "02_analyze_svd_error": 70,
-    "03_finetune": 53,
+    "02_analyze_svd_error": 71,
+    "03_finetune": 54,
     "04_evaluate": 61,
-    "05_benchmark": 77,
-    "06_compare": 70,
+    "05_benchmark": 78,
+    "06_compare": 33,
 }
 
 

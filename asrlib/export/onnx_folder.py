@@ -11,7 +11,7 @@ from asrlib.data.corpus import Corpus
 from asrlib.data.opening import open_corpus
 from asrlib.export.onnx_check import Heard, OnnxModel, check_agrees, compared, streamed, transcribed
 from asrlib.export.onnx_graphs import write_int8, write_offline, write_streaming
-from asrlib.reporting.numbers import in_per_cent, in_points
+from asrlib.reporting.numbers import percent, rate_interval, tested_points
 from asrlib.runs import Run
 from asrlib.streaming.streams import CHUNK_MS, LEFT_SECONDS, chunks_of
 
@@ -76,14 +76,14 @@ def summary(about: dict) -> str:
     parts = [
         f"{found['equal_transcripts']} of {found['utterances']} transcripts equal to PyTorch's ({checked['speech']}, "
         f"{_share(about)}), logits within {found['largest_difference']:.1e}",
-        f"WER {100 * found['wer']:.2f} % ({in_per_cent(found['wer_interval'])})",
+        f"WER {percent(found['wer'])} ({rate_interval(found['wer_interval'])})",
     ]
     if "int8" in checked:
         rounded = checked["int8"]
         change = rounded["change"]
         parts.append(
-            f"int8 {100 * rounded['wer']:.2f} % ({in_per_cent(rounded['wer_interval'])}; "
-            f"{in_points(change['difference'])} points, {in_per_cent(change['interval'], '+.2f')})"
+            f"int8 {percent(rounded['wer'])} ({rate_interval(rounded['wer_interval'])}), "
+            f"{tested_points(change['difference'], change['interval'], unit=' points')}"
         )
     return "; ".join(parts)
 
@@ -125,8 +125,8 @@ def _graphs(about: dict) -> dict[str, dict]:
 def _row(name: str, size: dict, found: dict) -> str:
     change = found["change"]
     return (
-        f"| {name} | {size['bytes'] / 1e6:.2f} | {100 * found['wer']:.2f} % ({in_per_cent(found['wer_interval'])}) | "
-        f"{in_points(change['difference'])} ({in_per_cent(change['interval'], '+.2f')}) | "
+        f"| {name} | {size['bytes'] / 1e6:.2f} | {percent(found['wer'])} ({rate_interval(found['wer_interval'])}) | "
+        f"{tested_points(change['difference'], change['interval'])} | "
         f"{found['largest_difference']:.2g} | {found['equal_transcripts']} of {found['utterances']} |"
     )
 

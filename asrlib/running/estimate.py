@@ -32,7 +32,7 @@ from asrlib.conversion.ranks import PROBED_SHARES
 from asrlib.conversion.statistics import SAMPLE_FRAMES
 from asrlib.data.corpus import HUB_ID, Corpus
 from asrlib.data.opening import open_corpus
-from asrlib.measuring.lengths import LONG_PASS
+from asrlib.measuring.names import LONG_PASS
 from asrlib.measuring.random_models import PUBLISHED, noise
 from asrlib.measuring.recipes import RECIPES
 from asrlib.measuring.speed import spread_over_durations

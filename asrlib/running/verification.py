@@ -35,7 +35,7 @@ def write_checksums(run: Run, since: float = 0.0) -> None:
     """
     kept = _kept(run)
     old = {name for name in _files(run) if name in kept and (run.path / name).stat().st_mtime < since}
-    digests = {name: kept[name] if name in old else _sha256(run.path / name) for name in _files(run)}
+    digests = {name: kept[name] if name in old else sha256_of(run.path / name) for name in _files(run)}
     digests = digests if since == 0 else kept | digests
     with atomic_write(run.path / CHECKSUMS) as file:
         file.writelines(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
@@ -71,7 +71,7 @@ def _kept(run: Run) -> dict[str, str]:
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -83,7 +83,7 @@ def _check_files(run: Run, found: Verification) -> None:
         return
     missing = sorted(name for name in kept if not (run.path / name).is_file())
     left_out = [name for name in missing if name.startswith(LEFT_OUT)]
-    changed = sorted(name for name in kept.keys() - set(missing) if _sha256(run.path / name) != kept[name])
+    changed = sorted(name for name in kept.keys() - set(missing) if sha256_of(run.path / name) != kept[name])
     added = sorted(set(_files(run)) - kept.keys())
     same = len(kept) - len(missing) - len(changed)
     found.checked.append(f"{same} of {len(kept)} files have the sha256 they had when the run ended")

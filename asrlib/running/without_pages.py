@@ -6,7 +6,7 @@ make example RUN=baseline PAGES=no
 import re
 from pathlib import Path
 
-from asrlib.running.verification import CHECKSUMS, _sha256
+from asrlib.running.verification import CHECKSUMS, sha256_of
 from asrlib.runs import atomic_write
 
 LINK = r'<a [^>]*href="(?:[^"/]+/)?\d\d_\w+\.html"[^>]*>(.*?)</a>'  # to a notebook's page, perhaps of a member
@@ -28,7 +28,7 @@ def leave_pages_out(folder: Path, shown: str = "") -> None:
         if (run / "figures").is_dir() and not any((run / "figures").iterdir()):
             (run / "figures").rmdir()
         index = run / "index.html"
-        before = _sha256(index)
+        before = sha256_of(index)
         index.write_text(index_without_links(index.read_text(encoding="utf-8"), folder.name), encoding="utf-8")
         _forget(run, {path.relative_to(run).as_posix() for path in pages + figures}, before)
 
@@ -51,6 +51,6 @@ def _forget(run: Path, removed: set[str], index_before: str) -> None:
     lines = (run / CHECKSUMS).read_text(encoding="utf-8").splitlines()
     kept = {name: digest for digest, _, name in (line.partition("  ") for line in lines) if name not in removed}
     if kept.get("index.html") == index_before:
-        kept["index.html"] = _sha256(run / "index.html")
+        kept["index.html"] = sha256_of(run / "index.html")
     with atomic_write(run / CHECKSUMS) as file:
         file.writelines(f"{digest}  {name}\n" for name, digest in sorted(kept.items()))
