@@ -12,7 +12,7 @@ from asrlib.measuring.names import ATTENTION, AUDIO_SECONDS, LATENT, SIGNIFICANT
 from asrlib.reporting.member_tables import headline, kind, tested, verdict_of
 from asrlib.reporting.members import Comparison
 from asrlib.reporting.numbers import change, duration, percent, points, points_interval, size
-from asrlib.reporting.tables import save_table
+from asrlib.reporting.tables import as_rows, save_table
 from asrlib.runs import Run
 
 # ---- files -------------------------------------------------------------------------------------------------
@@ -25,18 +25,13 @@ def write_member_comparison(run: Run, sweep: Comparison, figures: Iterable[str])
     run.write_metrics(
         "compare",
         {
-            "table": records(sweep.table.reset_index()),
-            "tests": records(sweep.tests),
+            "table": as_rows(sweep.table.reset_index()),
+            "tests": as_rows(sweep.tests),
             "headline": headline(sweep),
             "answers": answers(sweep),
             "figures": list(figures),
         },
     )
-
-
-def records(table: pd.DataFrame) -> list[dict]:
-    """Rows as plain data, None for what is unknown."""
-    return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
 EQUAL_CACHE = 1.05  # times as large at most: then two caches are called equal

@@ -10,6 +10,7 @@ from asrlib.attention.formats import FORMATS
 from asrlib.models.registry import frames_per_second
 from asrlib.reporting.figures import SYSTEMS, drawing_style, new_figure, system_colours
 from asrlib.reporting.numbers import percent, rate_interval, size, span, tested_points
+from asrlib.reporting.tables import as_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,11 +32,6 @@ this library does for speed: the difference is what the kind of attention brings
 stands beside it and shows what a cache brings to every kind: with each chunk it computes its left context again, and
 attends to nothing before that, while a cache reaches back so far in every layer. Linear attention sums over everything
 it has heard, whatever the left context. Multiplications are those of matrices."""
-
-
-def as_rows(table: pd.DataFrame) -> list[dict]:
-    """Rows for metrics/*.json, with None for what is not known."""
-    return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
 # ---- word errors -------------------------------------------------------------------------------------------

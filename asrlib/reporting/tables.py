@@ -175,6 +175,11 @@ def save_table(df: pd.DataFrame, path: Path) -> None:
         df.to_csv(file, lineterminator="\n")
 
 
+def as_rows(table: pd.DataFrame) -> list[dict]:
+    """The rows of a table for metrics/*.json, with None for what is not known."""
+    return table.astype(object).where(table.notna(), None).to_dict("records")
+
+
 def display_text(text: str) -> None:
     """Show Markdown in a notebook, numbers on one line with their units."""
     from IPython.display import Markdown, display

@@ -25,7 +25,6 @@ from asrlib.models.registry import attention_modules
 from asrlib.models.scratch import new_processor
 from asrlib.reporting.numbers import p_value
 from asrlib.reporting.stream_tables import (
-    as_rows,
     bytes_table,
     errors_figure,
     errors_table,
@@ -36,6 +35,7 @@ from asrlib.reporting.stream_tables import (
     steps_table,
     streams_table,
 )
+from asrlib.reporting.tables import as_rows
 from asrlib.streaming.rotate import random_rotation, rotate_latents, rotated
 from asrlib.streaming.streams import Streams, chunked_pass, chunks_of
 
