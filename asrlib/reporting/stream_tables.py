@@ -66,13 +66,13 @@ def errors_table(errors: pd.DataFrame) -> pd.DataFrame:
 
 
 def errors_figure(errors: pd.DataFrame) -> "Figure":
-    """WER against the chunk, a line a system, a panel a left context; full context is the last place of each."""
-    kept = errors[errors["cache"] == errors["cache"].iloc[0]]
-    lefts = sorted(kept["left_seconds"].dropna().unique()) or [math.inf]  # full context alone
+    """WER against the chunk: a line for each system, a panel for each left context. Full context comes last."""
+    compared = errors[errors["cache"] == errors["cache"].iloc[0]]
+    lefts = sorted(compared["left_seconds"].dropna().unique()) or [math.inf]  # full context alone
     with drawing_style():
         fig, axes = new_figure(8, 3.4, 1, len(lefts), sharey=True)
         for ax, left in zip(axes[0], lefts, strict=True):
-            for place, (name, rows) in enumerate(kept.groupby("system", sort=False)):
+            for place, (name, rows) in enumerate(compared.groupby("system", sort=False)):
                 chunked = rows[rows["left_seconds"] == left].sort_values("chunk_ms")
                 rows = pd.concat([chunked, rows[rows["chunk_ms"].isna()]])
                 wer = 100 * rows["wer"]
@@ -90,7 +90,9 @@ def errors_figure(errors: pd.DataFrame) -> "Figure":
             ax.set(xlabel="chunk, ms", title=f"left context {left:.2g} s", ylim=(0, None))
         axes[0][0].set_ylabel("word error rate, %")
         axes[0][-1].legend(fontsize="small")
-    fig.set_label("Word error rate against the length of a chunk. " + "; ".join(map(_error_in_words, as_rows(kept))))
+    fig.set_label(
+        "Word error rate against the length of a chunk. " + "; ".join(map(_error_in_words, as_rows(compared)))
+    )
     return fig
 
 
@@ -102,7 +104,7 @@ def _error_in_words(row: dict) -> str:
 
 
 def text_as_heard(model, processor, utterance, **chunks) -> pd.DataFrame:
-    """The text of a stream after every chunk, and what its attention kept; `chunks`: the arguments of `chunks_of`."""
+    """The text of a stream after every chunk, and what its attention keeps; `chunks`: the arguments of `chunks_of`."""
     from asrlib.streaming.streams import Recognition, chunks_of
 
     recognition = Recognition(model, processor, chunks_of(model.config, **chunks))
@@ -110,8 +112,8 @@ def text_as_heard(model, processor, utterance, **chunks) -> pd.DataFrame:
     for steps in (recognition.hear(utterance.audio()), recognition.finish()):
         for text in steps:
             heard = min(utterance.seconds, (streams.frames + streams.chunks.lookahead) / rate)
-            kept = size(sum(streams.attention_bytes))
-            rows.append({"heard": f"{heard:.2f} s", "text so far": text, "cache": kept})
+            cache = size(sum(streams.attention_bytes))
+            rows.append({"heard": f"{heard:.2f} s", "text so far": text, "cache": cache})
     return pd.DataFrame(rows)
 
 
@@ -206,22 +208,22 @@ def steps_figure(steps: pd.DataFrame) -> "Figure":
 
 
 def formats_table(systems: dict) -> pd.DataFrame:
-    """Of {name: model}, the first of which all others are compared with in float32: a row per system and format."""
+    """A row per system and format, of {name: model}. All are compared with the first model in float32."""
     rows, reference = [], None
     for name, model in systems.items():
         for held_as in FORMATS:
             rate = frames_per_second(model.config)
-            kept = [kv_cache_bytes(model.config, frames, held_as) for frames in (0, 1000)]
+            n_bytes = [kv_cache_bytes(model.config, frames, held_as) for frames in (0, 1000)]
             numbers = sum(cached_numbers(model.config, 1000)) - sum(cached_numbers(model.config, 0))
-            growth = (kept[1] - kept[0]) * rate / 1000
+            growth = (n_bytes[1] - n_bytes[0]) * rate / 1000
             reference = reference or growth
             rows.append(
                 {
                     "system": name,
                     "numbers per frame": f"{numbers / 1000:.0f}",
                     "held in": held_as,
-                    "bits per number": f"{8 * (kept[1] - kept[0]) / numbers:.2f}" if numbers else "–",
-                    "bytes per second": size(growth) if growth else f"{size(kept[0])} in all",
+                    "bits per number": f"{8 * (n_bytes[1] - n_bytes[0]) / numbers:.2f}" if numbers else "–",
+                    "bytes per second": size(growth) if growth else f"{size(n_bytes[0])} in all",
                     "times less": f"{reference / growth:.1f}" if growth else "–",
                 }
             )
