@@ -25,7 +25,7 @@ VERBS = {
     "stream": Verb("asrlib.streaming.streams", "recognise a recording chunk by chunk"),
     "export": Verb("asrlib.export.exporting", "make a run's model usable elsewhere: hub, ONNX", "Nothing was kept."),
     "compare": Verb("asrlib.reporting.word_error_tables", "test whether two transcripts differ in word errors"),
-    "methods": Verb("asrlib.measuring.methods", "measure every method of conversion at every cut"),
+    "methods": Verb("asrlib.reporting.method_tables", "measure every method of conversion at every cut"),
     "lengths": Verb("asrlib.measuring.lengths", "time full passes over audio of several lengths"),
     "steps": Verb("asrlib.measuring.stream_steps", "time a chunk of a stream, for kinds of attention"),
     "tokens": Verb("asrlib.measuring.writing", "time a token of a decoder, and count what it keeps"),

@@ -17,13 +17,13 @@ ENTRIES = 14  # of the package's root
 LINES = 400
 CODE_LINES = 120  # of a notebook, its parameters included, without blank lines and comments
 REACH = {  # files of asrlib that a notebook may depend on
-    "00_baseline": 68,
-    "01_convert": 64,
-    "02_analyze_svd_error": 71,
-    "03_finetune": 53,
-    "04_evaluate": 61,
-    "05_benchmark": 77,
-    "06_compare": 70,
+    "00_baseline": 69,
+    "01_convert": 65,
+    "02_analyze_svd_error": 73,
+    "03_finetune": 55,
+    "04_evaluate": 62,
+    "05_benchmark": 78,
+    "06_compare": 33,
 }
 
 

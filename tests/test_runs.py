@@ -3,7 +3,17 @@ import json
 import numpy as np
 import pytest
 
-from asrlib.runs import NEEDS, MissingStep, Run, atomic_folder, atomic_write, read_json, resolve, write_json
+from asrlib.runs import (
+    NEEDS,
+    CompletedRun,
+    MissingStep,
+    Run,
+    atomic_folder,
+    atomic_write,
+    read_json,
+    resolve,
+    write_json,
+)
 from asrlib.runs.fingerprints import files_fingerprint, fingerprint
 
 
@@ -163,3 +173,15 @@ def test_a_step_run_again_by_hand_is_no_longer_completed_nor_are_those_that_need
     run.write_metrics("convert", {})
     assert run.completed("00_baseline")
     assert not any(run.completed(step) for step in ("01_convert", "02_analyze_svd_error", "03_finetune"))
+
+
+def test_what_a_step_measured_counts_while_it_is_completed(tmp_path):
+    run = Run(tmp_path / "run")
+    completed = CompletedRun(run.path)
+    run.write_metrics("evaluate", {"wer": 0.1})
+    assert run.metrics_so_far("evaluate") == {"wer": 0.1} and completed.metrics_so_far("evaluate") == {}
+    run.mark_started("04_evaluate", "f")
+    run.mark_completed("04_evaluate", "f", seconds=1.0)
+    assert completed.metrics_so_far("evaluate") == {"wer": 0.1}
+    run.outdate("04_evaluate")
+    assert completed.metrics_so_far("evaluate") == {}

@@ -18,7 +18,7 @@ from asrlib.models.scratch import architectures
 from asrlib.reporting.comparison import comparison_table, readable_comparison
 from asrlib.reporting.figures import SYSTEMS
 from asrlib.reporting.notebook_pages import TEMPLATES
-from asrlib.reporting.numbers import percent
+from asrlib.reporting.numbers import percent, rate_interval, tested_points
 from asrlib.reporting.provenance import provenance_of
 from asrlib.runs import Run, read_json, resolve
 
@@ -103,6 +103,7 @@ def _measured(export: Export) -> list[list[str]]:
 def _eval_results(scores: dict[str, dict], corpus: str | None) -> Iterator[EvalResult]:
     hub = _hub_id(corpus)
     for split, score in scores.items():
+        interval = f" (95 % interval {rate_interval(score['wer_interval'])})" if score.get("wer_interval") else ""
         yield EvalResult(
             task_type="automatic-speech-recognition",
             task_name="Automatic speech recognition",
@@ -110,25 +111,17 @@ def _eval_results(scores: dict[str, dict], corpus: str | None) -> Iterator[EvalR
             dataset_name=_name_of(corpus),
             dataset_split=split,
             metric_type="wer",
-            metric_name=f"WER in per cent{_interval(score.get('wer_interval'))}",
+            metric_name=f"WER in per cent{interval}",
             metric_value=round(100 * score["wer"], 2),
         )
-
-
-def _interval(interval: list[float] | None) -> str:
-    return f" (95 % interval {100 * interval[0]:.2f} to {100 * interval[1]:.2f})" if interval else ""
 
 
 def _tests(paired: dict[str, dict], system: str) -> Iterator[str]:
     for split, tests in paired.items():
         test = tests.get(f"baseline vs {system}")
         if test:
-            low, high = (100 * end for end in test["interval"])
-            chance = f", p = {test['p']:.2g}" if test.get("p") is not None else ""
-            yield (
-                f"Change of the WER on {split}: {100 * test['difference']:+.2f} points ({low:+.2f} to {high:+.2f}"
-                f"{chance}, paired bootstrap)."
-            )
+            change = tested_points(test["difference"], test["interval"], test.get("p"), unit=" points")
+            yield f"Change of the WER on {split}, by the paired bootstrap: {change}."
 
 
 def _made(metrics: dict[str, dict], system: str, provenance: dict[str, str], config) -> dict[str, str]:

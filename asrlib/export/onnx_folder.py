@@ -11,7 +11,7 @@ from asrlib.data.corpus import Corpus
 from asrlib.data.opening import open_corpus
 from asrlib.export.onnx_check import Heard, OnnxModel, check_agrees, compared, streamed, transcribed
 from asrlib.export.onnx_graphs import write_int8, write_offline, write_streaming
-from asrlib.reporting.numbers import in_per_cent, in_points
+from asrlib.reporting.numbers import percent, rate_interval, tested_points
 from asrlib.runs import Run
 from asrlib.streaming.streams import CHUNK_MS, LEFT_SECONDS, chunks_of
 
@@ -76,14 +76,14 @@ def summary(about: dict) -> str:
     parts = [
         f"{exact['equal_transcripts']} of {exact['utterances']} transcripts equal to PyTorch's ({checked['speech']}, "
         f"{_share(about)}), logits within {exact['largest_difference']:.1e}",
-        f"WER {100 * exact['wer']:.2f} % ({in_per_cent(exact['wer_interval'])})",
+        f"WER {percent(exact['wer'])} ({rate_interval(exact['wer_interval'])})",
     ]
     if "int8" in checked:
         rounded = checked["int8"]
         change = rounded["change"]
         parts.append(
-            f"int8 {100 * rounded['wer']:.2f} % ({in_per_cent(rounded['wer_interval'])}; "
-            f"{in_points(change['difference'])} points, {in_per_cent(change['interval'], '+.2f')})"
+            f"int8 {percent(rounded['wer'])} ({rate_interval(rounded['wer_interval'])}), "
+            f"{tested_points(change['difference'], change['interval'], unit=' points')}"
         )
     return "; ".join(parts)
 
@@ -124,10 +124,10 @@ def _graphs(about: dict) -> dict[str, dict]:
 
 def _row(name: str, size: dict, checked: dict) -> str:
     change = checked["change"]
+    rate = f"{percent(checked['wer'])} ({rate_interval(checked['wer_interval'])})"
     return (
-        f"| {name} | {size['bytes'] / 1e6:.2f} | "
-        f"{100 * checked['wer']:.2f} % ({in_per_cent(checked['wer_interval'])}) | "
-        f"{in_points(change['difference'])} ({in_per_cent(change['interval'], '+.2f')}) | "
+        f"| {name} | {size['bytes'] / 1e6:.2f} | {rate} | "
+        f"{tested_points(change['difference'], change['interval'])} | "
         f"{checked['largest_difference']:.2g} | {checked['equal_transcripts']} of {checked['utterances']} |"
     )
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from asrlib.attention.names import attends_across
 from asrlib.data.audio import SAMPLE_RATE
 from asrlib.data.corpus import Corpus
+from asrlib.measuring.names import LONG_PASS, PROFILED_AUDIO
 from asrlib.measuring.random_models import RECOGNISER_SIZES, noise, random_recognisers
 from asrlib.measuring.timing import (
     best_symbols,
@@ -39,9 +40,6 @@ from asrlib.models.inference import choose_device, inference
 from asrlib.models.loading import load
 from asrlib.models.out_of_memory import is_out_of_memory
 from asrlib.runs import write_json
-
-LONG_PASS = 5.0  # seconds: a pass this long is measured once, as disturbances weigh little
-PROFILED_AUDIO = 60.0  # seconds: on the CPU, the memory of a long pass over longer audio is not measured
 
 
 def benchmark_lengths(

@@ -1,21 +1,17 @@
 """The cost of each way to convert a recogniser at each cut of its cache, and the deepest cut that costs nothing.
 
-    python -m asrlib methods synthetic-conformer synthetic --calibration train --splits validation
-
-prints one table with every recipe at every cut on every split: the difference of the logits from the baseline's
-(relative error, KL divergence), word errors with intervals and significance, and the seconds of the conversion. Below
-it stand the break points. --out FOLDER keeps the rows; the same command, given again, measures the missing ones alone:
+A row holds, for one recipe at one cut on one split, the difference of the logits from the baseline's (relative error,
+KL divergence), word errors with intervals and significance, and the seconds of the conversion. A folder keeps the rows;
+the same measurement, begun again, measures the missing ones alone:
 
     settings.json  what was measured           rows.jsonl            one row a line
     table.csv      the numbers, for figures    predictions/*.jsonl   transcripts
 
-Names: N utterances, T frames, V tokens of the vocabulary.
+Names: N utterances, T frames, V tokens of the vocabulary. `asrlib.reporting.method_tables` shows rows to people.
 """
 
-import argparse
 import dataclasses
 import functools
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,19 +33,15 @@ from asrlib.conversion.methods import METHODS
 from asrlib.conversion.quality import analyze_compression_quality, by_name
 from asrlib.conversion.statistics import Statistics, collect_statistics
 from asrlib.data.corpus import Corpus
-from asrlib.data.opening import check_splits, open_usable
-from asrlib.measuring.recipes import RECIPES, Recipe, names_in, percents, reachable
+from asrlib.measuring.recipes import RECIPES, Recipe, percents, reachable
 from asrlib.measuring.resampling import interval, resample_sums
 from asrlib.measuring.rows import (
     BASELINE,
     ZEROED,
     Row,
     as_frame,
-    as_table,
-    break_point,
     check_settings,
     read_rows,
-    readable_break_points,
     write_row,
 )
 from asrlib.measuring.significance import paired_bootstrap
@@ -57,8 +49,8 @@ from asrlib.measuring.transcribing import transcribe
 from asrlib.measuring.word_errors import EvaluationResult, score
 from asrlib.models.heard_once import weights_fingerprint
 from asrlib.models.inference import choose_device, zero_attention
-from asrlib.models.registry import chosen_parts, frames_of, latent_modules
-from asrlib.runs import BadParameter, atomic_write, resolve
+from asrlib.models.registry import chosen_parts, latent_modules
+from asrlib.runs import atomic_write, resolve
 from asrlib.runs.fingerprints import fingerprint
 
 CUTS = (0.5, 0.75, 0.875, 0.9375, 0.96875, 0.984375)  # of the cache: each step halves it
@@ -276,84 +268,3 @@ def _code_fingerprint() -> str:
     root = Path(asrlib.__file__).parent
     files = sorted(file for room in ROOMS for file in (root / room).rglob("*.py"))
     return fingerprint({str(file.relative_to(root)): file.read_text(encoding="utf-8") for file in files})
-
-
-# ---- command line ------------------------------------------------------------------------------------------
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m asrlib methods",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="a shipped model, a folder, or a hub id")
-    add("corpus", metavar="CORPUS", help="synthetic, a LibriSpeech folder, a manifest, or a hub id")
-    add("--calibration", required=True, metavar="SPLIT", help="split of calibration speech, not a test split")
-    add("--splits", required=True, metavar="a,b", help="splits to measure on")
-    add("--cuts", metavar="50,75,…", help="%% of the cache (default: halved six times, 50 to 98.44)")
-    add("--methods", metavar="svd,…", help=f"default: all of {'; '.join(RECIPES)}")
-    add("--samples", type=int, metavar="N", help="utterances a split (default: all)")
-    add("--calibration-seconds", type=float, default=600.0, metavar="S", help="speech for statistics (default: 600)")
-    add("--out", metavar="FOLDER", help="keeps rows, transcripts and table, and resumes (default: print only)")
-    add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    add("--seed", type=int, default=0, help="of the choice of utterances (default: 0)")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Prints the measured rows even after an error. Before the first row, raises BadParameter."""
-    args = parse(argv)
-    rows: list[Row] = []
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(message, file=sys.stderr)  # noqa: T201
-        try:
-            for row in _asked_for(args):
-                rows.append(row)
-        except (OSError, ValueError) as error:
-            raise error if rows else BadParameter(str(error)) from error
-        finally:
-            if rows:
-                print(_report(rows))  # noqa: T201
-    return 0
-
-
-def _asked_for(args: argparse.Namespace) -> Iterator[Row]:
-    recipes = [RECIPES[name] for name in names_in(args.methods, RECIPES)] if args.methods else list(RECIPES.values())
-    cuts = cuts_in(args.cuts) if args.cuts else CUTS
-    splits = [split.strip() for split in args.splits.split(",")]
-    check_splits(args.corpus, [args.calibration, *splits])
-    model, processor = asrlib.load(args.model)
-    reachable(model.config, recipes, cuts)  # before decoding the speech, which may take long
-    usable = functools.partial(open_usable, args.corpus, processor=processor, frames=frames_of(model), seed=args.seed)
-    calibration = usable(split=args.calibration, seconds=args.calibration_seconds)
-    corpora = {split: usable(split=split, samples=args.samples) for split in splits}
-    return benchmark(
-        model, processor, calibration, corpora, cuts, recipes, args.calibration_seconds, args.out, device=args.device
-    )
-
-
-def cuts_in(text: str) -> list[float]:
-    """Percentages with commas between them, as fractions. Raises ValueError."""
-    try:
-        return [round(float(word.strip().removesuffix("%")) / 100, 8) for word in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--cuts is {text!r}: give percentages with commas between them, like 50,87.5") from None
-
-
-def _report(rows: list[Row]) -> str:
-    table, breaks = as_table(rows), readable_break_points(break_point(rows))
-    sizes = {row.split: f"{row.split}: {row.utterances} utterances, {row.words} words" for row in rows}
-    legend = "cached: numbers per frame and layer · KL: nats per frame · difference from the baseline: points of WER"
-    parts = [_text(table), "\n".join([*sizes.values(), legend])]
-    if len(breaks):
-        parts += ["How far the cache can be cut before word errors rise significantly (p < 0.05)", _text(breaks)]
-    return "\n\n".join(parts)
-
-
-def _text(table: pd.DataFrame) -> str:
-    """The table as text: method names flush left, numbers flush right."""
-    names = table["method"].str.len().max()
-    return table.assign(method=table["method"].str.ljust(names)).to_string(index=False)

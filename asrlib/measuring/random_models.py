@@ -26,13 +26,13 @@ from transformers import (
 from asrlib.conversion.convert import latent_dim_for
 from asrlib.data.audio import SAMPLE_RATE
 from asrlib.data.corpus import Corpus, Utterance
+from asrlib.measuring.names import IN_BLOCKS
 from asrlib.models.encoder import SpeechEncoderConfig, SpeechEncoderForCTC
 from asrlib.models.families.wav2vec2_conformer import LatentSelfAttention
 from asrlib.models.families.whisper import CACHED
 from asrlib.models.loading import load
 from asrlib.models.registry import FAMILIES, family_of, latent_modules
 
-IN_BLOCKS = "MHA in blocks"  # the baseline, computed by attention.relative
 PUBLISHED = dict(
     vocab_size=32,
     hidden_size=1024,

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from asrlib.measuring.names import SIGNIFICANT
 from asrlib.measuring.word_errors import load_predictions, score, write_predictions
 from asrlib.runs import atomic_write, read_json, write_json
 
 BASELINE, ZEROED = "baseline", "attention zeroed"  # rows that are no recipe's
-SIGNIFICANT = 0.05  # p below it: the word error rate has risen
 
 
 @dataclass(frozen=True)
@@ -116,32 +116,6 @@ def as_frame(rows: Iterable[Row]) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def as_table(rows: Iterable[Row]) -> pd.DataFrame:
-    """The rows for readers, in the order of `in_order`; `cached` counts the numbers per frame and layer."""
-    table = []
-    for row in in_order(rows):
-        low, high = min(row.latent_dim), max(row.latent_dim)
-        compared, made = row.recipe != BASELINE, row.recipe not in (BASELINE, ZEROED)
-        values = {
-            "split": row.split,
-            "cut %": f"{100 * row.cut:.4g}",
-            "method": row.recipe,
-            "cached": f"{low}" if low == high else f"{low}–{high}",
-            "attention error": f"{row.output_error:.2g}" if made else "",
-            "logit error": f"{row.logit_error:.2g}" if compared else "",
-            "KL": f"{row.kl:.2g}" if compared else "",
-            "WER %": f"{100 * row.wer:.2f}",
-            "95 % interval": _ends(row.wer_interval, ".2f"),
-            "difference": f"{_per_cent(row.wer_difference, '+.2f')} ({_ends(row.difference_interval, '+.2f')})"
-            if compared
-            else "",
-            "p": ("< 0.001" if row.p < 0.001 else f"{row.p:.3f}") if compared else "",
-            "seconds": f"{row.seconds:.1f}" if made else "",
-        }
-        table.append(values)
-    return pd.DataFrame(table)
-
-
 def break_point(rows: Iterable[Row]) -> pd.DataFrame:
     """For each split and recipe, how far the cache can be cut before word errors rise.
 
@@ -165,16 +139,6 @@ def break_point(rows: Iterable[Row]) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def readable_break_points(breaks: pd.DataFrame) -> pd.DataFrame:
-    """`break_point` for readers."""
-    table = []
-    for row in breaks.itertuples():
-        cut = f"{100 * row.cut:.4g} %" if row.cut else "none"
-        values = {"split": row.split, "method": row.recipe, "holds to": cut, "cache left": f"{100 * row.cache:.4g} %"}
-        table.append(values | {"breaks at": "not seen" if row.deepest_tried else f"{100 * row.broken_at:.4g} %"})
-    return pd.DataFrame(table)
-
-
 def first_broken(rows: Iterable[Row], recipe: str) -> list[tuple[str, dict]]:
     """The utterance that a recipe breaks first: (system, transcript) from the baseline on, one cut deeper at a time.
 
@@ -191,11 +155,3 @@ def first_broken(rows: Iterable[Row], recipe: str) -> list[tuple[str, dict]]:
             labels = ["baseline", *(f"{100 * step.cut:.4g} %" for step in steps)]
             return list(zip(labels, [row.predictions[worst] for row in (baseline, *steps)], strict=True))
     return []
-
-
-def _ends(ends: tuple[float, float], form: str) -> str:
-    return " to ".join(_per_cent(end, form) for end in ends)
-
-
-def _per_cent(fraction: float, form: str) -> str:
-    return format(100 * fraction, form).replace("-", "−")  # the minus sign, as wide as the plus

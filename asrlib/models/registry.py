@@ -5,12 +5,13 @@ A new family is one file in `families` that ends in its record, and this record 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from asrlib.attention.names import attends_across
+from asrlib.attention.names import attends_across, encoder_config
 from asrlib.data.audio import SAMPLE_RATE
 from asrlib.models.encoder import SPEECH_ENCODER
 from asrlib.models.families.nemotron import NEMOTRON
@@ -153,3 +154,19 @@ def frames_of(model: PreTrainedModel) -> EncoderFrames:
 def frames_per_second(config) -> float:
     """Encoder frames per second of 16 kHz audio."""
     return SAMPLE_RATE / family_of(config).samples_per_frame(config)
+
+
+def model_facts(model: PreTrainedModel, name: str) -> dict[str, Any]:
+    """A recogniser's name, type, size, attention, positions and frames a second, for a table."""
+    config, encoder = model.config, encoder_config(model.config)
+    return {
+        "model": name,
+        "type": config.model_type,
+        "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
+        "layers": encoder.num_hidden_layers,
+        "width": encoder.hidden_size,
+        "heads": encoder.num_attention_heads,
+        "attention": getattr(config, "attention", "mha"),
+        "positions": positions_of(config),
+        "frames a second": f"{frames_per_second(config):.1f}",
+    }

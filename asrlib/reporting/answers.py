@@ -8,43 +8,36 @@ from collections.abc import Callable, Iterable, Sequence
 
 import pandas as pd
 
-from asrlib.measuring.systems import ATTENTION, AUDIO_SECONDS, LATENT
-from asrlib.reporting.member_tables import headline, kind, points, significant, tested, verdict
-from asrlib.reporting.members import SIGNIFICANT, Comparison
-from asrlib.reporting.numbers import change, duration, percent, size
-from asrlib.reporting.tables import save_table
+from asrlib.measuring.names import ATTENTION, AUDIO_SECONDS, LATENT, SIGNIFICANT
+from asrlib.reporting.member_tables import headline, kind, tested, verdict_of
+from asrlib.reporting.members import Comparison
+from asrlib.reporting.numbers import change, duration, percent, points, points_interval, size
+from asrlib.reporting.tables import as_rows, save_table
 from asrlib.runs import Run
 
 # ---- files -------------------------------------------------------------------------------------------------
 
 
-def write_member_comparison(run: Run, found: Comparison, figures: Iterable[str]) -> None:
+def write_member_comparison(run: Run, sweep: Comparison, figures: Iterable[str]) -> None:
     """Write tables/ranking.csv, tables/tests.csv and metrics/compare.json, which names the `figures` that were kept."""
-    from asrlib.reporting.answers import answers
-
-    save_table(found.table, run.tables / "ranking.csv")
-    save_table(found.tests.rename_axis("number"), run.tables / "tests.csv")
+    save_table(sweep.table, run.tables / "ranking.csv")
+    save_table(sweep.tests.rename_axis("number"), run.tables / "tests.csv")
     run.write_metrics(
         "compare",
         {
-            "table": records(found.table.reset_index()),
-            "tests": records(found.tests),
-            "headline": headline(found),
-            "answers": answers(found),
+            "table": as_rows(sweep.table.reset_index()),
+            "tests": as_rows(sweep.tests),
+            "headline": headline(sweep),
+            "answers": answers(sweep),
             "figures": list(figures),
         },
     )
 
 
-def records(table: pd.DataFrame) -> list[dict]:
-    """Rows as plain data, None for what is unknown."""
-    return table.astype(object).where(table.notna(), None).to_dict("records")
-
-
 EQUAL_CACHE = 1.05  # times as large at most: then two caches are called equal
 
 
-def answers(found: Comparison) -> dict[str, str]:
+def answers(sweep: Comparison) -> dict[str, str]:
     """{question: answer}, in the order in which they are asked."""
     asked: dict[str, Callable[[Comparison], str]] = {
         "How much smaller does MLA make the state?": cache_answer,
@@ -53,14 +46,14 @@ def answers(found: Comparison) -> dict[str, str]:
         "Does linear attention work for speech, and from what length is it faster?": linear_answer,
         "Conformer or Branchformer?": encoder_answer,
     }
-    return {question: answer(found) for question, answer in asked.items()}
+    return {question: answer(sweep) for question, answer in asked.items()}
 
 
-def multiplicity(found: Comparison) -> str:
-    """How the p values of the answers were come by."""
-    if found.tests.empty:
+def multiplicity(sweep: Comparison) -> str:
+    """How the p values of the answers were computed."""
+    if sweep.tests.empty:
         return "No two members were evaluated on the same utterances: no difference was tested."
-    count = int(found.tests["split"].value_counts().max())
+    count = int(sweep.tests["split"].value_counts().max())
     if count == 1:
         return f"One paired comparison on each split; p is uncorrected, and significant below {SIGNIFICANT}."
     return (
@@ -72,10 +65,10 @@ def multiplicity(found: Comparison) -> str:
 # ---- the state ---------------------------------------------------------------------------------------------
 
 
-def cache_answer(found: Comparison) -> str:
-    rows = found.table[found.table["attention"].isin(LATENT)]
+def cache_answer(sweep: Comparison) -> str:
+    rows = sweep.table[sweep.table["attention"].isin(LATENT)]
     if rows.empty:
-        return _none(found, "MLA")
+        return _none(sweep, "MLA")
     known = rows.dropna(subset=["cache_bytes", "mha_cache_bytes"])
     if known.empty:
         return "The state of no member has been computed yet: run 05_benchmark first."
@@ -87,7 +80,7 @@ def cache_answer(found: Comparison) -> str:
     return (
         "By the formula, numbers kept per frame × frames × bytes:\n\n"
         + "\n".join(lines)
-        + f"\n\n{_counted_tensors(known)} {_peak_memory(found, known)}"
+        + f"\n\n{_counted_tensors(known)} {_peak_memory(sweep, known)}"
     )
 
 
@@ -108,11 +101,11 @@ def _counted_tensors(rows: pd.DataFrame) -> str:
     return f"Counted on the tensors that a stream held, the bytes differ from the formula's: {different}."
 
 
-def _peak_memory(found: Comparison, rows: pd.DataFrame) -> str:
-    full = found.table[found.table["attention"] == "mha"].set_index("encoder")["peak_memory_bytes"].dropna()
+def _peak_memory(sweep: Comparison, rows: pd.DataFrame) -> str:
+    full = sweep.table[sweep.table["attention"] == "mha"].set_index("encoder")["peak_memory_bytes"].dropna()
     full = full[~full.index.duplicated()]
     changes = [
-        f"{found.short[name]} {change(row['peak_memory_bytes'], full[row['encoder']])}"
+        f"{sweep.short[name]} {change(row['peak_memory_bytes'], full[row['encoder']])}"
         for name, row in rows.iterrows()
         if row["encoder"] in full and pd.notna(row["peak_memory_bytes"])
     ]
@@ -128,80 +121,84 @@ def _every(count: int) -> str:
     return "the one member that has them" if count == 1 else f"all {count} members that have them"
 
 
-def _none(found: Comparison, name: str) -> str:
-    kinds = sorted({ATTENTION.get(a, a) for a in found.table["attention"]})
+def _none(sweep: Comparison, name: str) -> str:
+    kinds = sorted({ATTENTION.get(a, a) for a in sweep.table["attention"]})
     return f"No member has {name}: the attention here is {', '.join(kinds)}."
 
 
 # ---- word errors -------------------------------------------------------------------------------------------
 
 
-def cost_answer(found: Comparison) -> str:
-    rows = found.table[found.table["attention"].isin(LATENT)]
+def cost_answer(sweep: Comparison) -> str:
+    rows = sweep.table[sweep.table["attention"].isin(LATENT)]
     if rows.empty:
-        return _none(found, "MLA")
-    tests = [
-        (split, test)
-        for split in found.splits
-        for name, row in rows.iterrows()
-        if pd.notna(row["reference"]) and (test := found.test(row["reference"], name, split)) is not None
-    ]
+        return _none(sweep, "MLA")
+    tests = _against_reference(sweep, rows.index)
     if not tests:
         return "No member with MLA was evaluated on the same utterances as what it should be compared with."
-    lines = [_line(found, split, test) for split, test in tests]
-    worse = [test for _, test in tests if significant(test) and test["difference"] > 0]
-    better = [test for _, test in tests if significant(test) and test["difference"] < 0]
-    kinds = {found.table.at[test["a"], "attention"] for _, test in tests}
+    verdicts = [verdict_of(test) for test in tests]
+    kinds = {sweep.table.at[test["a"], "attention"] for test in tests}
     against = "MHA in the same encoder" if kinds == {"mha"} else "the largest state (no member has MHA)"
     return (
-        f"Against {against}, {len(worse)} of {len(tests)} comparisons are significantly worse and {len(better)} "
-        "significantly better. A difference that is not significant is not shown to be none: the interval says how "
-        "large it may be.\n\n" + "\n".join(lines)
+        f"Against {against}, {verdicts.count('worse')} of {len(tests)} comparisons are significantly worse and "
+        f"{verdicts.count('better')} significantly better. A difference that is not significant is not shown to be "
+        "none: the interval says how large it may be.\n\n" + "\n".join(_line(sweep, test) for test in tests)
     )
 
 
-def _line(found: Comparison, split: str, test: pd.Series) -> str:
-    a, b = (found.table.at[name, f"wer_{split}"] for name in (test["a"], test["b"]))
+def _against_reference(sweep: Comparison, names: Iterable[str]) -> list[pd.Series]:
+    """The tests of these members against what they are compared with, split by split."""
+    return [test for _, test in _tests(sweep, "reference").iterrows() if test["b"] in names]
+
+
+def _line(sweep: Comparison, test: pd.Series) -> str:
+    a, b = (sweep.table.at[test[side], f"wer_{test['split']}"] for side in ("a", "b"))
     return (
-        f"- {split}: {found.short[test['a']]} {percent(a)} → {found.short[test['b']]} {percent(b)}, {tested(test)}: "
-        f"{verdict(test)}."
+        f"- {test['split']}: {sweep.short[test['a']]} {percent(a)} → {sweep.short[test['b']]} {percent(b)}, "
+        f"{tested(test)}: {verdict_of(test)}."
     )
 
 
-def grouped_answer(found: Comparison) -> str:
-    kinds = set(found.table["attention"])
+def _decided(sweep: Comparison, tests: pd.DataFrame, sides: tuple[str, str], heading: Callable[[str, str], str]) -> str:
+    """Which of two `sides` is better, then for each pair of members its heading (of their names) and its tests."""
+    lines = []
+    for (a, b), of_pair in tests.groupby(["a", "b"], sort=False):
+        lines += [f"- {heading(a, b)}", *(f"    {_line(sweep, test)}" for _, test in of_pair.iterrows())]
+    return f"{_winner(tests, *sides)}\n\n" + "\n".join(lines)
+
+
+def grouped_answer(sweep: Comparison) -> str:
+    kinds = set(sweep.table["attention"])
     if "gqa" not in kinds or not kinds & set(LATENT):
-        return _none(found, "GQA" if "gqa" not in kinds else "MLA")
-    tests = _tests(found, "cache")
+        return _none(sweep, "GQA" if "gqa" not in kinds else "MLA")
+    tests, caches = _tests(sweep, "cache"), sweep.table["cache_bytes"]
     if tests.empty:
         return "No member with GQA has the encoder of one with MLA and was evaluated on the same utterances."
-    lines = []
-    for a, b in dict.fromkeys(zip(tests["a"], tests["b"], strict=True)):
-        one, other = (found.table.at[name, "cache_bytes"] for name in (a, b))
-        lines.append(f"- {found.short[a]} and {found.short[b]}, which keep {_sizes(one, other)}:")
-        of_pair = tests[(tests["a"] == a) & (tests["b"] == b)]
-        lines += [f"    {_line(found, test['split'], test)}" for _, test in of_pair.iterrows()]
-    return f"{_winner(tests, 'GQA', 'MLA')}\n\n" + "\n".join(lines)
+
+    def heading(a: str, b: str) -> str:
+        return f"{sweep.short[a]} and {sweep.short[b]}, which keep {_sizes(*caches[[a, b]])}:"
+
+    return _decided(sweep, tests, ("GQA", "MLA"), heading)
 
 
-def _sizes(one: float, other: float) -> str:
-    if pd.isna(one) or pd.isna(other):
+def _sizes(a: float, b: float) -> str:
+    if pd.isna(a) or pd.isna(b):
         return "an unknown amount"
-    if max(one, other) <= EQUAL_CACHE * min(one, other):
-        return (
-            f"the same, {size(one)} and {size(other)} of {AUDIO_SECONDS:g} s" if one != other else f"{size(one)} each"
-        )
-    return f"{size(one)} and {size(other)} of {AUDIO_SECONDS:g} s: not the same, but the nearest there are"
+    if a == b:
+        return f"{size(a)} each"
+    both = f"{size(a)} and {size(b)} of {AUDIO_SECONDS:g} s"
+    alike = max(a, b) <= EQUAL_CACHE * min(a, b)
+    return f"the same, {both}" if alike else f"{both}: not the same, but the nearest there are"
 
 
-def _tests(found: Comparison, question: str) -> pd.DataFrame:
-    return found.tests if found.tests.empty else found.tests[found.tests["question"] == question]
+def _tests(sweep: Comparison, question: str) -> pd.DataFrame:
+    return sweep.tests if sweep.tests.empty else sweep.tests[sweep.tests["question"] == question]
 
 
 def _winner(tests: pd.DataFrame, a: str, b: str) -> str:
     """Which of two is better, from tests of b against a."""
-    sure = tests[tests["p_holm"] < SIGNIFICANT]
-    for_a, for_b = int((sure["difference"] > 0).sum()), int((sure["difference"] < 0).sum())
+    verdicts = [verdict_of(test) for _, test in tests.iterrows()]
+    for_a, for_b = verdicts.count("worse"), verdicts.count("better")
     of = f"{len(tests)} comparisons" if len(tests) > 1 else "one comparison"
     if not for_a and not for_b:
         return f"**Not decided**: none of {of} is significant." if len(tests) > 1 else "**Not decided**."
@@ -215,37 +212,31 @@ def _winner(tests: pd.DataFrame, a: str, b: str) -> str:
 # ---- linear attention --------------------------------------------------------------------------------------
 
 
-def linear_answer(found: Comparison) -> str:
-    rows = found.table[found.table["attention"] == "linear"]
+def linear_answer(sweep: Comparison) -> str:
+    rows = sweep.table[sweep.table["attention"] == "linear"]
     if rows.empty:
-        return _none(found, "linear attention")
+        return _none(sweep, "linear attention")
     lines = []
     for name, row in rows.iterrows():
-        reference = row["reference"]
-        wers = [
-            f"    {_line(found, split, test)}"
-            for split in found.splits
-            if pd.notna(reference) and (test := found.test(reference, name, split)) is not None
-        ]
-        lines.append(f"- {found.short[name]} keeps {_fixed(row)}.")
-        lines += wers or [f"    - Word errors: {_alone(found, row)}, with nothing to be compared with."]
-        if pd.notna(reference):
-            lines.append(f"    - Speed: {_faster(found, reference, name)}.")
-    return f"{_working(found, rows)}\n\n" + "\n".join(lines)
+        changes = [f"    {_line(sweep, test)}" for test in _against_reference(sweep, [name])]
+        lines.append(f"- {sweep.short[name]} keeps {_fixed(row)}.")
+        lines += changes or [f"    - Word errors: {_alone(sweep, row)}, with nothing to be compared with."]
+        if pd.notna(row["reference"]):
+            lines.append(f"    - Speed: {_faster(sweep, row['reference'], name)}.")
+    return f"{_working(sweep, rows)}\n\n" + "\n".join(lines)
 
 
-def _working(found: Comparison, rows: pd.DataFrame) -> str:
-    tests = _tests(found, "reference")
-    tests = tests if tests.empty else tests[tests["b"].isin(rows.index)]
-    if tests.empty:
+def _working(sweep: Comparison, rows: pd.DataFrame) -> str:
+    tests = _against_reference(sweep, rows.index)
+    if not tests:
         return "How well it works was not tested against another attention."
-    worse = tests[(tests["p_holm"] < SIGNIFICANT) & (tests["difference"] > 0)]
-    if worse.empty:
+    worse = [test["difference"] for test in tests if verdict_of(test) == "worse"]
+    if not worse:
         return f"**As well as MHA, as far as {len(tests)} comparisons can tell**: none is significantly worse."
-    losses = f"{points(worse['difference'].min())} to {points(worse['difference'].max())}"
+    losses = points_interval((min(worse), max(worse))) if len(worse) > 1 else points(worse[0])
     return (
         f"**It costs word errors**: {len(worse)} of {len(tests)} comparisons find it significantly worse, "
-        f"by {losses if len(worse) > 1 else points(worse['difference'].max())} points."
+        f"by {losses} points."
     )
 
 
@@ -259,18 +250,18 @@ def _fixed(row: pd.Series) -> str:
     return f"{known}: as much as MHA after {equal:.2g} s"
 
 
-def _alone(found: Comparison, row: pd.Series) -> str:
-    return ", ".join(f"{percent(row[f'wer_{split}'])} on {split}" for split in found.splits)
+def _alone(sweep: Comparison, row: pd.Series) -> str:
+    return ", ".join(f"{percent(row[f'wer_{split}'])} on {split}" for split in sweep.splits)
 
 
-def _faster(found: Comparison, reference: str, name: str) -> str:
-    lengths = found.benchmark.get("lengths")
+def _faster(sweep: Comparison, reference: str, name: str) -> str:
+    lengths = sweep.benchmark.get("lengths")
     timed = lengths["systems"] if lengths else {}
     if reference not in timed or name not in timed:
         return "not timed at different lengths"
     slow, fast = timed[reference], timed[name]
     where = crossover(lengths["seconds"], slow["ms"], fast["ms"])
-    against = found.short[reference]
+    against = sweep.short[reference]
     both = [i for i, pair in enumerate(zip(slow["ms"], fast["ms"], strict=True)) if None not in pair]
     last = f"; at {lengths['seconds'][both[-1]]:g} s ×{slow['ms'][both[-1]] / fast['ms'][both[-1]]:.2f}" if both else ""
     if where is None:
@@ -307,32 +298,31 @@ def crossover(
 # ---- encoders ----------------------------------------------------------------------------------------------
 
 
-def encoder_answer(found: Comparison) -> str:
-    encoders = set(found.table["encoder"].dropna())
+def encoder_answer(sweep: Comparison) -> str:
+    encoders = set(sweep.table["encoder"].dropna())
     if not {"conformer", "branchformer"} <= encoders:
         return f"All members have one encoder, {', '.join(sorted(encoders)) or 'unknown'}: nothing to compare."
-    tests = _tests(found, "encoder")
+    tests = _tests(sweep, "encoder")
     if tests.empty:
         return "No two members of equal attention were evaluated on the same utterances in both encoders."
-    lines = []
-    for a, b in dict.fromkeys(zip(tests["a"], tests["b"], strict=True)):
-        one, other = found.table.loc[a], found.table.loc[b]
-        lines.append(f"- {kind(one)} → {kind(other)}: {_beside(one, other)}")
-        of_pair = tests[(tests["a"] == a) & (tests["b"] == b)]
-        lines += [f"    {_line(found, test['split'], test)}" for _, test in of_pair.iterrows()]
-    return f"{_winner(tests, 'Conformer', 'Branchformer')}\n\n" + "\n".join(lines)
+
+    def heading(*names: str) -> str:
+        a, b = (sweep.table.loc[name] for name in names)
+        return f"{kind(a)} → {kind(b)}: {_beside(a, b)}"
+
+    return _decided(sweep, tests, ("Conformer", "Branchformer"), heading)
 
 
-def _beside(one: pd.Series, other: pd.Series) -> str:
+def _beside(a: pd.Series, b: pd.Series) -> str:
     """What else differs: size, training, speed."""
-    shown = {
+    columns = {
         "parameters": ("", lambda n: f"{n / 1e6:.2f} M parameters"),
         "training_seconds": ("training ", duration),
         "latency_ms": ("", "{:.1f} ms per utterance".format),
     }
     parts = [
-        f"{word}{show(one[column])} → {show(other[column])} ({change(other[column], one[column])})"
-        for column, (word, show) in shown.items()
-        if pd.notna(one[column]) and pd.notna(other[column])
+        f"{word}{show(a[column])} → {show(b[column])} ({change(b[column], a[column])})"
+        for column, (word, show) in columns.items()
+        if pd.notna(a[column]) and pd.notna(b[column])
     ]
     return ", ".join(parts) or "size and time unknown"

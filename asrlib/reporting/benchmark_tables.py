@@ -2,28 +2,24 @@
 
 import pandas as pd
 
-from asrlib.measuring.systems import ATTENTION, AUDIO_SECONDS
+from asrlib.measuring.names import ATTENTION, AUDIO_SECONDS, LONG_PASS, PROFILED_AUDIO
 from asrlib.reporting.figures import SYSTEMS
 from asrlib.reporting.members import short_names
-from asrlib.reporting.numbers import size
+from asrlib.reporting.numbers import percent, size, span
 from asrlib.reporting.tables import small_print
 
-WRITING_INTRODUCTION = (
-    "What `generate` keeps of an utterance while it writes, counted in its cache: of every frame of the window for "
-    "cross-attention, and of every token for the decoder's own. The formula of `asrlib.kv_cache_bytes` is beside it."
-)
 WRITING_INTRODUCTION = """\
 ## What writing keeps
 
-Of an utterance, while `generate` writes its text: keys and values, or latents, of every frame of the window for
-cross-attention, and of every token for the decoder's own attention; counted in the cache that `generate` filled, mean
-over the utterances. The last column is what `asrlib.kv_cache_bytes` says of the two together."""
+While `generate` writes the text of an utterance, it keeps keys and values, or latents: of every frame of the window for
+cross-attention, and of every token for the decoder's own attention. They are counted in the cache that `generate`
+filled, as a mean over the utterances. The last column is the formula of `asrlib.kv_cache_bytes` for both together."""
 STATE_INTRODUCTION = f"""\
 ## What a stream keeps
 
-Of {AUDIO_SECONDS:g} s of audio, nothing forgotten: by the formula; and counted, on the tensors that a stream in float32
-held at the end: keys and values, latents, or the sums of linear attention. The last frames that convolutions keep come
-to it, whatever the attention."""
+What a stream keeps of {AUDIO_SECONDS:g} s of audio if it forgets nothing: by the formula, and counted on the tensors
+that a stream in float32 held at the end. These are keys and values, latents, or the sums of linear attention. The last
+frames that convolutions keep are added, whatever the attention."""
 
 
 def speed_sentence(measured: dict) -> str:
@@ -37,7 +33,7 @@ def speed_sentence(measured: dict) -> str:
         what = "keeps {}, for cross-attention, of a second of its window" if "writing" in measured else "would cache {}"
         return (
             f"The fine-tuned latent model is {'not measurably faster or slower than' if low <= 1 <= high else faster} "
-            f"the baseline (95 % interval {low:.2f} to {high:.2f}) and {what.format(kept)}"
+            f"the baseline (95 % interval {span(low, high)}) and {what.format(kept)}"
             f"{'' if 'writing' in measured else ' per second of audio'}."
         )
     first, *others = systems
@@ -59,7 +55,7 @@ def speed_table(measured: dict) -> pd.DataFrame:
             "parameters": f"{row['parameters'] / 1e6:.2f} M",
             "ms per utterance": f"{row['latency_ms_mean']:.1f} (95th percentile {row['latency_ms_p95']:.1f})",
             "RTFx": f"{row['rtfx']:.0f}",
-            "speed": "×{:.2f} ({:.2f}–{:.2f})".format(row["speed_ratio"], *row["speed_ratio_interval"]),
+            "speed": f"×{row['speed_ratio']:.2f} ({span(*row['speed_ratio_interval'])})",
             "peak memory": "–" if row["peak_memory_bytes"] is None else size(row["peak_memory_bytes"]),
             "cache per second": size(row["cache_bytes_per_second"]),
         }
@@ -89,7 +85,7 @@ def speeds_shown(measured: dict) -> tuple[pd.DataFrame, str, dict]:
             "95th percentile": table["latency_ms_p95"],
             "RTFx": table["rtfx"],
             "speed against MHA": table["speed_ratio"],
-            "its 95 % interval": ["{:.2f} to {:.2f}".format(*ends) for ends in table["speed_ratio_interval"]],
+            "its 95 % interval": [span(*ends) for ends in table["speed_ratio_interval"]],
             "peak memory, MiB": table["peak_memory_bytes"] / 2**20,
             "cache, KiB per second": table["cache_bytes_per_second"] / 1024,
         }
@@ -104,7 +100,7 @@ def lengths_introduction(lengths: dict) -> str:
 
 
 def lengths_caption(lengths: dict) -> str:
-    """What was timed, who was given up where, and why a curve may end before the others."""
+    """What was timed, which model was given up at which length, and why a curve may end before the others."""
     allowed = lengths.get("budget_seconds")
     limit = f"A model that takes more than {allowed:g} s for a pass is not timed at longer ones." if allowed else ""
     drawn = "Curves that coincide lie upon each other, each narrower than the one below."
@@ -127,9 +123,7 @@ def _given_up(lengths: dict) -> list[str]:
 
 
 def _memory_ends(lengths: dict) -> str:
-    """Why memory is not known of every pass that was timed, and up to where it is; nothing where it is of all."""
-    from asrlib.measuring.lengths import LONG_PASS, PROFILED_AUDIO
-
+    """Why the memory of some passes is unknown, and up to which length it is known; "" where all is known."""
     ends: dict[float, list[str]] = {}
     for name, row in lengths["systems"].items():
         passes = list(zip(lengths["seconds"], row["ms"], row["peak_memory_bytes"], strict=True))
@@ -146,7 +140,7 @@ def _memory_ends(lengths: dict) -> str:
 
 
 def _these(names: list[str], lengths: dict) -> str:
-    """Some of the models, as the figure calls them: by who they are, or by who is missing where those are fewer."""
+    """Some of the models, as the figure calls them: their names, or the names of the others where those are fewer."""
     short = short_names(list(lengths["systems"]))
     others = [short[name] for name in short if name not in names]
     if not others and len(names) > 1:
@@ -181,7 +175,7 @@ def compiled_table(compiled: dict) -> tuple[pd.DataFrame, str]:
         shown = SYSTEMS.get(name, name)
         rows[shown] = dict(zip(columns, map("{:.1f}".format, row["eager_ms"]), strict=True))
         rows[shown + ", compiled"] = dict(zip(columns, map("{:.1f}".format, row["compiled_ms"]), strict=True)) | {
-            "time, of the eager one's": "×{:.2f} ({:.2f}–{:.2f})".format(row["ratio"], *row["ratio_range"]),
+            "time, of the eager one's": f"×{row['ratio']:.2f} ({span(*row['ratio_range'])})",
             "to compile": f"{row['compiling_seconds']:.0f} s",
             "largest difference of logits": f"{row['largest_difference']:.1e}",
         }
@@ -193,7 +187,7 @@ def compiled_table(compiled: dict) -> tuple[pd.DataFrame, str]:
 
 
 def state_table(described: dict[str, dict]) -> pd.DataFrame:
-    """What `members.describe` found of each member, to read."""
+    """What `measuring.systems.describe` says of each member, to read."""
     rows = {}
     for name, facts in described.items():
         counted = facts["counted"]
@@ -202,7 +196,7 @@ def state_table(described: dict[str, dict]) -> pd.DataFrame:
         rows[name] = {
             "attention": ATTENTION.get(facts["attention"], facts["attention"]),
             "formula": size(facts["cache_bytes"]),
-            "of MHA's": f"{100 * facts['cache_bytes'] / facts['mha_cache_bytes']:.1f} %",
+            "of MHA's": percent(facts["cache_bytes"] / facts["mha_cache_bytes"], 1),
             "counted": f"{size(counted['bytes'])} (formula: {agrees})",
             "tensors of a layer": ", ".join(shapes),
             "convolutions": size(counted["convolution_bytes"]),
@@ -211,7 +205,7 @@ def state_table(described: dict[str, dict]) -> pd.DataFrame:
 
 
 def writing_table(kept: pd.DataFrame) -> pd.DataFrame:
-    """`decoder_benchmark.kept_while_writing` to read."""
+    """`measuring.writing.kept_while_writing` to read."""
     kib = {
         name: kept[f"{name}_bytes"].map(lambda size: f"{size / 1024:,.1f}") for name in ("cross", "decoder", "formula")
     }

@@ -1,6 +1,6 @@
-"""What one recogniser hears otherwise than another: which words, which speakers, which utterances.
+"""Where two recognisers differ: in which words, for which speakers, in which utterances.
 
-`before` and `after` are `evaluation.EvaluationResult`s of the same utterances. Shapes: N utterances.
+`before` and `after` are `word_errors.EvaluationResult`s of the same utterances. Shapes: N utterances.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from markupsafe import Markup
 from asrlib.data.text import as_counted
 from asrlib.measuring.significance import holm, mcnemar, paired_bootstrap, pairing
 from asrlib.measuring.word_errors import SIDES, EvaluationResult, score
-from asrlib.reporting.numbers import in_per_cent, in_points
+from asrlib.reporting.numbers import percent, points, points_interval
 from asrlib.reporting.tables import audio_html, diff_transcripts
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def changed_speakers(before: EvaluationResult, after: EvaluationResult) -> pd.Da
     pairs: dict[str, list[tuple[int, int]]] = {}
     for i, j in enumerate(pairing(before, after)):
         pairs.setdefault(before.predictions[i]["speaker"], []).append((i, j))
-    found = []
+    rows = []
     for speaker, places in pairs.items():
         if not before.words_N[[i for i, _ in places]].any():
             continue  # no word error rate
@@ -93,9 +93,9 @@ def changed_speakers(before: EvaluationResult, after: EvaluationResult) -> pd.Da
             for result, of in zip((before, after), zip(*places, strict=True), strict=True)
         )
         interval = paired_bootstrap(was, now)["interval"] if len(places) > 1 else None
-        found.append((speaker, len(places), was.words, was.wer, now.wer, now.wer - was.wer, interval))
+        rows.append((speaker, len(places), was.words, was.wer, now.wer, now.wer - was.wer, interval))
     columns = ["speaker", "utterances", "words", "wer_before", "wer_after", "change", "interval"]
-    table = pd.DataFrame(found, columns=columns)
+    table = pd.DataFrame(rows, columns=columns)
     return table.sort_values(["change", "speaker"], ascending=[False, True], ignore_index=True)
 
 
@@ -106,10 +106,10 @@ def readable_speakers(speakers: pd.DataFrame) -> pd.DataFrame:
             "speaker": speakers["speaker"],
             "utterances": speakers["utterances"],
             "words": speakers["words"],
-            "WER before, %": speakers["wer_before"].map("{:.2%}".format).str.rstrip("%"),
-            "after, %": speakers["wer_after"].map("{:.2%}".format).str.rstrip("%"),
-            "change, points": [in_points(change) for change in speakers["change"]],
-            "95 % interval": [in_per_cent(interval, "+.2f") for interval in speakers["interval"]],
+            "WER before, %": speakers["wer_before"].map(percent).str.removesuffix(" %"),
+            "after, %": speakers["wer_after"].map(percent).str.removesuffix(" %"),
+            "change, points": [points(change) for change in speakers["change"]],
+            "95 % interval": [points_interval(interval) for interval in speakers["interval"]],
         }
     )
 
@@ -124,9 +124,8 @@ def most_changed(before: EvaluationResult, after: EvaluationResult, count: int =
 def listening_table(results: Mapping[str, EvaluationResult], speech: "Corpus", places: list[int]) -> pd.DataFrame:
     """To read and to hear: one row per place with its audio and what each of `results` made of the reference.
 
-    results: {name of a system: its result}, all over the utterances of `speech`. Columns to be shown as they are
-    (Markup): utterance, and one named after each system. Raises ValueError where the ids are others than those of
-    `speech`.
+    results: {name of a system: its result}, all over the utterances of `speech`. The columns hold Markup: utterance,
+    and one named after each system. Raises ValueError where an id differs from that in `speech`.
     """
     rows = []
     for place in places:
@@ -155,10 +154,10 @@ def in_words(before: EvaluationResult, after: EvaluationResult, words: pd.DataFr
     worse, better = int((change_N > 0).sum()), int((change_N < 0).sum())
     different = len({word for reference in _references(before) for word in reference})
     sure = words.loc[words["p"] < 0.05, "word"].tolist()
-    verdict = f"**{', '.join(sure)}** by more than chance" if sure else "none of them by more than chance"
+    chance = f"**{', '.join(sure)}** by more than chance" if sure else "none of them by more than chance"
     up, down = int((speakers["change"] > 0).sum()), int((speakers["change"] < 0).sum())
     return (
         f"of {before.utterances:,} utterances {worse:,} got worse and {better:,} better. Of {different:,} different "
-        f"words {len(words):,} are heard otherwise somewhere, {verdict} (exact McNemar test, corrected by Holm). Of "
+        f"words {len(words):,} were lost or won at least once, {chance} (exact McNemar test, corrected by Holm). Of "
         f"{len(speakers):,} speaker{'s' * (len(speakers) > 1)} {up:,} got worse and {down:,} better."
     )

@@ -3,18 +3,21 @@
 Everything is computed from the run's metrics/*.json. There error rates are fractions; shown, per cent.
 """
 
+import math
 import textwrap
 from collections.abc import Callable
 
 import pandas as pd
 
-from asrlib.measuring.systems import ATTENTION
-from asrlib.reporting.figures import SYSTEMS, save_figure, splits_of, system_name
+from asrlib.measuring.entries import entries_of
+from asrlib.measuring.names import ATTENTION
+from asrlib.reporting.figures import SYSTEMS, save_figure, system_name
+from asrlib.reporting.members import entry_table, splits_of
 from asrlib.reporting.notebook_pages import PAGES
-from asrlib.reporting.numbers import change, duration, percent, size
-from asrlib.reporting.run_figures import cache_comparison, inference_time_comparison, wer_bars, wer_vs_cache
-from asrlib.reporting.tables import save_table
-from asrlib.runs import STEP_OF_METRICS, Run, atomic_write, read_json
+from asrlib.reporting.numbers import UNKNOWN, change, duration, p_value, percent, rate_interval, size, verdict
+from asrlib.reporting.run_figures import figures_of_run
+from asrlib.reporting.tables import cell, rate_cell, save_table, speed_cell
+from asrlib.runs import Run, atomic_write
 
 # What Sonawane, Gokhale and Tian (2025) said of another, larger model at half the cache, and did not measure.
 CLAIMED = pd.DataFrame(
@@ -36,12 +39,11 @@ These figures were *claimed* for a far larger model at half the cache, on anothe
 
 # ---- the comparison ----------------------------------------------------------------------------------------
 
-
-def _metrics(run: Run, completed_only: bool = False) -> dict[str, dict]:
-    """All metrics/*.json by name; an empty one where a step has not run (or is not marked as completed)."""
-    paths = {name: run.path / "metrics" / f"{name}.json" for name in STEP_OF_METRICS}
-    wanted = {n for n, step in STEP_OF_METRICS.items() if not completed_only or run.completed(step)}
-    return {n: read_json(path) if n in wanted and path.is_file() else {} for n, path in paths.items()}
+BEFORE_ERRORS = ["attention", "cache_bytes_per_second", "cache_bytes_1000_frames", "cache_cut", "parameters"]
+AFTER_ERRORS = [
+    *("latency_ms", "latency_ms_p50", "latency_ms_p95", "rtfx"),
+    *("speed_ratio", "speed_ratio_low", "speed_ratio_high", "peak_memory_bytes"),
+]
 
 
 def comparison_table(run: Run) -> pd.DataFrame:
@@ -52,87 +54,52 @@ def comparison_table(run: Run) -> pd.DataFrame:
     latency_ms (mean per utterance), latency_ms_p50, latency_ms_p95, rtfx, speed_ratio (to the baseline) with
     speed_ratio_low and _high, peak_memory_bytes. NaN: unknown.
     """
-    return _table(_metrics(run))
-
-
-def _table(metrics: dict[str, dict]) -> pd.DataFrame:
-    before, convert = metrics["baseline"], metrics["convert"]
-    attention = ATTENTION.get(kind := before.get("attention", "mha"), kind)
-    scores = metrics["evaluate"].get("systems") or {"baseline": before.get("splits", {})}
-    timings = metrics["benchmark"].get("systems", {})
-    full_cache = timings.get("baseline", {}).get("cache_bytes_per_second")
-    cuts = {"baseline": 0.0, "converted": convert.get("cache_cut"), "finetuned": convert.get("cache_cut")}
-    parameters = {"baseline": before.get("parameters"), "converted": convert.get("parameters")}
-    rows = {}
-    for system in SYSTEMS:
-        score, timing = scores.get(system, {}), timings.get(system, {})
-        if not score and not timing:
-            continue
-        cache = timing.get("cache_bytes_per_second")
-        row = {
-            "attention": attention if system == "baseline" else convert.get("attention", "MLA"),
-            "cache_bytes_per_second": cache,
-            "cache_bytes_1000_frames": timing.get("cache_bytes_1000_frames"),
-            "cache_cut": 1 - cache / full_cache if cache and full_cache else cuts[system],
-            "parameters": timing.get("parameters", parameters.get(system)),
-        }
-        for split, values in score.items():
-            row[f"wer_{split}"] = values.get("wer")
-            row[f"wer_{split}_low"], row[f"wer_{split}_high"] = values.get("wer_interval") or (None, None)
-            row[f"cer_{split}"] = values.get("cer")
-        row["latency_ms"] = timing.get("latency_ms_mean")
-        for name in ("latency_ms_p50", "latency_ms_p95", "rtfx", "speed_ratio"):
-            row[name] = timing.get(name)
-        row["speed_ratio_low"], row["speed_ratio_high"] = timing.get("speed_ratio_interval") or (None, None)
-        row["peak_memory_bytes"] = timing.get("peak_memory_bytes")
-        rows[system] = row
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("system")
-    return table.astype({column: float for column in table.columns if column != "attention"})
+    benchmark, convert = run.metrics_so_far("benchmark"), run.metrics_so_far("convert")
+    entries = entries_of(run, [])
+    measured = [entry for entry in entries if entry.scores() or entry.name in benchmark.get("systems", {})]
+    if not measured:
+        return pd.DataFrame().rename_axis("system")
+    table = entry_table(measured, benchmark).rename_axis("system")
+    converted = table.index != "baseline"
+    attention = table["attention"].map(lambda name: ATTENTION.get(name, name))
+    table["attention"] = attention.mask(converted, convert.get("attention", "MLA"))
+    cache = table["cache_bytes_per_second"]
+    asked_cut = pd.Series(0.0, table.index).mask(converted, convert.get("cache_cut", math.nan))
+    table["cache_cut"] = (1 - cache / cache.get("baseline", math.nan)).fillna(asked_cut)
+    errors = [column for column in table if column.startswith(("wer_", "cer_"))]
+    return table[[*BEFORE_ERRORS, *errors, *AFTER_ERRORS]]
 
 
 def readable_comparison(table: pd.DataFrame) -> pd.DataFrame:
     """`comparison_table` to read: a column per system, a row per measure, interval or change in brackets."""
     base = table.loc["baseline"] if "baseline" in table.index else pd.Series(dtype=float)
 
-    def alone(row: pd.Series, column: str, form: str) -> str:
-        return "–" if pd.isna(row[column]) else form.format(row[column])
-
-    def with_interval(row: pd.Series, column: str, form: str, scale: float = 1.0) -> str:
-        value, low, high = (scale * row[name] for name in (column, f"{column}_low", f"{column}_high"))
-        if pd.isna(value):
-            return "–"
-        return form.format(value) + (f" ({low:.2f}–{high:.2f})" if low < high else "")
-
     def with_change(row: pd.Series, column: str, show: Callable[[float], str]) -> str:
-        if pd.isna(row[column]):
-            return "–"
-        compared = row.name != "baseline" and pd.notna(base.get(column))
-        return show(row[column]) + (f" ({change(row[column], base[column])})" if compared else "")
+        compared = row.name != "baseline" and pd.notna(row[column]) and pd.notna(base.get(column))
+        return cell(row[column], show) + (f" ({change(row[column], base[column])})" if compared else "")
 
     columns = {}
     for system, row in table.iterrows():
         columns[system_name(table, system)] = {
-            **{f"WER {s}": with_interval(row, f"wer_{s}", "{:.2f} %", 100) for s in splits_of(table)},
-            **{f"CER {s}": alone(row, f"cer_{s}", "{:.2%}").replace("%", " %") for s in splits_of(table)},
+            **{f"WER {split}": rate_cell(row, split) for split in splits_of(table)},
+            **{f"CER {split}": cell(row[f"cer_{split}"], percent) for split in splits_of(table)},
             "K/V cache per second of audio": with_change(row, "cache_bytes_per_second", size),
             "parameters": with_change(row, "parameters", lambda n: f"{n / 1e6:.2f} M"),
-            "latency per utterance": alone(row, "latency_ms", "{:.1f} ms"),
-            "RTFx": alone(row, "rtfx", "{:.1f}"),
-            "speed against the baseline": with_interval(row, "speed_ratio", "×{:.2f}"),
+            "latency per utterance": cell(row["latency_ms"], "{:.1f} ms".format),
+            "RTFx": cell(row["rtfx"], "{:.1f}".format),
+            "speed against the baseline": speed_cell(row),
             "peak memory": with_change(row, "peak_memory_bytes", size),
         }
     readable = pd.DataFrame(columns).rename_axis("")
-    return readable[(readable != "–").any(axis=1)]  # a measure that no system has yet is no row
+    return readable[(readable != UNKNOWN).any(axis=1)]  # a measure that no system has yet is no row
 
 
-def headline(run: Run) -> str:
-    """What the run found, in one sentence made from its figures."""
-    return _sentence(_metrics(run))
+def headline(run: Run, to_convert: bool = True) -> str:
+    """What the run found, in one sentence made from its figures.
 
-
-def _sentence(metrics: dict[str, dict], to_convert: bool = True) -> str:
-    """`to_convert`: is a conversion to follow where there is none yet?"""
-    table = _table(metrics)
+    to_convert: where there is no converted model yet, is a conversion to follow?
+    """
+    table = comparison_table(run)
     measured = table.loc["baseline"].dropna().index if "baseline" in table.index else []
     splits = [split for split in splits_of(table) if f"wer_{split}" in measured]
     if not splits:
@@ -140,51 +107,46 @@ def _sentence(metrics: dict[str, dict], to_convert: bool = True) -> str:
     split = "test-clean" if "test-clean" in splits else splits[0]
     base = table.loc["baseline"]
     wer = f"wer_{split}"
-    latent = [s for s in ("finetuned", "converted") if s in table.index and pd.notna(table.at[s, wer])]
+    converted = [name for name in ("finetuned", "converted") if name in table.index and pd.notna(table.at[name, wer])]
 
     def interval(row: pd.Series) -> str:
-        low, high = row[f"wer_{split}_low"], row[f"wer_{split}_high"]
-        return "unknown" if pd.isna(low) else f"{100 * low:.2f}–{100 * high:.2f}"
+        low, high = row[f"{wer}_low"], row[f"{wer}_high"]
+        return "unknown" if pd.isna(low) else rate_interval((low, high))
 
-    if not latent:
+    if not converted:
         missing = "; no converted model has been evaluated yet" if to_convert else ""
         return f"WER of the baseline on {split} is {percent(base[wer])} (95 % interval {interval(base)}){missing}."
-    new = table.loc[latent[0]]
+    new = table.loc[converted[0]]
     words = f"WER on {split} went from {100 * base[wer]:.2f} to {percent(new[wer])}"
-    if latent[0] == "converted":
+    if new.name == "converted":
         words += " before any fine-tuning"
     if pd.notna(new["cache_cut"]):
         words = f"At {percent(new['cache_cut'], 1).replace('.0 %', ' %')} less cache, {words}"
-    verdict = _verdict(metrics["evaluate"].get("paired", {}).get(split, {}), base, new, split)
-    words += f" (95 % intervals {interval(base)} and {interval(new)}; {verdict})"
+    tests = run.metrics_so_far("evaluate").get("paired", {}).get(split, {})
+    chance = _chance(tests.get(f"baseline vs {new.name}", {}), base, new, wer)
+    words += f" (95 % intervals {interval(base)} and {interval(new)}; {chance})"
     if pd.notna(new["speed_ratio"]):
-        words += f", speed ×{new['speed_ratio']:.2f}"
-        if pd.notna(new["speed_ratio_low"]):
-            words += f" ({new['speed_ratio_low']:.2f}–{new['speed_ratio_high']:.2f})"
+        words += f", speed {speed_cell(new)}"
     if pd.notna(base["peak_memory_bytes"]) and pd.notna(new["peak_memory_bytes"]):
         words += f", peak memory {change(new['peak_memory_bytes'], base['peak_memory_bytes'])}"
     return words + "."
 
 
-def _verdict(paired: dict, base: pd.Series, new: pd.Series, split: str) -> str:
+def _chance(test: dict, base: pd.Series, new: pd.Series, wer: str) -> str:
     """Is the difference between the two systems more than chance? The paired test where there is one."""
-    test = paired.get(f"baseline vs {new.name}", {})
-    p, (low, high) = test.get("p"), test.get("interval") or (None, None)
-    if p is None and low is None:
-        low, high = new[f"wer_{split}_low"], new[f"wer_{split}_high"]
-        if pd.isna(low) or pd.isna(base[f"wer_{split}_low"]):
+    p, interval = test.get("p"), test.get("interval")
+    if p is None and interval is None:
+        low, high = new[f"{wer}_low"], new[f"{wer}_high"]
+        if pd.isna(low) or pd.isna(base[f"{wer}_low"]):
             return "significance not tested"
-        apart = low > base[f"wer_{split}_high"] or high < base[f"wer_{split}_low"]
+        apart = low > base[f"{wer}_high"] or high < base[f"{wer}_low"]
         return "they do not overlap" if apart else "they overlap"
-    significant = p < 0.05 if p is not None else not low <= 0 <= high
-    worse = new[f"wer_{split}"] > base[f"wer_{split}"]
-    found = f"significantly {'worse' if worse else 'better'}" if significant else "no significant difference"
-    matched = f"; matched pairs{_of_p(test['matched_pairs']['p'])}" if "matched_pairs" in test else ""
-    return f"{found} in the paired bootstrap{_of_p(p)}{matched}"
-
-
-def _of_p(p: float | None) -> str:
-    return "" if p is None else ", p < 0.001" if p < 0.001 else f", p = {p:.2g}"
+    by_interval = interval is not None and not interval[0] <= 0 <= interval[1]
+    words = verdict(new[wer] - base[wer], float(not by_interval) if p is None else p)
+    sure = "significantly " if words in ("worse", "better") else ""
+    tested = "" if p is None else f", {p_value(p)}"
+    matched = f"; matched pairs, {p_value(test['matched_pairs']['p'])}" if "matched_pairs" in test else ""
+    return f"{sure}{words} in the paired bootstrap{tested}{matched}"
 
 
 def step_times(run: Run) -> dict[str, float]:
@@ -194,21 +156,22 @@ def step_times(run: Run) -> dict[str, float]:
 
 
 def write_comparison(run: Run) -> pd.DataFrame:
-    """Write tables/comparison_table.csv, the comparison's figures and summary.txt; returns the table.
+    """Write tables/comparison_table.csv, the comparison's figures, summary.txt and metrics/compare.json.
 
-    Raises MissingStep where the models have not been evaluated and benchmarked.
+    Returns the table. Raises MissingStep where the models have not been evaluated and benchmarked.
     """
     for name in ("evaluate", "benchmark"):
         run.read_metrics(name)
     table = comparison_table(run)
     save_table(table, run.tables / "comparison_table.csv")
-    for draw in (wer_bars, wer_vs_cache, cache_comparison, inference_time_comparison):
-        save_figure(draw(table), run.figures / f"{draw.__name__}.png")
-    _write_summary(run)
+    for name, figure in figures_of_run(table).items():
+        save_figure(figure, run.figures / f"{name}.png")
+    write_summary(run)
+    run.write_metrics("compare", {"table": table.reset_index().to_dict("records"), "headline": headline(run)})
     return table
 
 
-def _write_summary(run: Run) -> None:
+def write_summary(run: Run) -> None:
     with atomic_write(run.path / "summary.txt") as file:
         file.write(summary(run))
 

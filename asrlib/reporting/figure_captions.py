@@ -3,7 +3,7 @@
 Figures go by the names that `member_figures.figures_of` gives them.
 """
 
-from asrlib.measuring.systems import AUDIO_SECONDS
+from asrlib.measuring.names import AUDIO_SECONDS
 from asrlib.reporting.benchmark_tables import lengths_caption, listed
 from asrlib.reporting.member_figures import by_cache
 from asrlib.reporting.members import Comparison, varied_parameters
@@ -20,37 +20,37 @@ def heading_of(name: str) -> str:
     return HEADINGS.get(name, f"Word errors against {name.removeprefix('wer_vs_')}")
 
 
-def caption_of(name: str, found: Comparison) -> str:
+def caption_of(name: str, sweep: Comparison) -> str:
     """How to read the figure of that name: what a point, a bar and a colour is."""
     if name == "wer_vs_cache":
         state = "The state is what a stream keeps, by the formula."
-        return " ".join(filter(None, ["Bars: 95 % intervals.", state, _side_by_side(found), _looks(found)]))
+        return " ".join(filter(None, ["Bars: 95 % intervals.", state, _side_by_side(sweep), _looks(sweep)]))
     if name == "wer_vs_time":
-        return f"Bars: 95 % intervals. The time is the mean of a full pass over an utterance. {_looks(found)}"
+        return f"Bars: 95 % intervals. The time is the mean of a full pass over an utterance. {_looks(sweep)}"
     if name == "training_together":
-        return f"A training's time is shared out equally among its steps. {_looks(found)}"
+        return f"A training's time is shared out equally among its steps. {_looks(sweep)}"
     if name == "lengths":
-        return f"{lengths_caption(found.benchmark['lengths'])} {_looks(found)}"
+        return f"{lengths_caption(sweep.benchmark['lengths'])} {_looks(sweep)}"
     parameter = name.removeprefix("wer_vs_")
-    joined = {member for group in varied_parameters(found.entries).get(parameter, []) for member in group}
-    others = [found.short[other] for other in found.table["reference"].dropna().unique() if other not in joined]
+    joined = {member for group in varied_parameters(sweep.entries).get(parameter, []) for member in group}
+    others = [sweep.short[other] for other in sweep.table["reference"].dropna().unique() if other not in joined]
     dotted = f" Dotted: {listed(others)}, which they are compared with." if others else ""
     return f"Members that differ in {parameter} alone; bars: 95 % intervals.{dotted}"
 
 
-def _side_by_side(found: Comparison) -> str:
+def _side_by_side(sweep: Comparison) -> str:
     """Which points were moved so that none hides another; nothing where none was."""
-    sizes = found.table["cache_bytes"].dropna()
+    sizes = sweep.table["cache_bytes"].dropna()
     groups = [names for _, names in sizes.groupby(sizes).groups.items() if len(names) > 1]
     if not groups:
         return ""
-    equal = "; ".join(listed([found.short[name] for name in names]) for names in groups)
+    equal = "; ".join(listed([sweep.short[name] for name in names]) for names in groups)
     return f"Members whose states are of one size are drawn side by side, to be seen all: {equal}."
 
 
-def _looks(found: Comparison) -> str:
+def _looks(sweep: Comparison) -> str:
     """What colours and lines mean, as `member_figures.looks` gives them."""
-    if by_cache(found.table):
+    if by_cache(sweep.table):
         return "Colours go from the smallest state to the largest."
-    encoders = len(set(found.table["encoder"].dropna())) > 1
+    encoders = len(set(sweep.table["encoder"].dropna())) > 1
     return f"Colour: the kind of attention{'; shape and line: the encoder' if encoders else ''}."

@@ -1,7 +1,7 @@
-"""Figures: drawings of the tables that `report` and the notebooks make.
+"""How figures are drawn, shown and saved.
 
-Every figure is a matplotlib Figure that pyplot does not know; its label is a description in words, computed
-from the same data, which `save_figure` and `show_figure` hand on as alternative text.
+Every figure is a matplotlib Figure outside of pyplot. Its label describes it in words, computed from the same data;
+`save_figure` and `show_figure` use it as the alternative text.
 """
 
 import base64
@@ -34,14 +34,10 @@ def system_name(table: pd.DataFrame, system: str) -> str:
     return f"{SYSTEMS[system].partition(' (')[0]} ({table.at[system, 'attention']})"
 
 
-def splits_of(table: pd.DataFrame) -> list[str]:
-    return [c.removeprefix("cer_") for c in table.columns if c.startswith("cer_")]
-
-
 # ---- showing and saving ------------------------------------------------------------------------------------
 
 
-def _style():
+def drawing_style():
     import matplotlib as mpl
     import seaborn as sns
 
@@ -51,12 +47,12 @@ def _style():
 
 
 def _png(fig: "Figure", alt: str | None) -> bytes:
-    """In 256 colours, chosen for the figure: a quarter of the bytes, and no difference to be seen."""
+    """The figure in 256 colours chosen for it: a quarter of the bytes, with no visible difference."""
     from PIL import Image, PngImagePlugin
 
     drawn, small, about = io.BytesIO(), io.BytesIO(), PngImagePlugin.PngInfo()
     about.add_itxt("Description", alt or fig.get_label())
-    with _style():  # ticks are made while drawing
+    with drawing_style():  # ticks are made while drawing
         fig.savefig(drawn, format="png", dpi=DPI)
     with Image.open(drawn) as image:
         few = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
@@ -93,9 +89,9 @@ def keep_figure(fig: "Figure", path: Path) -> None:
 
 
 class LiveFigure:
-    """A figure that is drawn anew in its place for whoever watches, and is gone at the end.
+    """A figure that grows in its place in a notebook, and disappears at the end.
 
-    Nobody watches outside of notebooks, nor where their client, as papermill, could not answer a question either.
+    It is drawn only where somebody can watch: not outside of notebooks, and not where papermill runs one.
     """
 
     def __init__(self):
@@ -106,7 +102,7 @@ class LiveFigure:
         self.drawn = -math.inf
 
     def show(self, draw: Callable[[], "Figure"]) -> None:
-        """Calls `draw` and shows what it gives, unless it has just been done."""
+        """Show what `draw` returns, at most once in LIVE_SECONDS."""
         if self.watched and time.monotonic() > self.drawn + LIVE_SECONDS:
             show_figure(draw(), **self.place)
             self.place["update"] = True
@@ -125,7 +121,7 @@ class LiveFigure:
 # ---- drawings ----------------------------------------------------------------------------------------------
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **kwargs):
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **kwargs):
     """A figure of `width` × `height` inches that pyplot does not know, and its axes [rows, columns]."""
     from matplotlib.figure import Figure
 
@@ -133,20 +129,35 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **kwar
     return fig, fig.subplots(rows, columns, squeeze=False, **kwargs)
 
 
-def _colours() -> dict[str, tuple]:
+def system_colours() -> dict[str, tuple]:
     import seaborn as sns
 
     palette = sns.color_palette("colorblind")
     return {"baseline": palette[7], "converted": palette[1], "finetuned": palette[0]}
 
 
+def rate_with_reach(row: pd.Series, split: str) -> tuple[float, list[list[float]] | None]:
+    """Word error rate in per cent, and how far its interval reaches below and above, as errorbar wants it."""
+    wer, low, high = (100 * row[f"wer_{split}{end}"] for end in ("", "_low", "_high"))
+    return wer, None if pd.isna(low) else [[wer - low], [high - wer]]
+
+
+def described(table: pd.DataFrame, names: Mapping[str, str], columns: Mapping[str, Callable[[float], str]]) -> str:
+    """What the bars and points of a figure say, in words; `columns`: column → how a value of it is shown."""
+    systems = []
+    for system, row in table.iterrows():
+        values = [show(row[column]) for column, show in columns.items() if pd.notna(row.get(column))]
+        systems.append(f"{names[system]}: {', '.join(values) or 'not measured'}")
+    return "; ".join(systems) + "."
+
+
 def training_curves(history: Sequence[Mapping], best_step: int | None = None) -> "Figure":
     """Loss, validation WER and learning rate against the training step; `best_step` is marked."""
     names = ["step", "loss", "eval_loss", "eval_wer", "learning_rate"]
     df = pd.DataFrame(history).reindex(columns=names).astype(float).sort_values("step")
-    blue = _colours()["finetuned"]
-    with _style():
-        fig, axes = _figure(8, 5.6, 3, 1, sharex=True, height_ratios=[2, 2, 1])
+    blue = system_colours()["finetuned"]
+    with drawing_style():
+        fig, axes = new_figure(8, 5.6, 3, 1, sharex=True, height_ratios=[2, 2, 1])
         loss, wer, rate = axes[:, 0]
         for ax, column, label, colour, marker, scale in (
             (loss, "loss", "training", GREY, ".", 1),
@@ -178,14 +189,14 @@ def training_curves(history: Sequence[Mapping], best_step: int | None = None) ->
                 ha=side,
             )
     wers = df["eval_wer"].dropna()
-    found = f" Validation WER from {percent(wers.iloc[0])} to {percent(wers.iloc[-1])}." if len(wers) else ""
-    fig.set_label(f"Training curves over {df['step'].max():.0f} steps.{found}")
+    ends = f" Validation WER from {percent(wers.iloc[0])} to {percent(wers.iloc[-1])}." if len(wers) else ""
+    fig.set_label(f"Training curves over {df['step'].max():.0f} steps.{ends}")
     return fig
 
 
 @contextmanager
 def live_curves() -> Iterator[Callable[[list[dict]], None]]:
-    """A function that shows the history of a training: how far it is and, where somebody watches, its curves."""
+    """Give a function that shows the history of a training: its progress and, where somebody watches, its curves."""
     with tqdm(desc="training", unit=" steps", leave=False) as bar, LiveFigure() as figure:
 
         def show(history: list[dict]) -> None:
@@ -193,7 +204,7 @@ def live_curves() -> Iterator[Callable[[list[dict]], None]]:
             bar.update(history[-1]["step"] - bar.n)
             errors = [row["eval_wer"] for row in history if "eval_wer" in row]
             if errors:
-                bar.set_postfix_str(f"validation WER {100 * errors[-1]:.2f} %")
+                bar.set_postfix_str(f"validation WER {percent(errors[-1])}")
             figure.show(lambda: training_curves(history))
 
         yield show

@@ -12,9 +12,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from asrlib.measuring.random_models import IN_BLOCKS
-from asrlib.measuring.systems import ATTENTION, AUDIO_SECONDS, UNCONVERTED
-from asrlib.reporting.figures import GREY, SYSTEMS, _colours, _figure, _style
+from asrlib.measuring.entries import UNCONVERTED
+from asrlib.measuring.names import ATTENTION, AUDIO_SECONDS, IN_BLOCKS
+from asrlib.reporting.figures import (
+    GREY,
+    SYSTEMS,
+    described,
+    drawing_style,
+    new_figure,
+    rate_with_reach,
+    system_colours,
+)
 from asrlib.reporting.members import Comparison, varied_parameters
 from asrlib.reporting.numbers import percent, size
 
@@ -37,18 +45,18 @@ class Look:
     line: str = "-"
 
 
-def looks(found: Comparison) -> dict[str, Look]:
+def looks(sweep: Comparison) -> dict[str, Look]:
     """{member: its look}, in the order of the table."""
     import seaborn as sns
 
-    table, palette = found.table, sns.color_palette("colorblind")
+    table, palette = sweep.table, sns.color_palette("colorblind")
     kinds = {"mha": palette[7], "mla": palette[0], "mla_simple": palette[9], "gqa": palette[1], "linear": palette[2]}
     colours = {name: kinds.get(row["attention"], palette[4]) for name, row in table.iterrows()}
     if by_cache(table):
         rising = _members_of(table).sort_values("cache_bytes", kind="stable").index
         colours |= dict(zip(rising, sns.color_palette("viridis", len(rising) + 1), strict=False))
     return {
-        name: Look(found.short[name], colours[name], MARKERS.get(row["encoder"], "s"), LINES.get(row["encoder"], ":"))
+        name: Look(sweep.short[name], colours[name], MARKERS.get(row["encoder"], "s"), LINES.get(row["encoder"], ":"))
         for name, row in table.iterrows()
     }
 
@@ -66,7 +74,7 @@ def looks_of_run() -> dict[str, Look]:
     """The looks of the three models of a single run, and of its baseline worked in blocks."""
     import seaborn as sns
 
-    looks = {name: Look(label, _colours()[name]) for name, label in SYSTEMS.items()}
+    looks = {name: Look(label, system_colours()[name]) for name, label in SYSTEMS.items()}
     return looks | {IN_BLOCKS: Look(f"{IN_BLOCKS} of queries", sns.color_palette("colorblind")[2])}
 
 
@@ -137,61 +145,52 @@ def _wer_points(ax: "Axes", table: pd.DataFrame, split: str, x: str, drawn: Mapp
     for name, row in table.iterrows():
         if pd.isna(row[x]) or pd.isna(row[f"wer_{split}"]):
             continue
-        wer, low, high = (100 * row[f"wer_{split}{end}"] for end in ("", "_low", "_high"))
-        low, high = (wer, wer) if pd.isna(low) else (low, high)
+        wer, reach = rate_with_reach(row, split)
         seen[row[x]] = repeats = seen.get(row[x], -1) + 1
         at, look = row[x] * beside**repeats, drawn[name]
         bars = dict(color=look.colour, marker=look.marker, ms=7, capsize=3, lw=1.2, ls="", zorder=3)
-        ax.errorbar(at, wer, [[wer - low], [high - wer]], **bars)
-        points.append((look, at, wer, low, high))
+        ax.errorbar(at, wer, reach, **bars)
+        (below,), (above,) = reach or ([0], [0])
+        points.append((look, at, wer, wer - below, wer + above))
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_title(split, size=10)
     return points
 
 
-def _described(found: Comparison, columns: Mapping[str, object]) -> str:
-    """What the points of a figure say in words; `columns`: column → how a value of it is shown."""
-    said = []
-    for name, row in found.table.iterrows():
-        values = [show(row[column]) for column, show in columns.items() if pd.notna(row.get(column))]
-        said.append(f"{found.short[name]}: {', '.join(values) or 'not measured'}")
-    return "; ".join(said) + "."
-
-
 # ---- word errors -------------------------------------------------------------------------------------------
 
 
-def wer_against_cache(found: Comparison) -> "Figure":
+def wer_against_cache(sweep: Comparison) -> "Figure":
     """Word error rate (95 % intervals) against the bytes that a stream keeps of AUDIO_SECONDS, on a log axis."""
     return _wer_against(
-        found, "cache_bytes", f"state kept of {AUDIO_SECONDS:g} s of audio", lambda value, _=None: size(value), log=True
+        sweep, "cache_bytes", f"state kept of {AUDIO_SECONDS:g} s of audio", lambda value, _=None: size(value), log=True
     )
 
 
-def wer_against_time(found: Comparison) -> "Figure":
+def wer_against_time(sweep: Comparison) -> "Figure":
     """Word error rate (95 % intervals) against the mean time of an utterance."""
-    ms = found.table["latency_ms"]
+    ms = sweep.table["latency_ms"]
     return _wer_against(
-        found, "latency_ms", "time per utterance (ms)", lambda v, _=None: f"{v:.3g} ms", ms.max() > MANY * ms.min()
+        sweep, "latency_ms", "time per utterance (ms)", lambda v, _=None: f"{v:.3g} ms", ms.max() > MANY * ms.min()
     )
 
 
-def _wer_against(found: Comparison, column: str, label: str, show, log: bool) -> "Figure":
-    drawn, splits = looks(found), found.splits[:2]
-    with _style():
-        fig, axes = _figure(4.6 * len(splits) + 0.4, 4.2, 1, len(splits))
-        points = [_wer_points(ax, found.table, split, column, drawn) for ax, split in zip(axes[0], splits, strict=True)]
+def _wer_against(sweep: Comparison, column: str, label: str, show, log: bool) -> "Figure":
+    drawn, splits = looks(sweep), sweep.splits[:2]
+    with drawing_style():
+        fig, axes = new_figure(4.6 * len(splits) + 0.4, 4.2, 1, len(splits))
+        points = [_wer_points(ax, sweep.table, split, column, drawn) for ax, split in zip(axes[0], splits, strict=True)]
         for ax in axes[0]:
             if log:
                 ax.set_xscale("log")
-                _doubling_ticks(ax, found.table[column].dropna(), show)
+                _doubling_ticks(ax, sweep.table[column].dropna(), show)
             ax.set(xlabel=label, ylabel="word error rate (%)")
             ax.margins(x=0.14, y=0.1)
             ax.set_ylim(bottom=max(0, ax.get_ylim()[0]))
         for ax, labelled in zip(axes[0], points, strict=True):
             _label_points(ax, labelled)
     wers = {f"wer_{split}": lambda v, split=split: f"{percent(v)} on {split}" for split in splits}
-    fig.set_label(f"Word error rate against {label}. " + _described(found, {column: show, **wers}))
+    fig.set_label(f"Word error rate against {label}. " + described(sweep.table, sweep.short, {column: show, **wers}))
     return fig
 
 
@@ -203,28 +202,28 @@ def _doubling_ticks(ax: "Axes", values: pd.Series, show) -> None:
     ax.minorticks_off()
 
 
-def wer_against_parameter(found: Comparison, parameter: str, groups: Sequence[Sequence[str]]) -> "Figure":
+def wer_against_parameter(sweep: Comparison, parameter: str, groups: Sequence[Sequence[str]]) -> "Figure":
     """Word error rate of the members that differ in `parameter` alone, one line per group and split."""
     import seaborn as sns
 
-    palette, asked = sns.color_palette("colorblind"), {e.name: e.parameters() for e in found.entries}
+    palette, asked = sns.color_palette("colorblind"), {e.name: e.parameters() for e in sweep.entries}
     values = sorted({asked[name][parameter] for group in groups for name in group})
-    with _style():
-        fig, axes = _figure(7, 4.2)
+    with drawing_style():
+        fig, axes = new_figure(7, 4.2)
         ax = axes[0, 0]
-        for i, split in enumerate(found.splits):
+        for i, split in enumerate(sweep.splits):
             for j, group in enumerate(groups):
-                rows = 100 * found.table.loc[group, [f"wer_{split}", f"wer_{split}_low", f"wer_{split}_high"]]
+                rows = 100 * sweep.table.loc[group, [f"wer_{split}", f"wer_{split}_low", f"wer_{split}_high"]]
                 wer, low, high = rows.to_numpy(float).T
                 at = [asked[name][parameter] for name in group]
-                label = split if len(groups) == 1 else f"{split}, {_shared(found, group)}"
+                label = split if len(groups) == 1 else f"{split}, {_shared(sweep, group)}"
                 line = "" if parameter == "seed" else ("-", "--", ":", "-.")[j % 4]
                 look = dict(color=palette[i], marker="oDs^v"[j % 5], ls=line, ms=6, capsize=3, lw=1.3, label=label)
                 ax.errorbar(at, wer, [wer - low, high - wer], **look)
-            for reference in found.table["reference"].dropna().unique():
-                wer = found.table.at[reference, f"wer_{split}"]
+            for reference in sweep.table["reference"].dropna().unique():
+                wer = sweep.table.at[reference, f"wer_{split}"]
                 if pd.notna(wer) and not any(reference in group for group in groups):
-                    label = f"{split}, {found.short[reference]}"
+                    label = f"{split}, {sweep.short[reference]}"
                     ax.axhline(100 * wer, color=palette[i], ls=(0, (1, 2)), lw=1.2, label=label, zorder=1)
         if values[0] > 0 and values[-1] > MANY * values[0]:
             ax.set_xscale("log")
@@ -234,31 +233,31 @@ def wer_against_parameter(found: Comparison, parameter: str, groups: Sequence[Se
         ax.set_ylim(bottom=0)
         ax.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
         ax.spines[["top", "right"]].set_visible(False)
-    wers = {f"wer_{split}": lambda v, split=split: f"{percent(v)} on {split}" for split in found.splits}
-    fig.set_label(f"Word error rate against {parameter}. " + _described(found, wers))
+    wers = {f"wer_{split}": lambda v, split=split: f"{percent(v)} on {split}" for split in sweep.splits}
+    fig.set_label(f"Word error rate against {parameter}. " + described(sweep.table, sweep.short, wers))
     return fig
 
 
-def _shared(found: Comparison, group: Sequence[str]) -> str:
+def _shared(sweep: Comparison, group: Sequence[str]) -> str:
     """What the members of a group are, in as few words as tell."""
-    rows = found.table.loc[list(group)]
+    rows = sweep.table.loc[list(group)]
     return f"{rows['encoder'].iloc[0]}, {ATTENTION.get(rows['attention'].iloc[0], rows['attention'].iloc[0])}"
 
 
 # ---- training ----------------------------------------------------------------------------------------------
 
 
-def training_together(found: Comparison) -> "Figure":
+def training_together(sweep: Comparison) -> "Figure":
     """Validation word error rate against epochs and against minutes of training, on a logarithmic axis.
 
     A training's seconds are shared out equally among its steps.
     """
-    drawn = {name: look for name, look in looks(found).items() if name in found.trainings}
+    drawn = {name: look for name, look in looks(sweep).items() if name in sweep.trainings}
     ends = []
-    with _style():
-        fig, axes = _figure(9.6, 4, 1, 2, sharey=True)
+    with drawing_style():
+        fig, axes = new_figure(9.6, 4, 1, 2, sharey=True)
         for name, look in drawn.items():
-            training = found.trainings[name]
+            training = sweep.trainings[name]
             seen = pd.DataFrame(training["history"]).reindex(columns=["step", "epoch", "eval_wer"]).dropna()
             seen = seen[seen["eval_wer"] > 0]  # none at all has no place on this axis
             minutes = seen["step"] * training["seconds"] / 60 / max(1, training["steps"])
@@ -288,16 +287,16 @@ def lengths_figure(lengths: dict, drawn: Mapping[str, Look]) -> "Figure":
     shown = {name: drawn[name] for name in lengths["systems"] if name in drawn}
     lines = list(dict.fromkeys(look.line for look in shown.values()))
     told = []
-    with _style():
-        fig, axes = _figure(9.6, 0.4 + 3.6 * len(lines), len(lines), 2, sharex=True, sharey="col")
+    with drawing_style():
+        fig, axes = new_figure(9.6, 0.4 + 3.6 * len(lines), len(lines), 2, sharex=True, sharey="col")
         for line, row in zip(lines, axes, strict=True):
             alike = {name: look for name, look in shown.items() if look.line == line}
             widths = np.linspace(min(1.3 * len(alike), 6), 1.3, len(alike))  # points
             for ax, (column, (label, scale)) in zip(row, PANELS.items(), strict=True):
                 for (name, look), width in zip(alike.items(), widths, strict=True):
                     values = scale * np.array(lengths["systems"][name][column], float)
-                    how = dict(color=look.colour, ls=line, marker=look.marker, lw=width, ms=width + 2.5)
-                    ax.plot(seconds, values, label=look.label, **how)
+                    drawn_as = dict(color=look.colour, ls=line, marker=look.marker, lw=width, ms=width + 2.5)
+                    ax.plot(seconds, values, label=look.label, **drawn_as)
                 ax.set(xscale="log", yscale="log", ylabel=label)
                 _plain_log(ax.xaxis, lengths["seconds"])
                 _plain_log(ax.yaxis, [])
@@ -315,18 +314,18 @@ def lengths_figure(lengths: dict, drawn: Mapping[str, Look]) -> "Figure":
     return fig
 
 
-def figures_of(found: Comparison) -> dict[str, "Figure"]:
+def figures_of(sweep: Comparison) -> dict[str, "Figure"]:
     """{file name: figure} of all that can be drawn from what was measured, the most telling first."""
-    table, drawn = found.table, {}
-    if found.splits and table["cache_bytes"].notna().any():
-        drawn["wer_vs_cache"] = wer_against_cache(found)
-    if found.splits:
-        for parameter, groups in varied_parameters(found.entries).items():
-            drawn[f"wer_vs_{parameter}"] = wer_against_parameter(found, parameter, groups)
-    if found.trainings:
-        drawn["training_together"] = training_together(found)
-    if found.splits and table["latency_ms"].notna().any():
-        drawn["wer_vs_time"] = wer_against_time(found)
-    if found.benchmark.get("lengths"):
-        drawn["lengths"] = lengths_figure(found.benchmark["lengths"], looks(found))
+    table, drawn = sweep.table, {}
+    if sweep.splits and table["cache_bytes"].notna().any():
+        drawn["wer_vs_cache"] = wer_against_cache(sweep)
+    if sweep.splits:
+        for parameter, groups in varied_parameters(sweep.entries).items():
+            drawn[f"wer_vs_{parameter}"] = wer_against_parameter(sweep, parameter, groups)
+    if sweep.trainings:
+        drawn["training_together"] = training_together(sweep)
+    if sweep.splits and table["latency_ms"].notna().any():
+        drawn["wer_vs_time"] = wer_against_time(sweep)
+    if sweep.benchmark.get("lengths"):
+        drawn["lengths"] = lengths_figure(sweep.benchmark["lengths"], looks(sweep))
     return drawn

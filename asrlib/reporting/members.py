@@ -1,7 +1,7 @@
-"""The members of a sweep side by side: one table, and paired tests of those that are worth comparing.
+"""The members of a sweep side by side: one table, and paired tests of the pairs that are worth comparing.
 
-All is read from the members' metrics/*.json and predictions/*.jsonl, and from the sweep's own metrics/benchmark.json.
-Error rates are fractions, times seconds (of an utterance: milliseconds), memory bytes.
+Everything is read from the members' metrics/*.json and predictions/*.jsonl, and from the sweep's own
+metrics/benchmark.json. Error rates are fractions, times seconds (of an utterance: milliseconds), memory bytes.
 
 A row is a member's last model: fine-tuned, else converted, else as it was trained. Models that members were converted
 from are rows too, for they are what a converted model is compared with.
@@ -18,11 +18,9 @@ from itertools import compress
 import numpy as np
 import pandas as pd
 
-from asrlib.measuring.systems import LATENT, UNCONVERTED, Entry, _encoder_named, entries_of
-from asrlib.runs import Run, read_json
-
-SIGNIFICANT = 0.05
-
+from asrlib.measuring.entries import UNCONVERTED, Entry, entries_of
+from asrlib.measuring.names import LATENT, encoder_named
+from asrlib.runs import Run
 
 # ---- the comparison ----------------------------------------------------------------------------------------
 
@@ -38,7 +36,7 @@ class Comparison:
 
     @property
     def splits(self) -> list[str]:
-        return [column.removeprefix("cer_") for column in self.table.columns if column.startswith("cer_")]
+        return splits_of(self.table)
 
     @property
     def short(self) -> dict[str, str]:
@@ -49,19 +47,17 @@ class Comparison:
     def trainings(self) -> dict[str, dict]:
         return {entry.name: training for entry in self.entries if (training := entry.training()).get("history")}
 
-    def test(self, a: str, b: str, split: str) -> pd.Series | None:
-        """How much more wrong `b` is than `a`; None where that was not tested."""
-        if self.tests.empty:
+    def test(self, a: str | None, b: str, split: str) -> pd.Series | None:
+        """How much more wrong `b` is than `a`; None where that was not tested, or where there is no `a`."""
+        if self.tests.empty or pd.isna(a):
             return None
-        found = self.tests.query("a == @a and b == @b and split == @split")
-        return None if found.empty else found.iloc[0]
+        tests = self.tests.query("a == @a and b == @b and split == @split")
+        return None if tests.empty else tests.iloc[0]
 
 
 def compare_members(run: Run, members: Sequence[str], test: bool = True) -> Comparison:
     """Read all that is there. `test`: resample utterances for the paired tests (some seconds)."""
-    entries = entries_of(run, members)
-    path = run.path / "metrics" / "benchmark.json"
-    benchmark = read_json(path) if path.is_file() else {}
+    entries, benchmark = entries_of(run, members), run.metrics_so_far("benchmark")
     table = member_table(entries, benchmark)
     return Comparison(entries, benchmark, table, paired_tests(entries, table) if test else pd.DataFrame())
 
@@ -75,34 +71,45 @@ def member_table(entries: Sequence[Entry], benchmark: dict) -> pd.DataFrame:
     latency_ms with latency_ms_low and _high, latency_ms_p95, rtfx, speed_ratio (to the first entry) with its _low and
     _high, peak_memory_bytes; reference: the row whose WER this one's is compared with.
     """
-    rows = {entry.name: _row(entry, benchmark) for entry in entries}
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("member")
-    words = ["encoder", "attention", "system"]
-    table = table.astype({column: float for column in table.columns if column not in words})
+    table = entry_table(entries, benchmark).drop(columns=["cache_bytes_1000_frames", "latency_ms_p50"])
+    table = table.rename_axis("member")
     table["reference"] = pd.Series(
         {entry.name: entry.origin or _reference(entry.name, table) for entry in entries}, dtype=object
     )
     errors = [column for column in table.columns if column.startswith("wer_")]
-    return table.sort_values([*errors[:1], "cache_bytes"], kind="stable") if entries else table
+    return table.sort_values([*errors[:1], "cache_bytes"], kind="stable")
+
+
+def entry_table(entries: Sequence[Entry], benchmark: dict) -> pd.DataFrame:
+    """One row per entry, of a run or of a sweep: all that its metrics and `benchmark` say of it."""
+    rows = {entry.name: _row(entry, benchmark) for entry in entries}
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    words = ["encoder", "attention", "system"]
+    return table.astype({column: float for column in table.columns if column not in words})
+
+
+def splits_of(table: pd.DataFrame) -> list[str]:
+    """The splits whose word errors stand in the columns of a table of entries."""
+    return [column.removeprefix("cer_") for column in table.columns if column.startswith("cer_")]
 
 
 def _row(entry: Entry, benchmark: dict) -> dict:
-    before, training = entry.metrics("baseline"), entry.training()
+    before, convert, training = entry.metrics("baseline"), entry.metrics("convert"), entry.training()
     facts = benchmark.get("members", {}).get(entry.name, {})
     timing = benchmark.get("systems", {}).get(entry.name, {})
     latent = entry.system != "baseline"
     cache, full = facts.get("cache_bytes"), facts.get("mha_cache_bytes")
     history = training.get("history") or [{}]
     row = {
-        "encoder": facts.get("encoder") or _encoder_named(f"{before.get('model')} {before.get('model_type')}"),
+        "encoder": facts.get("encoder") or encoder_named(f"{before.get('model')} {before.get('model_type')}"),
         "attention": facts.get("attention") or ("mla_simple" if latent else before.get("attention", "mha")),
         "system": entry.system,
-        "parameters": timing.get("parameters")
-        or (entry.metrics("convert") if latent else before).get("parameters", math.nan),
+        "parameters": timing.get("parameters") or (convert if latent else before).get("parameters", math.nan),
         "cache_bytes": cache,
         "mha_cache_bytes": full,
         "cache_cut": 1 - cache / full if full else None,
         "cache_bytes_per_second": timing.get("cache_bytes_per_second"),
+        "cache_bytes_1000_frames": timing.get("cache_bytes_1000_frames"),
         "counted_bytes": facts.get("counted", {}).get("bytes"),
         "formula_bytes": facts.get("counted", {}).get("formula_bytes"),
     }
@@ -115,6 +122,7 @@ def _row(entry: Entry, benchmark: dict) -> dict:
         "epochs": history[-1].get("epoch"),
         "validation_wer": training.get("best_wer"),
         "latency_ms": timing.get("latency_ms_mean"),
+        "latency_ms_p50": timing.get("latency_ms_p50"),
         "latency_ms_p95": timing.get("latency_ms_p95"),
         "rtfx": timing.get("rtfx"),
         "speed_ratio": timing.get("speed_ratio"),
@@ -202,14 +210,13 @@ def paired_tests(entries: Sequence[Entry], table: pd.DataFrame) -> pd.DataFrame:
             scored[name, split] = score(load_predictions(path)) if path.is_file() else None
         return scored[name, split]
 
-    splits = [column.removeprefix("cer_") for column in table.columns if column.startswith("cer_")]
-    for split in splits:
+    for split in splits_of(table):
         tested = []
         for question, a, b in pairs_to_test(table):
-            one, other = result(a, split), result(b, split)
-            if one is None or other is None or not _same_utterances(one, other):
+            of_a, of_b = result(a, split), result(b, split)
+            if of_a is None or of_b is None or not _same_utterances(of_a, of_b):
                 continue
-            test = paired_bootstrap(one, other)
+            test = paired_bootstrap(of_a, of_b)
             low, high = test.pop("interval")
             tested.append({"question": question, "a": a, "b": b, "split": split, **test, "low": low, "high": high})
         corrected = holm([test["p"] for test in tested])
@@ -218,8 +225,8 @@ def paired_tests(entries: Sequence[Entry], table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _same_utterances(a, b) -> bool:
-    of_a, of_b = ({(p["id"], p["reference"]) for p in one.predictions} for one in (a, b))
-    return of_a == of_b and len(a.predictions) == len(b.predictions)
+    said_a, said_b = ({(p["id"], p["reference"]) for p in result.predictions} for result in (a, b))
+    return said_a == said_b and len(a.predictions) == len(b.predictions)
 
 
 # ---- members that differ in one parameter ------------------------------------------------------------------
@@ -228,7 +235,7 @@ def _same_utterances(a, b) -> bool:
 def varied_parameters(entries: Sequence[Entry]) -> dict[str, list[list[str]]]:
     """{parameter: groups of at least two members that differ in this number and in no other parameter}."""
     asked = {entry.name: entry.parameters() for entry in entries if not entry.name.startswith(UNCONVERTED)}
-    found = {}
+    varied = {}
     for parameter in dict.fromkeys(name for values in asked.values() for name in values):
         groups: dict[str, list[str]] = {}
         for member, values in asked.items():
@@ -237,5 +244,5 @@ def varied_parameters(entries: Sequence[Entry]) -> dict[str, list[list[str]]]:
                 groups.setdefault(others, []).append(member)
         several = [sorted(group, key=lambda m: asked[m][parameter]) for group in groups.values() if len(group) > 1]
         if several:
-            found[parameter] = several
-    return found
+            varied[parameter] = several
+    return varied

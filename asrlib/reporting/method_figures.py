@@ -1,6 +1,6 @@
-"""Drawings of what a cut of the cache costs: spectra, errors by layer, word errors by method, who gets how much.
+"""Drawings of what a cut of the cache costs: spectra, errors by layer, word errors by method, widths by layer.
 
-Tables of methods and cuts are those of `conversion.rows.as_frame`. How figures are kept and described: figures.py.
+Tables of methods and cuts are those of `measuring.rows.as_frame`. How figures are saved and described: figures.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from asrlib.measuring.rows import BASELINE, SIGNIFICANT, ZEROED
-from asrlib.reporting.figures import GREY, INK, _figure, _style
+from asrlib.measuring.names import SIGNIFICANT
+from asrlib.measuring.rows import BASELINE, ZEROED
+from asrlib.reporting.figures import GREY, INK, drawing_style, new_figure
 from asrlib.reporting.numbers import percent
+from asrlib.reporting.tables import cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,8 +30,8 @@ def spectrum_figure(spectra: Mapping[int | str, Sequence[float]], latent_dim: in
     import seaborn as sns
 
     palette = sns.color_palette("viridis", len(spectra))
-    with _style():
-        fig, axes = _figure(9, 3.6, 1, 2)
+    with drawing_style():
+        fig, axes = new_figure(9, 3.6, 1, 2)
         for (layer, values), colour in zip(spectra.items(), palette, strict=True):
             values = np.asarray(values, dtype=float)
             rank = np.arange(1, len(values) + 1)
@@ -65,9 +67,9 @@ def error_heatmap(df: pd.DataFrame, columns: Mapping[str, str] | None = None, ro
         panels = [[(kind, *column) for column in columns.items()] for kind in kinds]
     n_layers, n_widths = df["layer"].nunique(), df["latent_dim"].nunique()
     largest = 100 * df[list(columns)].to_numpy().max()
-    with _style():
+    with drawing_style():
         height = len(panels) * (max(0.26 * n_layers, 1.2) + 0.5) + 0.6
-        fig, axes = _figure(10, height, len(panels), len(panels[0]), sharex=True, sharey=True)
+        fig, axes = new_figure(10, height, len(panels), len(panels[0]), sharex=True, sharey=True)
         for row, line in zip(axes, panels, strict=True):
             for ax, (kind, column, name) in zip(row, line, strict=True):
                 part = df if kind is None else df[df[rows] == kind]
@@ -99,8 +101,8 @@ def error_by_layer(table: pd.DataFrame, limits: Mapping[str, float]) -> "Figure"
     names = {"key_error": "keys", "value_error": "values", "score_error": "scores", "output_error": "attention output"}
     palette = sns.color_palette("colorblind")
     width = 0.8 / len(names)
-    with _style():
-        fig, axes = _figure(8, 3)
+    with drawing_style():
+        fig, axes = new_figure(8, 3)
         ax = axes[0, 0]
         for place, (column, name) in enumerate(names.items()):
             x = table["layer"] + (place - (len(names) - 1) / 2) * width
@@ -132,11 +134,11 @@ def attention_maps(
     """
     from matplotlib.colors import PowerNorm
 
-    largest = max(float(np.quantile(one, 0.999)) for one in weights.values())
+    largest = max(float(np.quantile(weights_TT, 0.999)) for weights_TT in weights.values())
     shade = PowerNorm(0.5, vmin=0, vmax=largest)  # or little but the peaks would be seen
     units = ["token" if of else "s" for of in tokens]
-    with _style():
-        fig, axes = _figure(4 * len(weights) + 0.8, 4.3, 1, len(weights), sharex=True, sharey=True)
+    with drawing_style():
+        fig, axes = new_figure(4 * len(weights) + 0.8, 4.3, 1, len(weights), sharex=True, sharey=True)
         for ax, (name, weights_TT) in zip(axes[0], weights.items(), strict=True):
             height, width = (n if of else seconds for n, of in zip(weights_TT.shape, tokens, strict=True))
             extent = [0, width, height, 0]
@@ -165,8 +167,8 @@ def cost_of_cut(frame: pd.DataFrame) -> "Figure":
     recipes, splits, cuts = list(made["recipe"].unique()), list(made["split"].unique()), sorted(made["cut"].unique())
     palette = sns.color_palette("colorblind", len(recipes))
     place = {cut: index for index, cut in enumerate(cuts)}  # a step is half of the cache that was left
-    with _style():
-        fig, axes = _figure(10, 3.9 * len(splits) + 0.5 + 0.1 * len(recipes), len(splits), 2, sharex=True)
+    with drawing_style():
+        fig, axes = new_figure(10, 3.9 * len(splits) + 0.5 + 0.1 * len(recipes), len(splits), 2, sharex=True)
         for row, split in zip(axes, splits, strict=True):
             baseline = frame[(frame["recipe"] == BASELINE) & (frame["split"] == split)].iloc[0]
             row[0].axhspan(100 * baseline["wer_low"], 100 * baseline["wer_high"], color=GREY, alpha=0.15, lw=0)
@@ -216,9 +218,9 @@ def allocation_figure(frame: pd.DataFrame, recipes: Sequence[str], layers: Seque
     import seaborn as sns
 
     made = frame.drop_duplicates(["recipe", "cut"])
-    with _style():
+    with drawing_style():
         n_layers = len(made["latent_dim"].iloc[0].split())
-        fig, axes = _figure(10, max(0.26 * n_layers, 1.6) + 1.1, 1, len(recipes), sharey=True)
+        fig, axes = new_figure(10, max(0.26 * n_layers, 1.6) + 1.1, 1, len(recipes), sharey=True)
         for ax, recipe in zip(axes[0], recipes, strict=True):
             part = made[made["recipe"] == recipe].sort_values("cut")
             widths = {
@@ -245,12 +247,12 @@ def error_against_wer(frame: pd.DataFrame, limits: Sequence[float]) -> "Figure":
     worse = (made["wer_difference"] > 0) & (made["p"] < SIGNIFICANT)
     palette = sns.color_palette("colorblind")
     splits = list(made["split"].unique())
-    with _style():
-        fig, axes = _figure(5 * len(splits), 3.6, 1, len(splits), sharex=True)
+    with drawing_style():
+        fig, axes = new_figure(5 * len(splits), 3.6, 1, len(splits), sharex=True)
         for ax, split in zip(axes[0], splits, strict=True):
             for risen, name, colour, marker in (
                 (False, "not significantly worse", palette[0], "o"),
-                (True, "significantly worse (p < 0.05)", palette[1], "X"),
+                (True, f"significantly worse (p < {SIGNIFICANT})", palette[1], "X"),
             ):
                 part = made[(made["split"] == split) & (worse == risen)]
                 x, y = 100 * part["output_error"].clip(lower=1e-3), 100 * part["wer_difference"]
@@ -265,10 +267,10 @@ def error_against_wer(frame: pd.DataFrame, limits: Sequence[float]) -> "Figure":
             ax.spines[["top", "right"]].set_visible(False)
         axes[0, 0].set_ylabel("WER − baseline's (points)")
         axes[0, 0].legend(frameon=False, fontsize=8, loc="upper left")
-    highest = 100 * made.loc[~worse, "output_error"].max()
+    highest = made.loc[~worse, "output_error"].max()
     fig.set_label(
         f"Change of WER against the error of the attention outputs, {len(made)} conversions; the largest error without "
-        f"a significant change is {highest:.0f} %."
+        f"a significant change is {percent(highest, 0)}."
     )
     return fig
 
@@ -276,7 +278,7 @@ def error_against_wer(frame: pd.DataFrame, limits: Sequence[float]) -> "Figure":
 def by_width(frame: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
     """Word error rates where the joint latent has a simple share of the width d, and the cut claimed for it."""
     table = frame[frame["cut"].isin(WIDTHS)].pivot_table(index="recipe", columns="cut", values="wer")
-    table = table.loc[[name for name in methods if name in table.index], ::-1].map("{:.2%}".format)
+    table = table.loc[[name for name in methods if name in table.index], ::-1].map(lambda wer: cell(wer, percent))
     table.loc["claimed"] = [CLAIMED_CUTS.get(WIDTHS[cut], "–") for cut in table]
     table.columns = [f"{WIDTHS[cut]} (cut {cut:.4g})" for cut in table]
     return table.rename_axis("method")
@@ -287,6 +289,6 @@ def errors_sentence(frame: pd.DataFrame, limit: float) -> str:
     worse = (frame["wer_difference"] > 0) & (frame["p"] < SIGNIFICANT)
     below = frame["output_error"] < limit
     return (
-        f"Of {below.sum()} conversions with an error below {limit:.0%}, {(worse & below).sum()} had significantly more "
-        f"word errors than the baseline; of the {(~below).sum()} above, {(worse & ~below).sum()}."
+        f"Of {below.sum()} conversions with an error below {percent(limit, 0)}, {(worse & below).sum()} had "
+        f"significantly more word errors than the baseline; of the {(~below).sum()} above, {(worse & ~below).sum()}."
     )

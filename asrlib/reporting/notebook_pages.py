@@ -146,24 +146,24 @@ def _tidy_outputs(cell: "NotebookNode") -> None:
     """Drop widgets and scripts, join streams, keep of a progress bar what a terminal shows at the end."""
     from nbformat.v4 import new_output
 
-    kept, messages = [], ""
+    outputs, messages = [], ""
     for output in cell.outputs:
         if output.output_type == "stream" and output.name == "stderr":
             messages += output.text
         elif output.output_type == "stream":
-            if not (kept and kept[-1].output_type == "stream"):
-                kept.append(new_output("stream", name="stdout", text=""))
-            kept[-1].text += output.text
+            if not (outputs and outputs[-1].output_type == "stream"):
+                outputs.append(new_output("stream", name="stdout", text=""))
+            outputs[-1].text += output.text
         elif "data" not in output or not {k for k in output.data if "widget" in k or "javascript" in k}:
-            kept.append(output)
-    for output in kept:
+            outputs.append(output)
+    for output in outputs:
         if output.output_type == "stream":
             output.text = final_terminal_text(output.text)
-    kept = [o for o in kept if o.output_type != "stream" or o.text]
+    outputs = [output for output in outputs if output.output_type != "stream" or output.text]
     lines = _last_states(line for line in final_terminal_text(messages).split("\n") if line)
     if lines:  # one folded block at the end: bars and messages of a cell interleave in meaningless ways
-        kept.append(new_output("stream", name="stderr", text="\n".join(lines)))
-    cell.outputs = kept
+        outputs.append(new_output("stream", name="stderr", text="\n".join(lines)))
+    cell.outputs = outputs
 
 
 def final_terminal_text(text: str) -> str:
@@ -188,20 +188,20 @@ def final_terminal_text(text: str) -> str:
 
 def _last_states(lines: Iterable[str]) -> list[str]:
     """Keep one line of each progress bar: nbclient, joining streams, drops the cursor-up of nested bars."""
-    kept, running = [], None
+    shown, running = [], None
     for line in lines:
         bar = re.match(r"(.*?)\s*(\d+)%\|", line)
         if running is not None and bar and bar[1] == running:
-            kept.pop()
-        kept.append(line)
+            shown.pop()
+        shown.append(line)
         running = bar[1] if bar and bar[2] != "100" else None
-    return kept
+    return shown
 
 
 def _first_heading(node: "NotebookNode") -> str | None:
     for cell in node.cells:
-        if cell.cell_type == "markdown" and (found := re.search(r"^# +(.+)$", cell.source, re.MULTILINE)):
-            return re.sub(r"[`*]", "", found[1]).strip()
+        if cell.cell_type == "markdown" and (heading := re.search(r"^# +(.+)$", cell.source, re.MULTILINE)):
+            return re.sub(r"[`*]", "", heading[1]).strip()
     return None
 
 

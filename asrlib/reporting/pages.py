@@ -9,31 +9,31 @@ from markupsafe import Markup
 
 from asrlib.reporting import notebook_pages, tables
 from asrlib.reporting.comparison import (
-    _metrics,
-    _sentence,
-    _table,
-    _write_summary,
     cache_words,
+    comparison_table,
+    headline,
     readable_comparison,
     step_times,
+    write_summary,
 )
 from asrlib.reporting.estimated import beside, compared, estimated_steps
-from asrlib.reporting.figures import save_figure, splits_of
+from asrlib.reporting.figures import save_figure
+from asrlib.reporting.members import splits_of
 from asrlib.reporting.notebook_pages import PAGES
 from asrlib.reporting.numbers import duration, percent, unbroken
 from asrlib.reporting.provenance import parameters_of, provenance_of
 from asrlib.reporting.run_figures import wer_bars
 from asrlib.reporting.tables import small_print, table_html
-from asrlib.runs import Run, asked_steps, is_member, is_sweep
+from asrlib.runs import STEP_OF_METRICS, CompletedRun, Run, asked_steps, is_member, is_sweep
 
 # ---- the index page ----------------------------------------------------------------------------------------
 
 
 def write_index(run_dir: str | os.PathLike, command: str | None = None) -> Path:
-    """Write index.html of a run from its completed steps; says which are missing. Returns its path.
+    """Write index.html of a run from its completed steps, and say which are missing. Returns its path.
 
-    What an earlier run of a step left behind is not shown until that step is completed again.
-    command: what makes this run, shown for those who want to repeat it (default: `python run_all.py NAME`).
+    The page shows nothing of a step that is to run again, until that step is completed.
+    command: what makes this run, for those who want to repeat it (default: `python run_all.py NAME`).
     """
     run = Run.open(run_dir)
     command = command or f"python run_all.py {run.path.name}"
@@ -41,10 +41,11 @@ def write_index(run_dir: str | os.PathLike, command: str | None = None) -> Path:
         from asrlib.reporting.sweep_page import write_sweep_index
 
         return write_sweep_index(run, command)
-    times, metrics, estimated = step_times(run), _metrics(run, completed_only=True), estimated_steps(run)
-    table = _table(metrics)
+    completed = CompletedRun(run.path)
+    metrics = {name: completed.metrics_so_far(name) for name in STEP_OF_METRICS}
+    times, table, estimated = step_times(run), comparison_table(completed), estimated_steps(run)
     if "06_compare" in times:
-        _write_summary(run)  # the step that wrote it did not know yet how long it took itself
+        write_summary(run)  # the step that wrote it did not know yet how long it took itself
     index = run.path / "index.html"
     pages = [stem for stem in times if (run.path / f"{stem}.html").is_file()]
     sweep = run.path.parent.name if is_member(run.path) else None
@@ -55,7 +56,7 @@ def write_index(run_dir: str | os.PathLike, command: str | None = None) -> Path:
         "index.html.j2",
         index,
         page=notebook_pages.page_facts(index, run.path.name, title, pages),
-        headline=unbroken(_sentence(metrics, "01_convert" in steps)),
+        headline=unbroken(headline(completed, to_convert="01_convert" in steps)),
         comparison=_comparison_html(table) if len(table) else None,
         figures=_index_figures(run, table, times),
         data=_data_facts(metrics),

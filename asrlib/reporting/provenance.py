@@ -14,11 +14,11 @@ from asrlib.runs import Run, read_json
 
 
 def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
+    numbers = {"python": sys.version.split()[0]}
     for name in ("asrlib", "torch", "transformers", "datasets"):
         with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            numbers[name] = metadata.version(name)
+    return numbers
 
 
 def machine() -> str:

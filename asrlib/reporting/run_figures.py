@@ -1,43 +1,48 @@
 """Figures of a single run: word errors, cache and time of its systems side by side."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from asrlib.reporting.figures import GREY, INK, SYSTEMS, _colours, _figure, _style, splits_of, system_name
+from asrlib.reporting.figures import (
+    GREY,
+    INK,
+    SYSTEMS,
+    described,
+    drawing_style,
+    new_figure,
+    rate_with_reach,
+    system_colours,
+    system_name,
+)
+from asrlib.reporting.members import splits_of
 from asrlib.reporting.numbers import change, percent, size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def _wer(table: pd.DataFrame, system: str, split: str) -> tuple[float, list[list[float]] | None]:
-    """Word error rate in per cent, and how far its interval reaches below and above, as errorbar wants it."""
-    wer, low, high = (100 * table.at[system, f"wer_{split}{end}"] for end in ("", "_low", "_high"))
-    return wer, None if pd.isna(low) else [[wer - low], [high - wer]]
+def _described(table: pd.DataFrame, columns: Mapping[str, Callable[[float], str]]) -> str:
+    return described(table, {system: system_name(table, system) for system in table.index}, columns)
 
 
-def _described(table: pd.DataFrame, columns: Sequence[str], show: Callable[[float], str]) -> str:
-    """What the bars and points of a figure say, in words."""
-    systems = []
-    for system in table.index:
-        values = {c.removeprefix("wer_"): table.at[system, c] for c in columns}
-        said = [f"{name if len(columns) > 1 else ''} {show(v)}".strip() for name, v in values.items() if pd.notna(v)]
-        systems.append(f"{system_name(table, system)}: {', '.join(said) or 'not measured'}")
-    return "; ".join(systems) + "."
+def _rates_described(table: pd.DataFrame) -> str:
+    first, *others = splits_of(table)
+    named = {f"wer_{split}": lambda wer, split=split: f"{split} {percent(wer)}" for split in (first, *others)}
+    return _described(table, named if others else {f"wer_{first}": percent})
 
 
 def wer_bars(table: pd.DataFrame) -> "Figure":
     """Word error rate of each system on each split of `comparison_table`, with 95 % intervals."""
-    splits, colours = splits_of(table), _colours()
+    splits, colours = splits_of(table), system_colours()
     width = 0.8 / len(table)
-    with _style():
-        fig, axes = _figure(8, 3.6)
+    with drawing_style():
+        fig, axes = new_figure(8, 3.6)
         ax = axes[0, 0]
         for i, system in enumerate(table.index):
             for j, split in enumerate(splits):
-                wer, reach = _wer(table, system, split)
+                wer, reach = rate_with_reach(table.loc[system], split)
                 x = j + (i - (len(table) - 1) / 2) * width
                 ax.bar(x, wer, 0.9 * width, color=colours[system], label=system_name(table, system) if j == 0 else None)
                 if reach:
@@ -49,20 +54,20 @@ def wer_bars(table: pd.DataFrame) -> "Figure":
         ax.margins(y=0.12)
         ax.legend(frameon=False, ncols=len(table), loc="lower center", bbox_to_anchor=(0.5, 1))
         ax.spines[["top", "right"]].set_visible(False)
-    fig.set_label("Word error rates. " + _described(table, [f"wer_{s}" for s in splits], percent))
+    fig.set_label("Word error rates. " + _rates_described(table))
     return fig
 
 
 def wer_vs_cache(table: pd.DataFrame) -> "Figure":
     """Word error rate (95 % intervals) against the cache that is left; one dotted line per split."""
-    splits, colours, markers = splits_of(table), _colours(), dict(zip(SYSTEMS, "osD", strict=True))
-    with _style():
-        fig, axes = _figure(5.6, 5)
+    splits, colours, markers = splits_of(table), system_colours(), dict(zip(SYSTEMS, "osD", strict=True))
+    with drawing_style():
+        fig, axes = new_figure(5.6, 5)
         ax = axes[0, 0]
         for split in splits:
             points = []
             for i, system in enumerate(table.index):
-                wer, reach = _wer(table, system, split)
+                wer, reach = rate_with_reach(table.loc[system], split)
                 x = 100 * (1 - table.at[system, "cache_cut"]) + (0, -1.2, 1.2)[i]  # side by side at one width
                 points.append((x, wer))
                 look = {"color": colours[system], "marker": markers[system], "label": system_name(table, system)}
@@ -100,14 +105,13 @@ def wer_vs_cache(table: pd.DataFrame) -> "Figure":
     left = ", ".join(
         f"{system_name(table, s)} {percent(1 - c, 1)}" for s, c in table["cache_cut"].items() if pd.notna(c)
     )
-    wers = _described(table, [f"wer_{s}" for s in splits], percent)
-    fig.set_label(f"Word error rate against cache left. Cache: {left}. {wers}")
+    fig.set_label(f"Word error rate against cache left. Cache: {left}. {_rates_described(table)}")
     return fig
 
 
 def _bars(ax, table: pd.DataFrame, column: str, show: Callable, label: str, scale: float = 1.0) -> None:
     """Horizontal bars, one per system, each with its value and the change from the baseline."""
-    colours, longest = _colours(), table[column].max() / scale
+    colours, longest = system_colours(), table[column].max() / scale
     for i, (system, value) in enumerate(table[column].items()):
         if pd.isna(value):
             continue
@@ -125,29 +129,36 @@ def _bars(ax, table: pd.DataFrame, column: str, show: Callable, label: str, scal
 
 def cache_comparison(table: pd.DataFrame) -> "Figure":
     """Bytes of keys and values (or latents) that streaming keeps per second of audio."""
-    with _style():
-        fig, axes = _figure(8, 0.55 * len(table) + 1.1)
+    with drawing_style():
+        fig, axes = new_figure(8, 0.55 * len(table) + 1.1)
         _bars(axes[0, 0], table, "cache_bytes_per_second", size, "K/V cache per second of audio (KiB)", 1024)
         full = table["cache_bytes_per_second"].get("baseline")
         if pd.notna(full):
             axes[0, 0].axvline(full / 2048, color=GREY, lw=1, ls="--", zorder=3)
             note = "dashed: half, where a joint latent is exact"
             axes[0, 0].set_title(note, size=9, weight="normal", color=GREY, loc="right")
-    fig.set_label("K/V cache per second of audio. " + _described(table, ["cache_bytes_per_second"], size))
+    fig.set_label("K/V cache per second of audio. " + _described(table, {"cache_bytes_per_second": size}))
     return fig
 
 
 def inference_time_comparison(table: pd.DataFrame) -> "Figure":
     """Mean latency per utterance, and RTFx."""
-    with _style():
-        fig, axes = _figure(9, 0.55 * len(table) + 1.1, 1, 2, sharey=True)
+    with drawing_style():
+        fig, axes = new_figure(9, 0.55 * len(table) + 1.1, 1, 2, sharey=True)
         _bars(axes[0, 0], table, "latency_ms", lambda v: f"{v:.1f}", "latency per utterance (ms)")
         _bars(axes[0, 1], table, "rtfx", lambda v: f"{v:.1f}", "RTFx: seconds of audio per second of compute")
         axes[0, 1].invert_yaxis()  # shared, so inverted twice
     fig.set_label(
         "Mean latency per utterance in ms. "
-        + _described(table, ["latency_ms"], "{:.1f}".format)
+        + _described(table, {"latency_ms": "{:.1f}".format})
         + " RTFx. "
-        + _described(table, ["rtfx"], "{:.1f}".format)
+        + _described(table, {"rtfx": "{:.1f}".format})
     )
     return fig
+
+
+def figures_of_run(table: pd.DataFrame) -> dict[str, "Figure"]:
+    """{file name: figure} of all that is drawn of `comparison_table`."""
+    return {
+        draw.__name__: draw(table) for draw in (wer_bars, wer_vs_cache, cache_comparison, inference_time_comparison)
+    }

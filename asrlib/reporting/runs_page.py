@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from asrlib.measuring.systems import ATTENTION, AUDIO_SECONDS
+from asrlib.measuring.names import ATTENTION, AUDIO_SECONDS
 from asrlib.reporting import notebook_pages, tables
 from asrlib.reporting.comparison import comparison_table
-from asrlib.reporting.figures import _figure, _style, save_figure, splits_of
-from asrlib.reporting.members import compare_members
-from asrlib.reporting.numbers import percent, size
+from asrlib.reporting.figures import drawing_style, new_figure, save_figure
+from asrlib.reporting.members import compare_members, splits_of
+from asrlib.reporting.numbers import percent, rate_interval, size
 from asrlib.runs import Run, asked_for, is_member, is_sweep, read_json
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def write_runs_index(reports: Path) -> Path:
     rows = [
         {
             "href": row["href"],
-            "interval": "" if pd.isna(row["low"]) else f"{100 * row['low']:.2f}–{100 * row['high']:.2f}",
+            "interval": "" if pd.isna(row["low"]) else rate_interval((row["low"], row["high"])),
             "cells": [
                 ("" if pd.isna(row[key]) else show(row[key]), "" if pd.isna(row[key]) else row[key], key in NUMBERS)
                 for key, show in SHOWN.values()
@@ -76,8 +76,8 @@ def _rows(reports: Path) -> Iterator[dict]:
         else:
             continue
         for model, row in table.iterrows():
-            one = run.path / model / "index.html"
-            place = one if one.is_file() else page
+            own_page = run.path / model / "index.html"
+            place = own_page if own_page.is_file() else page
             markers = [read_json(path) for path in (place.parent / ".completed").glob("*.json")]
             shown = run.path / model if is_sweep(run.path) else run.path
             for split in splits_of(table):
@@ -103,8 +103,8 @@ def wer_against_cache(table: pd.DataFrame) -> "Figure":
     known = table[table["cache"].notna() & (table["wer"] <= 1)]
     splits = known["split"].value_counts().index[:MOST_SPLITS].tolist()
     columns = min(3, len(splits))
-    with _style():
-        fig, axes = _figure(3.4 * columns, 3.1 * -(-len(splits) // columns), -(-len(splits) // columns), columns)
+    with drawing_style():
+        fig, axes = new_figure(3.4 * columns, 3.1 * -(-len(splits) // columns), -(-len(splits) // columns), columns)
         for ax, split in zip(axes.flat, splits, strict=False):
             of_split = known[known["split"] == split]
             points = {"x": of_split["cache"] / 1024, "y": 100 * of_split["wer"]}

@@ -1,4 +1,4 @@
-"""Streams for people: tables and figures of what `streaming_evaluation` and `streaming_benchmark` measured."""
+"""Tables and figures of streams, as `measuring.stream_errors` and `measuring.stream_steps` measured them."""
 
 import math
 from typing import TYPE_CHECKING
@@ -8,8 +8,9 @@ import pandas as pd
 from asrlib.attention.cache import cached_numbers, kv_cache_bytes
 from asrlib.attention.formats import FORMATS
 from asrlib.models.registry import frames_per_second
-from asrlib.reporting.figures import SYSTEMS, _colours, _figure, _style
-from asrlib.reporting.numbers import size
+from asrlib.reporting.figures import SYSTEMS, drawing_style, new_figure, system_colours
+from asrlib.reporting.numbers import percent, rate_interval, size, span, tested_points
+from asrlib.reporting.tables import as_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,26 +18,20 @@ if TYPE_CHECKING:
 ERRORS_INTRODUCTION = """\
 ## In a stream
 
-The same utterances recognised chunk by chunk, all models under the same mask: a frame hears its chunk, some seconds
-before it and, where a lookahead is given, as much behind it. The cache is that of a full left context, which an
-utterance shorter than that never fills. Differences are to the first model in the same chunks, with its cache in
-float32."""
+The models recognise the same utterances chunk by chunk, all under the same mask. A frame attends to its chunk, to some
+seconds before it and, where a lookahead is given, to as much after it. The cache is that of a full left context; a
+shorter utterance never fills it. Differences are to the first model in the same chunks, with its cache in float32."""
 
 STEPS_INTRODUCTION = """\
 ## One chunk of a stream
 
-What a stream keeps, counted on its tensors, and how long one chunk takes, against what it looks back to. Encoders of
-this size with random weights that differ in their attention alone, the systems taking turns; frames are given, as what
-makes them of audio is the same for all. Speeds are against multi-head attention that has a cache and all that this
-library does for speed, which is what the kind of attention brings. Beside it stands multi-head attention without a
-cache, which works the seconds that it looks back to again with every chunk (they are all that it hears, while a cache
-reaches back so far in every layer): what a cache brings to all alike. Linear attention sums over all that it ever
-heard, whatever the left context. Multiplications are those of matrices."""
-
-
-def as_rows(table: pd.DataFrame) -> list[dict]:
-    """For metrics/*.json: what is not known is null."""
-    return table.astype(object).where(table.notna(), None).to_dict("records")
+What a stream keeps, counted on its tensors, and how long one chunk takes, against the left context. The encoders have
+this size and random weights; they differ in their attention alone, and take turns. They start from frames, because the
+step from audio to frames is the same for all. Speeds are against multi-head attention with a cache and everything that
+this library does for speed: the difference is what the kind of attention brings. Multi-head attention without a cache
+stands beside it and shows what a cache brings to every kind: with each chunk it computes its left context again, and
+attends to nothing before that, while a cache reaches back so far in every layer. Linear attention sums over everything
+it has heard, whatever the left context. Multiplications are those of matrices."""
 
 
 # ---- word errors -------------------------------------------------------------------------------------------
@@ -56,27 +51,28 @@ def errors_table(errors: pd.DataFrame) -> pd.DataFrame:
             "left context": "–" if full else f"{left:.2g} s",
             "cache in": "–" if full else held_as,
         }
-        for name, one in by_system.items():
+        for name, measured in by_system.items():
             known = SYSTEMS.get(name, name)
-            wer = "{:.2f} ({:.2f}–{:.2f})".format(*(100 * one[n] for n in ("wer", "wer_low", "wer_high")))
-            row |= {f"{known}: WER %": wer, f"{known}: cache": "–" if full else size(one["cache_bytes"])}
+            wer = f"{100 * measured['wer']:.2f} ({rate_interval((measured['wer_low'], measured['wer_high']))})"
+            row |= {f"{known}: WER %": wer, f"{known}: cache": "–" if full else size(measured["cache_bytes"])}
         for name in [name for name in others if name in by_system]:
-            one = by_system[name]
-            change = [100 * one[n] for n in ("difference", "difference_low", "difference_high")]
-            text = "{:+.2f} ({:+.2f} to {:+.2f}), p = {:.3f}".format(*change, one["p"]).replace("-", "−")
-            row[f"{SYSTEMS.get(name, name)} − {SYSTEMS.get(first, first)}, points"] = text
+            difference, low, high, p = (
+                by_system[name][column] for column in ("difference", "difference_low", "difference_high", "p")
+            )
+            pair = f"{SYSTEMS.get(name, name)} − {SYSTEMS.get(first, first)}, points"
+            row[pair] = tested_points(difference, (low, high), p)
         rows.append(row)
     return pd.DataFrame(rows).fillna("–")
 
 
 def errors_figure(errors: pd.DataFrame) -> "Figure":
-    """WER against the chunk, a line a system, a panel a left context; full context is the last place of each."""
-    kept = errors[errors["cache"] == errors["cache"].iloc[0]]
-    lefts = sorted(kept["left_seconds"].dropna().unique()) or [math.inf]  # full context alone
-    with _style():
-        fig, axes = _figure(8, 3.4, 1, len(lefts), sharey=True)
+    """WER against the chunk: a line for each system, a panel for each left context. Full context comes last."""
+    compared = errors[errors["cache"] == errors["cache"].iloc[0]]
+    lefts = sorted(compared["left_seconds"].dropna().unique()) or [math.inf]  # full context alone
+    with drawing_style():
+        fig, axes = new_figure(8, 3.4, 1, len(lefts), sharey=True)
         for ax, left in zip(axes[0], lefts, strict=True):
-            for place, (name, rows) in enumerate(kept.groupby("system", sort=False)):
+            for place, (name, rows) in enumerate(compared.groupby("system", sort=False)):
                 chunked = rows[rows["left_seconds"] == left].sort_values("chunk_ms")
                 rows = pd.concat([chunked, rows[rows["chunk_ms"].isna()]])
                 wer = 100 * rows["wer"]
@@ -85,7 +81,7 @@ def errors_figure(errors: pd.DataFrame) -> "Figure":
                     wer,
                     yerr=[wer - 100 * rows["wer_low"], 100 * rows["wer_high"] - wer],
                     marker="os^D"[place % 4],
-                    color=_colours().get(name),
+                    color=system_colours().get(name),
                     capsize=2,
                     label=SYSTEMS.get(name, name),
                 )
@@ -94,7 +90,9 @@ def errors_figure(errors: pd.DataFrame) -> "Figure":
             ax.set(xlabel="chunk, ms", title=f"left context {left:.2g} s", ylim=(0, None))
         axes[0][0].set_ylabel("word error rate, %")
         axes[0][-1].legend(fontsize="small")
-    fig.set_label("Word error rate against the length of a chunk. " + "; ".join(map(_error_in_words, as_rows(kept))))
+    fig.set_label(
+        "Word error rate against the length of a chunk. " + "; ".join(map(_error_in_words, as_rows(compared)))
+    )
     return fig
 
 
@@ -102,11 +100,11 @@ def _error_in_words(row: dict) -> str:
     where = "full context"
     if row["chunk_ms"] is not None:
         where = f"{row['chunk_ms']:.0f} ms with {row['left_seconds']:.2g} s before"
-    return f"{row['system']}, {where}: {100 * row['wer']:.2f} %"
+    return f"{row['system']}, {where}: {percent(row['wer'])}"
 
 
 def text_as_heard(model, processor, utterance, **chunks) -> pd.DataFrame:
-    """What a stream had written after every chunk, and what its attention kept; `chunks` are those of `chunks_of`."""
+    """The text of a stream after every chunk, and what its attention keeps; `chunks`: the arguments of `chunks_of`."""
     from asrlib.streaming.streams import Recognition, chunks_of
 
     recognition = Recognition(model, processor, chunks_of(model.config, **chunks))
@@ -114,8 +112,8 @@ def text_as_heard(model, processor, utterance, **chunks) -> pd.DataFrame:
     for steps in (recognition.hear(utterance.audio()), recognition.finish()):
         for text in steps:
             heard = min(utterance.seconds, (streams.frames + streams.chunks.lookahead) / rate)
-            kept = size(sum(streams.attention_bytes))
-            rows.append({"heard": f"{heard:.2f} s", "text so far": text, "cache": kept})
+            cache = size(sum(streams.attention_bytes))
+            rows.append({"heard": f"{heard:.2f} s", "text so far": text, "cache": cache})
     return pd.DataFrame(rows)
 
 
@@ -132,9 +130,9 @@ def steps_table(steps: pd.DataFrame) -> pd.DataFrame:
     for (left, chunk), group in _settings(steps):
         ms = group["ms"]
         row = {"left context": f"{left:g} s", "chunk": f"{chunk:.0f} ms"}
-        for name, one in group.iterrows():
-            text = f"{one['ms']:.1f} ({one['ms_low']:.1f}–{one['ms_high']:.1f})"
-            row[name] = text if name == first else f"{text} ×{ms[first] / one['ms']:.2f}"
+        for name, timed in group.iterrows():
+            text = f"{timed['ms']:.1f} ({span(timed['ms_low'], timed['ms_high'], 1)})"
+            row[name] = text if name == first else f"{text} ×{ms[first] / timed['ms']:.2f}"
         rows.append(row)
     return pd.DataFrame(rows).fillna("–")
 
@@ -189,8 +187,8 @@ def steps_figure(steps: pd.DataFrame) -> "Figure":
     shortest = steps[steps["chunk_ms"] == steps["chunk_ms"].min()]
     names = list(dict.fromkeys(shortest["system"]))
     looks = dict(zip(names, zip(sns.color_palette("colorblind", len(names)), "os^Dv<>P", strict=False), strict=False))
-    with _style():
-        fig, axes = _figure(8, 3.6, 1, 2)
+    with drawing_style():
+        fig, axes = new_figure(8, 3.6, 1, 2)
         for ax, column, scale in ((axes[0][0], "cache_bytes", 2**20), (axes[0][1], "ms", 1)):
             for name, rows in shortest.groupby("system", sort=False):
                 rows = rows[rows[column] > 0].sort_values("left_seconds")
@@ -210,22 +208,22 @@ def steps_figure(steps: pd.DataFrame) -> "Figure":
 
 
 def formats_table(systems: dict) -> pd.DataFrame:
-    """Of {name: model}, the first of which all others are compared with in float32: a row per system and format."""
+    """A row per system and format, of {name: model}. All are compared with the first model in float32."""
     rows, reference = [], None
     for name, model in systems.items():
         for held_as in FORMATS:
             rate = frames_per_second(model.config)
-            kept = [kv_cache_bytes(model.config, frames, held_as) for frames in (0, 1000)]
+            n_bytes = [kv_cache_bytes(model.config, frames, held_as) for frames in (0, 1000)]
             numbers = sum(cached_numbers(model.config, 1000)) - sum(cached_numbers(model.config, 0))
-            growth = (kept[1] - kept[0]) * rate / 1000
+            growth = (n_bytes[1] - n_bytes[0]) * rate / 1000
             reference = reference or growth
             rows.append(
                 {
                     "system": name,
                     "numbers per frame": f"{numbers / 1000:.0f}",
                     "held in": held_as,
-                    "bits per number": f"{8 * (kept[1] - kept[0]) / numbers:.2f}" if numbers else "–",
-                    "bytes per second": size(growth) if growth else f"{size(kept[0])} in all",
+                    "bits per number": f"{8 * (n_bytes[1] - n_bytes[0]) / numbers:.2f}" if numbers else "–",
+                    "bytes per second": size(growth) if growth else f"{size(n_bytes[0])} in all",
                     "times less": f"{reference / growth:.1f}" if growth else "–",
                 }
             )

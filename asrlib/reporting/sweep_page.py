@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from asrlib.measuring.systems import entries_of
+from asrlib.measuring.entries import entries_of
 from asrlib.reporting import notebook_pages, tables
 from asrlib.reporting.comparison import step_times
 from asrlib.reporting.estimated import beside, compared, estimated_steps
@@ -24,28 +24,28 @@ def write_sweep_index(run: Run, command: str) -> Path:
     times = {stem: seconds for stem, seconds in step_times(run).items() if (run.path / f"{stem}.html").is_file()}
     members = {name: _progress(Run(run.path / name)) for name in asked_for(run)}
     finished = [name for name, member in members.items() if member["finished"]]
-    found = _compared(run) if "06_compare" in times else compare_members(run, finished, test=False)
+    sweep = _compared(run) if "06_compare" in times else compare_members(run, finished, test=False)
     pairs = {"": estimated_steps(run)} | {name: estimated_steps(Run(run.path / name)) for name in members}
     index = run.path / "index.html"
-    figures = _figures(run, found) if "06_compare" in times else []
+    figures = _figures(run, sweep) if "06_compare" in times else []
     return notebook_pages.render_template(
         "sweep.html.j2",
         index,
         page=notebook_pages.page_facts(index, run.path.name, f"{len(members)} recognisers side by side", times),
-        headline=unbroken(headline(found)) if finished else "No member is finished yet.",
-        ranking=ranking_html(found) if finished else None,
-        reading=unbroken(how_to_read(found)),
+        headline=unbroken(headline(sweep)) if finished else "No member is finished yet.",
+        ranking=ranking_html(sweep) if finished else None,
+        reading=unbroken(how_to_read(sweep)),
         figures=figures[:FIRST_FIGURES],
         more_figures=figures[FIRST_FIGURES:],
         steps={stem: (*PAGES[stem], duration(seconds)) for stem, seconds in times.items()},
         members=members,
         unfinished=[name for name in members if name not in finished],
-        uncompared=[name for name in finished if name not in found.table.index],
+        uncompared=[name for name in finished if name not in sweep.table.index],
         total=duration(sum(member["seconds"] for member in members.values()) + sum(times.values())),
         estimate=compared({(name, step): pair for name, steps in pairs.items() for step, pair in steps.items()}),
         command=command,
         parameters=parameters_of(run),
-        provenance=provenance_of(run, {"benchmark": found.benchmark, "baseline": {}}),
+        provenance=provenance_of(run, {"benchmark": sweep.benchmark, "baseline": {}}),
         files=[file for file in ("tables/ranking.csv", "tables/tests.csv") if figures and (run.path / file).is_file()],
     )
 
@@ -79,20 +79,19 @@ def _left(run: Run, stem: str) -> str:
 
 def _compared(run: Run) -> Comparison:
     """What 06_compare found, read back instead of tested again."""
-    kept, benchmark = run.read_metrics("compare"), run.read_metrics("benchmark")
-    members = run.completed("06_compare")["parameters"]["members"]
-    table = pd.DataFrame(kept["table"]).set_index("member")
+    before = run.read_metrics("compare")
+    entries = entries_of(run, run.completed("06_compare")["parameters"]["members"])
+    table = pd.DataFrame(before["table"]).set_index("member")
     numbers = [column for column in table if column not in ("encoder", "attention", "system", "reference")]
-    return Comparison(
-        entries_of(run, members), benchmark, table.astype(dict.fromkeys(numbers, float)), pd.DataFrame(kept["tests"])
-    )
+    table = table.astype(dict.fromkeys(numbers, float))
+    return Comparison(entries, run.read_metrics("benchmark"), table, pd.DataFrame(before["tests"]))
 
 
-def _figures(run: Run, found: Comparison) -> list[tuple]:
+def _figures(run: Run, sweep: Comparison) -> list[tuple]:
     """The figures that 06_compare made, in its order: heading, image, caption."""
     paths = {name: run.path / "figures" / f"{name}.png" for name in run.read_metrics("compare")["figures"]}
     return [
-        (heading_of(name), tables.figure_html(path), unbroken(caption_of(name, found)))
+        (heading_of(name), tables.figure_html(path), unbroken(caption_of(name, sweep)))
         for name, path in paths.items()
         if path.is_file()
     ]

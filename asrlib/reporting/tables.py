@@ -7,18 +7,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from markupsafe import Markup, escape
 
 from asrlib.data.audio import SAMPLE_RATE
 from asrlib.data.text import folded
+from asrlib.reporting.numbers import UNKNOWN, percent, rate_interval, span, unbroken
 from asrlib.runs import atomic_write
 
 if TYPE_CHECKING:
     import numpy as np
-    import pandas as pd
-import pandas as pd
-
-from asrlib.reporting.numbers import unbroken
 
 Format = str | Callable[[Any], str]
 
@@ -40,22 +38,20 @@ def isolated(value: Any) -> Markup:
 
 
 def table_html(
-    df: "pd.DataFrame", caption: str = "", formats: Mapping[str, Format] | None = None, index: bool = True
+    df: pd.DataFrame, caption: str = "", formats: Mapping[str, Format] | None = None, index: bool = True
 ) -> Markup:
     """Table with every name and cell escaped; numbers right-aligned, missing ones shown as a dash.
 
     formats: column -> format specification (".1%", ",") or function of the value. Only what such a function
     returns as Markup goes in as it is: `{"aligned": Markup}` for a column made by `diff_transcripts`.
     """
-    import pandas as pd
-
     formats = formats or {}
 
     def text(column: str, value: Any) -> str:
         if pd.api.types.is_scalar(value) and pd.isna(value):
             return "–"
-        how = formats.get(column, ".4g" if isinstance(value, float) else "")
-        return how(value) if callable(how) else format(value, how)
+        form = formats.get(column, ".4g" if isinstance(value, float) else "")
+        return form(value) if callable(form) else format(value, form)
 
     def attributes(column: str) -> Markup:
         if pd.api.types.is_numeric_dtype(df[column]):
@@ -92,7 +88,7 @@ def table_html(
 
 
 def display_table(
-    df: "pd.DataFrame", caption: str = "", formats: Mapping[str, Format] | None = None, index: bool = True
+    df: pd.DataFrame, caption: str = "", formats: Mapping[str, Format] | None = None, index: bool = True
 ) -> None:
     """Show `table_html` in a notebook."""
     from IPython.display import display
@@ -151,12 +147,37 @@ def figure_html(png: Path) -> Markup:
     return Markup('<img src="data:image/png;base64,{}" alt="{}" width="{}"{}>').format(data, alt, width, wide)
 
 
+# ---- cells -------------------------------------------------------------------------------------------------
+
+
+def cell(value: float, show: Callable[[float], str], missing: str = UNKNOWN) -> str:
+    """`value` as `show` writes it; `missing` where it is not known."""
+    return missing if pd.isna(value) else show(value)
+
+
+def rate_cell(row: pd.Series, split: str) -> str:
+    """4.55 % (3.50–5.70): the word error rate of a row of a comparison, with its interval."""
+    low, high = row[f"wer_{split}_low"], row[f"wer_{split}_high"]
+    return cell(row[f"wer_{split}"], percent) + (f" ({rate_interval((low, high))})" if low < high else "")
+
+
+def speed_cell(row: pd.Series) -> str:
+    """×1.25 (1.20–1.30): the speed of a row of a comparison, with its interval."""
+    low, high = row["speed_ratio_low"], row["speed_ratio_high"]
+    return cell(row["speed_ratio"], "×{:.2f}".format) + (f" ({span(low, high)})" if low < high else "")
+
+
 # ---- files -------------------------------------------------------------------------------------------------
 
 
 def save_table(df: pd.DataFrame, path: Path) -> None:
     with atomic_write(path) as file:
         df.to_csv(file, lineterminator="\n")
+
+
+def as_rows(table: pd.DataFrame) -> list[dict]:
+    """The rows of a table for metrics/*.json, with None for what is not known."""
+    return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
 def display_text(text: str) -> None:
@@ -181,22 +202,3 @@ def sizes_shown(models: Mapping[str, Any], numbers: Mapping[str, float], title: 
     columns = ["cached numbers per frame and layer", "cache of 1000 frames, float32, KiB", "parameters, M"]
     table = pd.DataFrame(dict(zip(columns, (numbers, caches, parameters), strict=True)))
     return table, title, dict(zip(columns, (",.0f", ",.0f", ".2f"), strict=True))
-
-
-def model_facts(model: Any, name: str) -> dict[str, Any]:
-    """What a recogniser is, in a row of a table: name, type, size, attention, positions, frames a second."""
-    from asrlib.attention.names import encoder_config
-    from asrlib.models.registry import frames_per_second, positions_of
-
-    config, encoder = model.config, encoder_config(model.config)
-    return {
-        "model": name,
-        "type": config.model_type,
-        "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
-        "layers": encoder.num_hidden_layers,
-        "width": encoder.hidden_size,
-        "heads": encoder.num_attention_heads,
-        "attention": getattr(config, "attention", "mha"),
-        "positions": positions_of(config),
-        "frames a second": f"{frames_per_second(config):.1f}",
-    }

@@ -8,7 +8,7 @@ import pandas as pd
 
 from asrlib.measuring.significance import compare_errors
 from asrlib.measuring.word_errors import EvaluationResult, load_predictions, score
-from asrlib.reporting.numbers import in_per_cent, in_points
+from asrlib.reporting.numbers import interval_with_p, p_number, p_value, percent, rate_interval, tested_points, verdict
 
 
 def error_table(results: dict[tuple[str, str], EvaluationResult]) -> pd.DataFrame:
@@ -17,8 +17,8 @@ def error_table(results: dict[tuple[str, str], EvaluationResult]) -> pd.DataFram
         {
             "split": split,
             "system": system,
-            "WER %": f"{100 * result.wer:.2f} ({in_per_cent(result.wer_interval)})",
-            "over speakers": f"{in_per_cent(result.wer_interval_by_speaker)} ({result.speakers})",
+            "WER %": f"{100 * result.wer:.2f} ({rate_interval(result.wer_interval)})",
+            "over speakers": f"{rate_interval(result.wer_interval_by_speaker)} ({result.speakers})",
             "CER %": f"{100 * result.cer:.2f}",
             **{name: _metric(name, value) for name, value in result.others.items()},
             "sub / del / ins": f"{result.substitutions} / {result.deletions} / {result.insertions}",
@@ -36,16 +36,15 @@ def paired_table(paired: dict[str, dict[str, dict]]) -> pd.DataFrame:
     for split, tests in paired.items():
         for name, test in tests.items():
             of_speakers = test["by_speaker"]
-            found = "worse" if test["difference"] > 0 else "better"
             rows.append(
                 {
                     "split": split,
                     "from → to": name.replace(" vs ", " → ").replace("finetuned", "fine-tuned"),
-                    "change, points": f"{in_points(test['difference'])} ({in_per_cent(test['interval'], '+.2f')})",
-                    "p": _shown(test["p"]),
-                    "over speakers": _with_p(of_speakers) if of_speakers else "–",
-                    "p matched pairs": _shown(test["matched_pairs"]["p"]),
-                    "verdict": "no significant difference" if test["p"] > 0.05 else found,
+                    "change, points": tested_points(test["difference"], test["interval"]),
+                    "p": p_number(test["p"]),
+                    "over speakers": interval_with_p(of_speakers["interval"], of_speakers["p"]) if of_speakers else "–",
+                    "p matched pairs": p_number(test["matched_pairs"]["p"]),
+                    "verdict": verdict(test["difference"], test["p"]),
                 }
             )
     return pd.DataFrame(rows)
@@ -55,15 +54,6 @@ def _metric(name: str, value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}" if name.endswith("%") else f"{value:.4g}"
 
 
-def _with_p(test: dict) -> str:
-    p = _shown(test["p"])
-    return f"{in_per_cent(test['interval'], '+.2f')}, p {p if p.startswith('<') else f'= {p}'}"
-
-
-def _shown(p: float | None) -> str:
-    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m asrlib compare", description="Compares transcripts, by words.")
     parser.add_argument("a", metavar="A.jsonl", help="transcripts as `evaluate` and the notebooks keep them")
@@ -71,12 +61,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     a, b = (score(load_predictions(Path(name).absolute())) for name in (args.a, args.b))
     test = compare_errors(a, b)
-    lines = [f"{name}: {100 * of.wer:.2f} % ({in_per_cent(of.wer_interval)})" for name, of in (("A", a), ("B", b))]
+    lines = [
+        f"{name}: {percent(result.wer)} ({rate_interval(result.wer_interval)})" for name, result in (("A", a), ("B", b))
+    ]
     for over, of in (("utterances", test), ("speakers", test["by_speaker"])):
         if of is not None:
-            change = f"{in_points(of['difference'])} points ({in_per_cent(of['interval'], '+.2f')})"
-            lines.append(f"B − A: {change}, p = {of['p']:.4f}, over {over}")
+            difference = tested_points(of["difference"], of["interval"], of["p"], unit=" points")
+            lines.append(f"B − A: {difference}, over {over}")
     pairs = test["matched_pairs"]
-    lines.append("matched pairs: z = {z:.3f}, p = {p:.4f}, {segments:,} segments".format(**pairs))
+    lines.append(f"matched pairs: z = {pairs['z']:.3f}, {p_value(pairs['p'])}, {pairs['segments']:,} segments")
     sys.stdout.write("\n".join(lines) + "\n")
     return 0

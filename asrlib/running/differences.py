@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from asrlib.reporting.comparison import comparison_table
-from asrlib.reporting.numbers import change, size
+from asrlib.reporting.numbers import change, size, tested_points
 from asrlib.reporting.provenance import provenance_of
 from asrlib.runs import BadParameter, Run, is_sweep, read_json
 
@@ -90,6 +90,4 @@ def _tested(a: Run, b: Run, system: str, split: str) -> str:
         test = paired_bootstrap(*(score(load_predictions(path)) for path in paths))
     except ValueError as error:
         return f"not tested: {error}"
-    low, high = (100 * end for end in test["interval"])
-    p = "p < 0.001" if test["p"] < 0.001 else f"p = {test['p']:.3f}"
-    return f"{100 * test['difference']:+.2f} points ({low:+.2f} to {high:+.2f}), {p}"
+    return tested_points(test["difference"], test["interval"], test["p"], unit=" points")

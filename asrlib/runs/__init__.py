@@ -303,6 +303,13 @@ class Run:
         return read_json(path) if path.is_file() else None
 
 
+class CompletedRun(Run):
+    """A run as its completed steps left it: what a step measured that is to run again does not count."""
+
+    def metrics_so_far(self, name: str) -> dict:
+        return super().metrics_so_far(name) if self.completed(STEP_OF_METRICS[name]) else {}
+
+
 # ---- steps, sweeps and their members -------------------------------------------------------------------------
 
 

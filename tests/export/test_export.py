@@ -179,11 +179,11 @@ def test_the_card_says_what_the_run_found_and_what_nobody_knows(run, tmp_path):
     card = ModelCard.load(out / "README.md")
     (found,) = card.data.eval_results
     assert (found.metric_value, found.dataset_split, found.dataset_name) == (5.55, "test", "speech")
-    assert "95 % interval 4.55 to 6.55" in found.metric_name
+    assert "95 % interval 4.55–6.55" in found.metric_name
     assert card.data.license == "unknown" and card.data.library_name == "transformers"
     for said in (
         "| WER test | 4.00 % (3.00–5.00) | 5.55 % (4.55–6.55) |",
-        "Change of the WER on test: +1.55 points (+0.10 to +3.00, p = 0.02, paired bootstrap).",
+        "Change of the WER on test, by the paired bootstrap: +1.55 points (+0.10 to +3.00; p = 0.02).",
         "whitened, 71.88 % of the cache cut",
         "trust_remote_code=True",
         "`python -m asrlib export trial --to hub --model converted`",

@@ -13,13 +13,14 @@ from commands import command
 
 import asrlib.measuring.methods as bench
 from asrlib import collect_statistics, convert, evaluate
-from asrlib.measuring.methods import BASELINE, ZEROED, Row, as_frame, as_table, benchmark, break_point
+from asrlib.measuring.methods import BASELINE, ZEROED, Row, as_frame, benchmark, errors_by_width
 from asrlib.measuring.recipes import RECIPES, Recipe, names_in, reachable
-from asrlib.measuring.rows import first_broken
+from asrlib.measuring.rows import break_point, first_broken
 from asrlib.measuring.word_errors import load_predictions
 from asrlib.models.inference import zero_attention
 from asrlib.models.registry import attention_modules
 from asrlib.models.scratch import new_processor
+from asrlib.reporting.method_tables import as_table
 
 main = command("methods")
 
@@ -279,6 +280,24 @@ def test_rows_of_another_model_or_code_are_refused(model, tmp_path, monkeypatch)
         rows_of(model, tmp_path, cuts=[0.5])
 
 
+# ---- errors inside the layers ------------------------------------------------------------------------------
+
+
+def test_recipes_go_by_their_own_names():
+    assert [recipe.name for recipe in RECIPES.values()] == list(RECIPES)
+
+
+@pytest.mark.parametrize("name", ["split svd", "two_sided"])
+def test_errors_of_a_recipe_fall_with_the_width_of_its_latent(model, name):
+    statistics = collect_statistics(model, new_processor(), CALIBRATION)
+    table = errors_by_width(model, tiny.padded_batch(), RECIPES[name], statistics)
+    assert set(table["method"]) == {name} and set(table["layout"]) == {RECIPES[name].layout}
+    widths = sorted({max(2, int(tiny.WIDTH / share)) for share in (32, 16, 8, 4, 2, 4 / 3, 1)})
+    assert sorted(table["latent_dim"].unique()) == widths and set(table["layer"]) == set(range(tiny.LAYERS))
+    errors = table.groupby("latent_dim")["output_error"].mean()
+    assert errors.is_monotonic_decreasing and errors.iloc[0] > 2 * errors.iloc[-1]
+
+
 # ---- tables ------------------------------------------------------------------------------------------------
 
 
@@ -308,11 +327,11 @@ def test_a_table_reads_as_it_should():
     assert line == {
         "split": "test", "cut %": "98.44", "method": "svd", "cached": "8",
         "attention error": "0.3", "logit error": "0.1", "KL": "0.01",
-        "WER %": "11.23", "95 % interval": "5.00 to 20.00", "difference": "+1.23 (+0.23 to +2.23)",
+        "WER %": "11.23", "95 % interval": "5.00–20.00", "difference": "+1.23 (+0.23 to +2.23)",
         "p": "< 0.001", "seconds": "1.0",
     }  # fmt: skip
     assert as_table([dataclasses.replace(rows[1], latent_dim=(3, 17))])["cached"][0] == "3–17"
-    assert as_table([row("svd", 0.5, -0.01)])["difference"][0] == "−1.00 (−2.00 to +0.00)"
+    assert as_table([row("svd", 0.5, -0.01)])["difference"][0] == "−1.00 (−2.00 to ±0.00)"
 
 
 @pytest.mark.parametrize(

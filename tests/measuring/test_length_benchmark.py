@@ -17,7 +17,8 @@ from asrlib.data.features import log_mel
 from asrlib.measuring import lengths as room
 from asrlib.measuring import timing
 from asrlib.measuring.lengths import benchmark_lengths, joined
-from asrlib.measuring.random_models import IN_BLOCKS, PUBLISHED, RECOGNISER_SIZES, random_recognisers
+from asrlib.measuring.names import IN_BLOCKS
+from asrlib.measuring.random_models import PUBLISHED, RECOGNISER_SIZES, random_recognisers
 from asrlib.models.registry import attention_modules
 from asrlib.runs import read_json
 

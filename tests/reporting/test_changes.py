@@ -102,7 +102,7 @@ def test_a_speaker_of_one_utterance_has_no_interval_and_one_of_no_words_no_row()
 def test_the_sentences_say_how_many_changed_and_whether_it_is_more_than_chance():
     words, speakers = changed_words(BEFORE, AFTER), changed_speakers(BEFORE, AFTER)
     said = in_words(BEFORE, AFTER, words, speakers)
-    assert said.startswith("of 4 utterances 2 got worse and 2 better. Of 7 different words 3 are heard otherwise")
+    assert said.startswith("of 4 utterances 2 got worse and 2 better. Of 7 different words 3 were lost or won at")
     assert "none of them by more than chance" in said and said.endswith("Of 2 speakers 1 got worse and 0 better.")
     rows = [("a", "yes no", "yes no")] * 9
     lost = result(*[("a", "yes no", "yes know")] * 9)

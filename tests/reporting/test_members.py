@@ -13,7 +13,8 @@ import tiny
 from bs4 import BeautifulSoup
 
 from asrlib.conversion.convert import convert
-from asrlib.measuring.systems import UNCONVERTED, entries_of, load_systems
+from asrlib.measuring.entries import UNCONVERTED, entries_of
+from asrlib.measuring.systems import load_systems
 from asrlib.measuring.word_errors import score, write_predictions
 from asrlib.models.scratch import new_model, new_processor
 from asrlib.reporting import answers as room
@@ -356,8 +357,8 @@ def test_the_crossover_is_where_the_lines_meet(slow, fast, length):
 
 def test_significant_is_what_remains_so_among_all_comparisons():
     test = pd.Series({"difference": 0.01, "low": 0.001, "high": 0.02, "p": 0.02, "p_holm": 0.2})
-    assert member_tables.verdict(test) == "not significant once all comparisons are counted"
-    assert member_tables.verdict(test.replace(0.2, 0.03)) == "worse"
+    assert member_tables.verdict_of(test) == "not significant once all comparisons are counted"
+    assert member_tables.verdict_of(test.replace(0.2, 0.03)) == "worse"
     assert member_tables.tested(test) == "+1.00 points (+0.10 to +2.00; p = 0.02, corrected p = 0.2)"
     rows = pd.DataFrame([test, test.replace({0.2: 0.01})])
     assert room._winner(rows, "A", "B") == "**A**, significantly in 1 of 2 comparisons; the others decide nothing."

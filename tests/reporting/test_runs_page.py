@@ -94,9 +94,9 @@ def test_two_runs_differ_in_what_was_asked_and_what_came_out(tmp_path, capsys):
     assert lines[lines.index("made with") + 1] == "the same"
     wer = lines[lines.index("baseline") + 1]
     before, after = (read_json(run.path / "metrics/evaluate.json")["systems"] for run in (one, other))
-    change = 100 * (after["baseline"]["test"]["wer"] - before["baseline"]["test"]["wer"])
-    assert f"{change:+.2f} points (" in wer and "p < 0.001" in wer
-    assert "+0.00 points (+0.00 to +0.00), p = 1.000" in lines[lines.index("finetuned") + 1]
+    change = after["baseline"]["test"]["wer"] - before["baseline"]["test"]["wer"]
+    assert change < 0 and f" −{-100 * change:.2f} points (" in wer and "p < 0.001" in wer
+    assert "±0.00 points (±0.00 to ±0.00; p = 1)" in lines[lines.index("finetuned") + 1]
 
 
 def test_transcripts_of_other_utterances_are_not_tested(tmp_path, capsys):

@@ -23,8 +23,8 @@ from asrlib.measuring.stream_steps import (
 )
 from asrlib.models.registry import attention_modules
 from asrlib.models.scratch import new_processor
+from asrlib.reporting.numbers import p_value
 from asrlib.reporting.stream_tables import (
-    as_rows,
     bytes_table,
     errors_figure,
     errors_table,
@@ -35,6 +35,7 @@ from asrlib.reporting.stream_tables import (
     steps_table,
     streams_table,
 )
+from asrlib.reporting.tables import as_rows
 from asrlib.streaming.rotate import random_rotation, rotate_latents, rotated
 from asrlib.streaming.streams import Streams, chunked_pass, chunks_of
 
@@ -145,7 +146,7 @@ def test_errors_for_people(errors):
     rounded = table[table["cache"] == "int4"].set_index("system")
     row = shown[shown["cache in"] == "int4"].iloc[0]
     assert row["baseline (MHA): WER %"].startswith(f"{100 * rounded['wer']['baseline']:.2f} (")
-    assert row["fine-tuned (MLA) − baseline (MHA), points"].endswith(f"p = {rounded['p']['finetuned']:.3f}")
+    assert row["fine-tuned (MLA) − baseline (MHA), points"].endswith(f"; {p_value(rounded['p']['finetuned'])})")
     assert row["fine-tuned (MLA): cache"] == f"{rounded['cache_bytes']['finetuned']:.0f} B"
     figure = errors_figure(table)
     assert len(figure.axes) == 2 and "full context" in figure.get_label() and figure.axes[0].get_ylabel()
