@@ -37,13 +37,15 @@ def folded(text: str) -> str:
 def normaliser_of(processor) -> str | None:
     """The name, of NORMALISERS, of what makes transcripts comparable that are written with this vocabulary.
 
-    None: nothing does, as a bare alphabet is compared as it stands. A vocabulary with a comma writes case and
-    punctuation, which references may not have: such text is judged as Whisper's authors do, by rules of English where
-    that is what the tokenizer writes, and else by those that hold in every language.
+    None: a bare alphabet is compared as it stands. A vocabulary of both cases and a comma writes what references may
+    lack: such text is judged as Whisper's authors do, by rules of English where the tokenizer writes English, and by
+    those of every language otherwise.
     """
     tokenizer = _tokenizer(processor)
-    if not _spells_everything(tokenizer) and "," not in _characters(tokenizer):
-        return None
+    if not _spells_everything(tokenizer):
+        letters = _characters(tokenizer)
+        if "," not in letters or not any(map(str.islower, letters)) or not any(map(str.isupper, letters)):
+            return None
     writes = getattr(tokenizer, "language", "unknown")  # a Whisper's; None where it writes English alone
     return "english" if writes in (None, "en", "english") else "basic"
 

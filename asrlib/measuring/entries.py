@@ -18,7 +18,7 @@ class Entry:
 
     name: str
     run: Run
-    system: str  # baseline, converted or finetuned
+    system: str  # baseline, control, converted or finetuned
     origin: str | None = None  # name of the entry that it was converted from
 
     def metrics(self, name: str) -> dict:
@@ -32,8 +32,9 @@ class Entry:
 
     def training(self) -> dict:
         """{history, seconds, steps, best_wer, …} of its training; empty if it was not trained."""
-        if self.system == "finetuned":
-            return self.metrics("finetune")
+        if self.system in ("finetuned", "control"):
+            finetune = self.metrics("finetune")
+            return finetune if self.system == "finetuned" else finetune.get("control") or {}
         return self.metrics("baseline").get("training") or {} if self.system == "baseline" else {}
 
     def parameters(self) -> dict:
@@ -45,10 +46,12 @@ class Entry:
 def entries_of(run: Run, members: Sequence[str]) -> list[Entry]:
     """The members of a sweep in their order, then the models that they were converted from, each once.
 
-    Without members the run is a single one: its baseline, its converted and its fine-tuned model, made or not.
+    Without members the run is a single one: its baseline, the control that was trained like the fine-tuned model if
+    there is one, its converted and its fine-tuned model, made or not.
     """
     if not members:
-        derived = [Entry(system, run, system, "baseline") for system in ("converted", "finetuned")]
+        control = ["control"] if run.metrics_so_far("finetune").get("control") else []
+        derived = [Entry(system, run, system, "baseline") for system in (*control, "converted", "finetuned")]
         return [Entry("baseline", run, "baseline"), *derived]
     entries, origins = [], {}
     for name in members:

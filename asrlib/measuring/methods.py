@@ -119,7 +119,13 @@ def benchmark(
     if statistics is None and any(key not in rows for key in asked):
         attention = any(METHODS[recipe.method].needs_attention for recipe in plan)
         statistics = collect_statistics(
-            model, processor, calibration, calibration_seconds, batch_seconds or 60.0, device, attention
+            model,
+            processor,
+            calibration,
+            calibration_seconds,
+            60.0 if batch_seconds is None else batch_seconds,
+            device,
+            attention,
         )
     settings = {"processor": processor, "batch_seconds": batch_seconds, "device": device}
     references = {split: _Reference(model, corpus, settings) for split, corpus in corpora.items()}

@@ -49,7 +49,8 @@ def transcribe(
     check_loaded(model, processor)
     check_corpus(corpus)
     device = choose_device(device, model)
-    batch_seconds = batch_seconds or family_of(model.config).head.batch_seconds
+    if batch_seconds is None:
+        batch_seconds = family_of(model.config).head.batch_seconds
     limits = {"batch_seconds": batch_seconds, "precision": precision}
     writes = family_of(model.config).head.reads_labels  # token by token, instead of frame by frame
     dataset = SpeechDataset(corpus, processor)

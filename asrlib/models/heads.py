@@ -54,6 +54,12 @@ class Head(ABC):
     def recognised(self, model: PreTrainedModel, processor, batch: Batch, output, frames_B: torch.Tensor):
         """Recognised token ids [B, K], padded with ids that spell nothing."""
 
+    def own_labels(self, model: PreTrainedModel, processor, batch: Batch) -> torch.Tensor:
+        """Labels [B, L] of what the model writes of a batch now; ValueError where no decoder writes."""
+        raise ValueError(
+            f"on_policy is for models with a decoder, and a {model.config.model_type} has none: leave it out"
+        )
+
     @abstractmethod
     def texts(self, processor, ids: Sequence[Sequence[int]]) -> list[str]:
         """The texts that recognised token ids spell."""
@@ -130,6 +136,14 @@ class Decoder(Head):
         ids_BK = model.generate(features_BFS, max_length=longest, **settings)
         beyond_BK = torch.arange(ids_BK.shape[1], device=ids_BK.device) >= most_B[:, None]
         return ids_BK.masked_fill(beyond_BK, model.generation_config.pad_token_id)  # whatever its neighbours may write
+
+    def own_labels(self, model, processor, batch):
+        ids_BK = self.recognised(model, processor, batch, None, None)
+        end, prompt = processor.tokenizer.eos_token_id, processor.tokenizer.prefix_tokens[1:]
+        written = [[token for token in row if token != end] for row in ids_BK.tolist()]
+        longest = model.config.max_target_positions - len(prompt) - 1
+        labels = [torch.tensor([*prompt, *row[:longest], end]) for row in written]
+        return torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(ids_BK.device)
 
     def most_tokens(self, model, processor, seconds_B: torch.Tensor) -> torch.Tensor:
         """The most tokens [B] for so many seconds of speech: 10 a second and 10 more in English, 30 and 30 in other

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrained
 
 from asrlib.models.heads import CTC, Head
 from asrlib.models.registry import FAMILIES, family_of
-from asrlib.runs import resolve
+from asrlib.runs import atomic_folder, resolve
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # the models shipped with the package
 
@@ -108,6 +108,13 @@ def load(
     family_of(model.config)
     head.prepare(model, processor, language)
     return model.eval(), processor
+
+
+def save(model: PreTrainedModel, processor: ProcessorMixin, folder: str | Path) -> None:
+    """Writes both to `folder`, from which `load` reads them, complete or not at all."""
+    with atomic_folder(resolve(folder)) as written:
+        model.save_pretrained(written)
+        processor.save_pretrained(written)
 
 
 def _head_of(config: PreTrainedConfig) -> Head:

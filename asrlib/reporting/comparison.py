@@ -14,7 +14,17 @@ from asrlib.measuring.names import ATTENTION
 from asrlib.reporting.figures import SYSTEMS, save_figure, system_name
 from asrlib.reporting.members import entry_table, splits_of
 from asrlib.reporting.notebook_pages import PAGES
-from asrlib.reporting.numbers import UNKNOWN, change, duration, p_value, percent, rate_interval, size, verdict
+from asrlib.reporting.numbers import (
+    UNKNOWN,
+    change,
+    duration,
+    p_value,
+    percent,
+    rate_interval,
+    size,
+    tested_points,
+    verdict,
+)
 from asrlib.reporting.run_figures import figures_of_run
 from asrlib.reporting.tables import cell, rate_cell, save_table, speed_cell
 from asrlib.runs import Run, atomic_write
@@ -27,7 +37,7 @@ CLAIMED = pd.DataFrame(
         "claimed speed": ["1.0", "1.1", "1.1–1.15"],
         "claimed memory": ["1.0", "−25–30 %", "−25–30 %"],
     },
-    index=pd.Index(list(SYSTEMS.values()), name="claimed of"),
+    index=pd.Index([SYSTEMS[name] for name in ("baseline", "converted", "finetuned")], name="claimed of"),
 )
 
 
@@ -47,7 +57,7 @@ AFTER_ERRORS = [
 
 
 def comparison_table(run: Run) -> pd.DataFrame:
-    """One row per system measured so far (baseline, converted, finetuned), from metrics/*.json alone.
+    """One row per system measured so far (baseline, control, converted, finetuned), from metrics/*.json alone.
 
     Columns: attention, cache_bytes_per_second (of audio), cache_bytes_1000_frames, cache_cut (fraction),
     parameters; wer_<split>, its 95 % interval wer_<split>_low and _high, cer_<split> (all fractions);
@@ -60,7 +70,7 @@ def comparison_table(run: Run) -> pd.DataFrame:
     if not measured:
         return pd.DataFrame().rename_axis("system")
     table = entry_table(measured, benchmark).rename_axis("system")
-    converted = table.index != "baseline"
+    converted = ~table.index.isin(["baseline", "control"])
     attention = table["attention"].map(lambda name: ATTENTION.get(name, name))
     table["attention"] = attention.mask(converted, convert.get("attention", "MLA"))
     cache = table["cache_bytes_per_second"]
@@ -125,6 +135,9 @@ def headline(run: Run, to_convert: bool = True) -> str:
     tests = run.metrics_so_far("evaluate").get("paired", {}).get(split, {})
     chance = _chance(tests.get(f"baseline vs {new.name}", {}), base, new, wer)
     words += f" (95 % intervals {interval(base)} and {interval(new)}; {chance})"
+    if alike := tests.get(f"control vs {new.name}"):
+        difference = tested_points(alike["difference"], alike["interval"], alike["p"], unit=" points")
+        words += f"; against MHA trained alike {difference}"
     if pd.notna(new["speed_ratio"]):
         words += f", speed {speed_cell(new)}"
     if pd.notna(base["peak_memory_bytes"]) and pd.notna(new["peak_memory_bytes"]):

@@ -23,7 +23,12 @@ from asrlib.runs import atomic_write
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SYSTEMS = {"baseline": "baseline (MHA)", "converted": "converted (MLA)", "finetuned": "fine-tuned (MLA)"}
+SYSTEMS = {
+    "baseline": "baseline (MHA)",
+    "control": "trained alike (MHA)",
+    "converted": "converted (MLA)",
+    "finetuned": "fine-tuned (MLA)",
+}
 DPI = 160
 LIVE_SECONDS = 5.0  # between two drawings of a figure that grows
 INK, GREY = "#1c2126", "#5b656e"
@@ -133,7 +138,7 @@ def system_colours() -> dict[str, tuple]:
     import seaborn as sns
 
     palette = sns.color_palette("colorblind")
-    return {"baseline": palette[7], "converted": palette[1], "finetuned": palette[0]}
+    return {"baseline": palette[7], "control": palette[2], "converted": palette[1], "finetuned": palette[0]}
 
 
 def rate_with_reach(row: pd.Series, split: str) -> tuple[float, list[list[float]] | None]:

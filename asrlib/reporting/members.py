@@ -97,7 +97,7 @@ def _row(entry: Entry, benchmark: dict) -> dict:
     before, convert, training = entry.metrics("baseline"), entry.metrics("convert"), entry.training()
     facts = benchmark.get("members", {}).get(entry.name, {})
     timing = benchmark.get("systems", {}).get(entry.name, {})
-    latent = entry.system != "baseline"
+    latent = entry.system not in ("baseline", "control")
     cache, full = facts.get("cache_bytes"), facts.get("mha_cache_bytes")
     history = training.get("history") or [{}]
     row = {

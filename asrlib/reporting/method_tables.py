@@ -124,7 +124,7 @@ def cuts_in(text: str) -> list[float]:
     try:
         return [round(float(word.strip().removesuffix("%")) / 100, 8) for word in text.split(",")]
     except ValueError:
-        raise ValueError(f"--cuts is {text!r}: give per cents with commas between them, like 50,87.5") from None
+        raise ValueError(f"--cuts is {text!r}: give percentages with commas between them, like 50,87.5") from None
 
 
 def _report(rows: list[Row]) -> str:

@@ -60,15 +60,18 @@ def wer_bars(table: pd.DataFrame) -> "Figure":
 
 def wer_vs_cache(table: pd.DataFrame) -> "Figure":
     """Word error rate (95 % intervals) against the cache that is left; one dotted line per split."""
-    splits, colours, markers = splits_of(table), system_colours(), dict(zip(SYSTEMS, "osD", strict=True))
+    splits, colours, markers = splits_of(table), system_colours(), dict(zip(SYSTEMS, "o^sD", strict=True))
     with drawing_style():
         fig, axes = new_figure(5.6, 5)
         ax = axes[0, 0]
         for split in splits:
             points = []
-            for i, system in enumerate(table.index):
+            for system in table.index:
                 wer, reach = rate_with_reach(table.loc[system], split)
-                x = 100 * (1 - table.at[system, "cache_cut"]) + (0, -1.2, 1.2)[i]  # side by side at one width
+                aside = {"control": 1.2, "converted": -1.2, "finetuned": 1.2}.get(
+                    system, 0
+                )  # of one cache, side by side
+                x = 100 * (1 - table.at[system, "cache_cut"]) + aside
                 points.append((x, wer))
                 look = {"color": colours[system], "marker": markers[system], "label": system_name(table, system)}
                 ax.errorbar(x, wer, reach, **look, ls="", ms=7, capsize=3, lw=1.3)
@@ -95,7 +98,7 @@ def wer_vs_cache(table: pd.DataFrame) -> "Figure":
             named.keys(),
             frameon=False,
             fontsize=8,
-            ncols=3,
+            ncols=min(3, len(table)),
             columnspacing=1.2,
             handletextpad=0.2,
             loc="lower center",

@@ -10,6 +10,8 @@ from asrlib.measuring.significance import compare_errors
 from asrlib.measuring.word_errors import EvaluationResult, load_predictions, score
 from asrlib.reporting.numbers import interval_with_p, p_number, p_value, percent, rate_interval, tested_points, verdict
 
+PAIRED = {"finetuned": "fine-tuned", "control": "MHA trained alike"}
+
 
 def error_table(results: dict[tuple[str, str], EvaluationResult]) -> pd.DataFrame:
     """One row per (split, system): rates in per cent with their 95 % intervals, over utterances and over speakers."""
@@ -39,7 +41,7 @@ def paired_table(paired: dict[str, dict[str, dict]]) -> pd.DataFrame:
             rows.append(
                 {
                     "split": split,
-                    "from → to": name.replace(" vs ", " → ").replace("finetuned", "fine-tuned"),
+                    "from → to": " → ".join(PAIRED.get(system, system) for system in name.split(" vs ")),
                     "change, points": tested_points(test["difference"], test["interval"]),
                     "p": p_number(test["p"]),
                     "over speakers": interval_with_p(of_speakers["interval"], of_speakers["p"]) if of_speakers else "–",

@@ -41,7 +41,12 @@ NEEDS = {  # step → the steps whose outputs it reads
 }
 TRAINED = "training.json"  # in a model's folder: identifies its training
 VALUE_CHARACTERS = 60  # the last ones of a value go into a member's name: a path's end says more than its beginning
-STEP_OF_MODEL = {"baseline": "00_baseline", "converted": "01_convert", "finetuned": "03_finetune"}
+STEP_OF_MODEL = {
+    "baseline": "00_baseline",
+    "control": "03_finetune",
+    "converted": "01_convert",
+    "finetuned": "03_finetune",
+}
 
 
 class BadParameter(ValueError):

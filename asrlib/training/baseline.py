@@ -134,7 +134,7 @@ def kept_training(run: Run, training: str | None) -> dict | None:
 
 def save_baseline(run: Run, recogniser, processor, training: str | None, metrics: dict | None) -> None:
     """Write models/baseline, whole or not at all, with the fingerprint and metrics of its training, if any."""
-    with atomic_folder(run.models / "baseline") as folder:
+    with atomic_folder(run.models / "baseline") as folder:  # together with what says of which training it is
         recogniser.save_pretrained(folder)
         processor.save_pretrained(folder)
         if metrics is not None:

@@ -67,13 +67,14 @@ def _settings(facts: dict) -> TrainingSettings:
 
 
 def _open(speech: dict) -> Corpus:
-    wanted = set(speech["ids"])
+    texts = speech["texts"]
     corpus = open_corpus(speech["corpus"], speech["split"])
-    corpus = replace(corpus, utterances=tuple(utterance for utterance in corpus if utterance.id in wanted))
+    here = (replace(utterance, text=texts[utterance.id]) for utterance in corpus if utterance.id in texts)
+    corpus = replace(corpus, utterances=tuple(here))
     if corpus.fingerprint() != speech["fingerprint"]:
         raise ValueError(
-            f"{speech['corpus']} {speech['split']} is not the speech of this job: {len(corpus):,} of {len(wanted):,} "
-            "utterances are here, or their texts differ. Was it changed, or is it another copy?"
+            f"{speech['corpus']} {speech['split']} is not the speech of this job: {len(corpus):,} of {len(texts):,} "
+            "utterances are here, or their lengths differ. Was it changed, or is it another copy?"
         )
     return corpus
 

@@ -80,7 +80,7 @@ def write_job(
         name: {
             "corpus": str(local) if local.exists() else corpus,
             "split": opened.split,
-            "ids": [utterance.id for utterance in opened],
+            "texts": {utterance.id: utterance.text for utterance in opened},  # perhaps a model's own
             "fingerprint": opened.fingerprint(),
         }
         for name, opened in (("training", training), ("validation", validation))

@@ -1,5 +1,6 @@
 """Training and fine-tuning on transformers' Trainer."""
 
+import random
 import shutil
 import time
 from collections.abc import Collection, Sequence
@@ -25,6 +26,7 @@ from asrlib.models.out_of_memory import in_words, out_of_memory_explained
 from asrlib.models.registry import family_of, frame_counts, layer_frame_counts
 from asrlib.runs import read_json, resolve, write_json
 from asrlib.training.distributed import average_batch_norm, process_count, rows_of_all, strategy_arguments, wait_for_all
+from asrlib.training.losses import posterior_divergence, relative_squared_error
 from asrlib.training.modes import every_layer, frozen_batch_norm, own_precision, select_trainable, updated_once
 
 # The scheduler reduce_lr_on_plateau halves the learning rate at the second evaluation in a row without a new lowest
@@ -55,6 +57,7 @@ class TrainingSettings:
     precision: str = "fp32"  # fp32 | bf16 | fp16
     device: str = "auto"  # auto | cpu | cuda
     training_strategy: str = "ddp"  # of several processes: ddp | fsdp
+    on_policy: float = 0.0  # share of batches in which a decoder learns from the teacher on what it writes itself
     encoder_memory: float = 0.0  # GiB for the states of an encoder that is not trained: see models.heard_once
     seed: int = 0
 
@@ -87,6 +90,7 @@ class SpeechTrainer(Trainer):
         self.settings = settings
         self.processor = processor
         self.head = family_of(self.model.config).head
+        self.chance = random.Random(settings.seed)
         self.teacher = teacher and teacher.to(self.args.device).eval().requires_grad_(False)
 
     def _loader(self, dataset: SpeechDataset, shuffle: bool) -> DataLoader:
@@ -112,6 +116,11 @@ class SpeechTrainer(Trainer):
         if self.teacher is None:
             ours = self.head.forward(model, inputs)
             return (ours.loss, ours) if return_outputs else ours.loss
+        on_policy = model.training and self.chance.random() < self.settings.on_policy
+        if on_policy:
+            with inference(model, device=self.args.device, precision=self.settings.precision):
+                inputs = inputs | {"labels": self.head.own_labels(model, self.processor, inputs)}
+            model.train()
         unlabelled = inputs if self.head.reads_labels else {k: v for k, v in inputs.items() if k != "labels"}
         layers = {"output_hidden_states": True} if self.settings.hidden_weight else {}
         with inference(self.teacher, device=self.args.device, precision=self.settings.precision):
@@ -121,7 +130,7 @@ class SpeechTrainer(Trainer):
         layer_frames_B = layer_frame_counts(self.teacher, inputs["attention_mask"].sum(-1))
         logits, wanted = (torch.cat(self.head.spoken(inputs, output, frames_B)) for output in (ours, theirs))
         settings = self.settings
-        loss = settings.ctc_weight * ours.loss
+        loss = settings.ctc_weight * ours.loss * (not on_policy)  # its own words are no truth
         loss = loss + settings.kl_weight * posterior_divergence(logits, wanted)
         if layers:
             states = (self.head.layers(inputs, output, layer_frames_B) for output in (ours, theirs))
@@ -167,17 +176,6 @@ class SpeechTrainer(Trainer):
             output = self.head.forward(model, inputs)
             ids_BK = self.head.recognised(self.model, self.processor, inputs, output, frames_B)
         return output.loss.detach(), ids_BK, inputs["labels"]
-
-
-def posterior_divergence(logits_NV: torch.Tensor, teacher_NV: torch.Tensor) -> torch.Tensor:
-    """KL(teacher ‖ student) of the posteriors over N frames, nats per frame (Hinton et al. 2015, temperature 1)."""
-    ours, theirs = (values.float().log_softmax(-1) for values in (logits_NV, teacher_NV))
-    return torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
-
-
-def relative_squared_error(ours_ND: torch.Tensor, theirs_ND: torch.Tensor) -> torch.Tensor:
-    """‖ours − theirs‖² / ‖theirs‖², which does not depend on a layer's scale; 1 for an output of zeros."""
-    return (ours_ND.float() - theirs_ND.float()).square().sum() / theirs_ND.float().square().sum()
 
 
 class Progress(ProgressCallback):
@@ -249,7 +247,7 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
     """Trains `model` in place on the loss of its head and leaves it with the weights of the lowest validation WER:
-    those of an evaluation, or those that it came with (step 0).
+    those of an evaluation, or those that it came with (step 0). Of equal WERs the lower loss is the better.
 
     Checkpoints and TensorBoard logs go to `folder`. Called again with the same folder, training resumes after the last
     complete checkpoint and, on the CPU, ends with the same weights as an undisturbed run. A relative `folder` starts at
@@ -326,9 +324,9 @@ def train(
         model.config.use_cache = use_cache
     model.eval()
     best_step, best_wer = state.best_global_step or state.global_step, state.best_metric
-    at_start = next((row["eval_wer"] for row in state.log_history if row.get("step") == 0 and "eval_wer" in row), None)
-    if at_start is not None and best_wer is not None and at_start <= best_wer:
-        best_step, best_wer = 0, at_start
+    evaluations = {row["step"]: (row["eval_wer"], row["eval_loss"]) for row in state.log_history if "eval_wer" in row}
+    if 0 in evaluations and evaluations[0] <= evaluations.get(best_step, evaluations[0]):  # the loss decides a tie
+        best_step, best_wer = 0, evaluations[0][0]
         if settings.training_strategy != "fsdp":
             model.load_state_dict(start)
     return TrainingResult(

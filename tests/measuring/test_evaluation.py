@@ -11,7 +11,8 @@ from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerForCTC
 
 from asrlib.data.audio import SAMPLE_RATE
 from asrlib.data.corpus import Corpus, Utterance
-from asrlib.measuring.transcribing import evaluate, transcribe
+from asrlib.data.text import normaliser_of
+from asrlib.measuring.transcribing import evaluate, in_own_words, transcribe
 from asrlib.measuring.word_errors import load_predictions, score, write_predictions
 from asrlib.models.inference import choose_device, inference, padding_silenced, zero_attention
 from asrlib.models.registry import attention_modules, frame_counts
@@ -309,3 +310,59 @@ def test_two_files_of_transcripts_are_compared_from_the_command_line(tmp_path, c
     write_predictions(tmp_path / "b.jsonl", [{**row, "speaker": str(i % 2)} for i, row in enumerate(rows)])
     assert main([str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl")]) == 0
     assert capsys.readouterr().out.splitlines()[3] == "B − A: ±0.00 points (±0.00 to ±0.00; p = 1), over speakers"
+
+
+# ---- text with case and punctuation --------------------------------------------------------------------------
+
+
+def transcripts(*pairs: tuple[str, str], normaliser: str | None = "english") -> list[dict]:
+    """Of (reference, hypothesis)."""
+    form = {"normaliser": normaliser} if normaliser else {}
+    return [
+        {"id": f"{i}", "speaker": "s", "seconds": 1.0, "reference": reference, "hypothesis": hypothesis} | form
+        for i, (reference, hypothesis) in enumerate(pairs)
+    ]
+
+
+def test_a_normalised_transcript_is_counted_after_normalisation_and_once_more_as_it_stands():
+    result = score(transcripts(("MISTER BROWN COULD NOT COLOUR IT", "Mr. Brown couldn't color it!")))
+    assert (result.wer, result.words) == (0.0, 6)
+    assert result.others["raw WER %"] == pytest.approx(100 * 5 / 6)
+    assert "normalised WER %" not in result.others
+    raw = score(transcripts(("MISTER BROWN COULD NOT COLOUR IT", "Mr. Brown couldn't color it!"), normaliser=None))
+    assert raw.wer == pytest.approx(5 / 6) and raw.others == {"normalised WER %": 0.0}
+
+
+def test_other_languages_are_not_judged_by_the_rules_of_english():
+    pairs = [("Schon zwanzig Farben, mister", "schön zwanzig farben mister")]
+    assert score(transcripts(*pairs, normaliser="basic")).substitutions == 1
+    assert score(transcripts(("colour", "color"), normaliser="basic")).wer == 1.0
+
+
+def test_the_vocabulary_and_the_language_choose_the_normaliser(processor):
+    import family_models
+
+    whisper = family_models.processor_of("whisper")
+    assert normaliser_of(processor) is None
+    whisper.tokenizer.set_prefix_tokens(language="english")
+    assert normaliser_of(whisper) == "english"
+    whisper.tokenizer.language = None
+    assert normaliser_of(whisper) == "english"
+    whisper.tokenizer.language = "german"
+    assert normaliser_of(whisper) == "basic"
+    whisper.tokenizer.language = "english"
+
+
+def test_loops_are_counted_where_the_reference_has_none():
+    text = "and the cat sat"
+    looping = ["and the cat the cat the cat the cat", "no no no no no", "and the cat and the cat and the cat sat"]
+    assert score(transcripts(*((text, hypothesis) for hypothesis in looping))).others["loops"] == 2
+    assert score(transcripts(("no no no no", "no no no no"))).others["loops"] == 0
+
+
+def test_a_corpus_in_a_models_own_words_lacks_what_it_does_not_write(model, processor):
+    speech = corpus_of()
+    heard = [prediction["hypothesis"] for prediction in transcribe(model, processor, speech)]
+    own = in_own_words(model, processor, speech)
+    assert [utterance.text for utterance in own] == [text for text in heard if text]
+    assert own.fingerprint() != speech.fingerprint()

@@ -240,6 +240,59 @@ def test_training_lowers_the_loss_and_its_word_errors_are_those_of_evaluation(lo
     assert result.best_wer == evaluate(model, processor, speech).wer
 
 
+def test_a_whisper_learns_on_what_it_writes_itself(loaded, tmp_path):
+    (model, processor), teacher = loaded("whisper"), loaded("whisper")[0]
+    batch = batch_of(processor, tiny.corpus(3))
+    labels = Decoder().own_labels(model, processor, batch)
+    written = transcribe(model, processor, tiny.corpus(3))
+    assert Decoder().texts(processor, [[token for token in row if token >= 0] for row in labels.tolist()]) == [
+        row["hypothesis"] for row in written
+    ]
+    prompt = processor.tokenizer.prefix_tokens[1:]
+    ends = [[token for token in row if token >= 0][-1] for row in labels.tolist()]
+    assert labels[:, : len(prompt)].tolist() == [prompt] * 3 and set(ends) == {processor.tokenizer.eos_token_id}
+    model.model.decoder.layers[0].self_attn.v_proj.weight.data *= 0.5
+    how = settings(ctc_weight=0.0, kl_weight=1.0, on_policy=1.0, epochs=4, trainable="attention")
+    result = train(model, processor, tiny.corpus(8), tiny.corpus(8), tmp_path, how, teacher)
+    losses = [row["loss"] for row in result.history if "loss" in row]
+    assert losses[-1] < losses[0]
+
+
+def test_who_writes_no_tokens_cannot_learn_on_them(loaded, tmp_path):
+    (model, processor), teacher = loaded("parakeet_rnnt"), loaded("parakeet_rnnt")[0]
+    with pytest.raises(ValueError, match="on_policy is for models with a decoder"):
+        how = settings(kl_weight=1.0, on_policy=1.0)
+        train(model, processor, tiny.corpus(4), tiny.corpus(2), tmp_path, how, teacher)
+
+
+def test_a_language_is_told_to_who_knows_several(folders, loaded):
+    with pytest.raises(ValueError, match="language is 'german', but a parakeet_rnnt is told none"):
+        asrlib.load(folders / "parakeet_rnnt", language="german")
+    model, processor = asrlib.load(folders / "whisper", language="English")
+    assert Decoder().prompt(model, processor)["language"] == "english"
+    model.generation_config.is_multilingual = False
+    with pytest.raises(ValueError, match="this model writes English alone"):
+        Decoder().prepare(model, processor, "german")
+    Decoder().prepare(model, processor, "en")
+
+
+def test_a_transcript_has_no_more_tokens_than_its_seconds_allow(loaded):
+    model, processor = loaded("whisper")
+    head, seconds = Decoder(), torch.tensor([0.5, 1.0, 12.0])
+    assert head.most_tokens(model, processor, seconds).tolist() == [15, 20, 130]
+    processor.tokenizer.language = "german"
+    assert head.most_tokens(model, processor, seconds).tolist() == [45, 60, 390]
+    processor.tokenizer.language = "english"
+    end = model.generation_config.eos_token_id
+    model.generation_config.suppress_tokens = [end]  # it would write for ever
+    ids = head.recognised(model, processor, batch_of(processor, [spoken("A", 0.1), spoken("E", 0.9)]), None, None)
+    assert (
+        (ids != end).sum(-1).tolist()
+        == [11, 19]
+        == head.most_tokens(model, processor, torch.tensor([0.1, 0.9])).tolist()
+    )
+
+
 def test_a_trained_whisper_keeps_what_it_attends_to_while_it_writes(loaded, tmp_path):
     model, processor = loaded("whisper")
     train(model, processor, tiny.corpus(4), tiny.corpus(2), tmp_path, settings(epochs=1))

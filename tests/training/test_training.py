@@ -525,3 +525,16 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     SpeechTrainer.training_step = at_step(int(sys.argv[2]), lambda: os.kill(os.getpid(), signal.SIGKILL))
     run(sys.argv[1])
+
+
+# ---- the start ---------------------------------------------------------------------------------------------
+
+
+def test_the_start_stays_where_no_evaluation_beats_it(tmp_path):
+    better = run(tmp_path / "better")
+    assert better.result.best_step > 0 and better.result.best_wer < 1
+    before = {name: values.clone() for name, values in better.model.state_dict().items()}
+    harmed = run(tmp_path / "harmed", better.model, learning_rate=5.0, scheduler="constant")
+    assert (harmed.result.best_step, harmed.result.best_wer) == (0, better.result.best_wer)
+    assert_same_weights(harmed.model.state_dict(), before)
+    assert not torch.equal(harmed.last["lm_head.weight"], before["lm_head.weight"])
