@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo quick full smoke baseline baselines_small lab test fresh-environment lint format parameters example clean python
+.PHONY: help demo quick full smoke baseline whisper baselines_small lab test fresh-environment lint format parameters example clean python
 
 help: ## show this list
 	@awk -F ': ## ' '/^[a-z_-]+: ## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
@@ -20,9 +20,12 @@ quick: ## a published model on a thousand LibriSpeech utterances
 full: ## a published model on all of train-clean-100 and both test sets
 smoke: ## the whole pipeline on next to nothing, to see that it runs
 baseline: ## train again the small model that the repository ships
+whisper: ## OpenAI's Whisper tiny.en through the whole pipeline: make whisper ARGS="--set model=DIR corpus=DIR"
 baselines_small: ## two encoders with four kinds of attention each, from scratch on the embedded corpus
 demo quick full smoke baseline baselines_small: .venv/.notebooks
 	.venv/bin/python run_all.py $@ $(ARGS)
+whisper: .venv/.notebooks
+	.venv/bin/python run_all.py whisper_tiny_en $(ARGS)
 
 lab: ## open JupyterLab on the notebooks
 lab: .venv/.notebooks
