@@ -140,9 +140,8 @@ def _bytes(tensor: torch.Tensor):
 KEPT = EncoderStates(0)
 
 
-def keep_encoder_states(gib: float) -> EncoderStates:
+def keep_encoder_states(gib: float) -> None:
     """From now on `inference` and `train` compute an encoder's states of an utterance once, and keep up to so many
-    GiB of them; 0: none. Returns what keeps them, which counts. A Whisper's are 2 to 8 MB an utterance."""
+    GiB of them in KEPT; 0: none. A Whisper's are 2 to 8 MB an utterance."""
     KEPT.limit_bytes = gib * 2**30
     KEPT.drop_oldest()
-    return KEPT

@@ -9,7 +9,7 @@ import asrlib
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.measuring.speed import benchmark_speed
 from asrlib.measuring.transcribing import transcribe
-from asrlib.models.heard_once import EncoderStates, keep_encoder_states, weights_fingerprint
+from asrlib.models.heard_once import KEPT, EncoderStates, keep_encoder_states, weights_fingerprint
 from asrlib.models.inference import inference, zero_attention
 
 CPU = torch.device("cpu")
@@ -19,10 +19,11 @@ ONE = 50 * family_models.WIDTH * 4  # bytes of an utterance: a second of frames
 @pytest.fixture(autouse=True)
 def kept() -> EncoderStates:
     """Nothing is kept before a test, nor after it."""
-    states = keep_encoder_states(1)
-    states.computed = states.read = 0
-    yield states
-    assert keep_encoder_states(0).bytes == 0
+    keep_encoder_states(1)
+    KEPT.computed = KEPT.read = 0
+    yield KEPT
+    keep_encoder_states(0)
+    assert KEPT.bytes == 0
 
 
 @pytest.fixture
