@@ -18,7 +18,8 @@ WRITES = dict(
     model="models/whisper", corpus="synthetic", eval_splits=["test-clean"], eval_samples=6, latent_dim=4,
     method="two_sided", ranks="sensitivity", parts=["decoder", "cross"], calibration_seconds=20, analysis_samples=2,
     analysis_eval_samples=3, analysis_cuts=[0.5], analysis_methods=["svd"], train_samples=8, validation_samples=4,
-    epochs=1, kl_weight=1.0, batch_seconds=20, benchmark_samples=2, device="cpu",
+    epochs=1, kl_weight=1.0, on_policy=0.5, own_words=True, control=True,
+    batch_seconds=20, benchmark_samples=2, device="cpu",
 )  # fmt: skip
 
 
@@ -68,7 +69,13 @@ def writes(project) -> Path:
 def test_a_whisper_goes_through_all_steps(writes):
     assert all((writes / f"{step}.html").is_file() for step in STEPS)
     assert len(list((writes / "metrics").glob("*.json"))) == len(STEPS)
-    assert set(read_json(writes / "metrics" / "evaluate.json")["systems"]) == {"baseline", "converted", "finetuned"}
+    systems = ["baseline", "control", "converted", "finetuned"]
+    evaluated = read_json(writes / "metrics" / "evaluate.json")
+    assert list(evaluated["systems"]) == systems and "control vs finetuned" in evaluated["paired"]["test-clean"]
+    assert [row["system"] for row in read_json(writes / "metrics" / "compare.json")["table"]] == systems
+    assert "against MHA trained alike" in (writes / "index.html").read_text(encoding="utf-8")
+    assert read_json(writes / "metrics" / "finetune.json")["control"]["settings"]["on_policy"] == 0.5
+    assert asrlib.load(writes / "models" / "control")[0].config.model_type == "whisper"
     converted = read_json(writes / "metrics" / "convert.json")
     assert converted["attention"] == "MLA" and sum(converted["latent_dim"]) == 4 * 4
     assert converted["cache_cut"] == 1 - 4 / (2 * family_models.WIDTH)
@@ -78,10 +85,10 @@ def test_a_whisper_goes_through_all_steps(writes):
 
 def test_what_a_whisper_keeps_while_it_writes_is_counted(writes):
     rows = read_json(writes / "metrics" / "benchmark.json")["writing"]
-    assert [row["system"] for row in rows] == ["baseline", "converted", "finetuned"]
+    assert [row["system"] for row in rows] == ["baseline", "control", "converted", "finetuned"]
     for row in rows:
         assert row["cross_bytes"] + row["decoder_bytes"] == row["formula_bytes"] > 0
-    assert rows[0]["cross_bytes"] / rows[1]["cross_bytes"] > 4
+    assert rows[0]["cross_bytes"] == rows[1]["cross_bytes"] > 4 * rows[2]["cross_bytes"]
 
 
 def test_a_finetuned_whisper_loads_back_and_keeps_what_it_attends_to(writes):
