@@ -129,7 +129,7 @@ def _made(metrics: dict[str, dict], system: str, provenance: dict[str, str], con
     base = before.get("model")
     made = {"base model": "none: trained from scratch in this run" if base in architectures() else _name_of(base)}
     made["speech"] = _name_of(before.get("corpus"))
-    if system != "baseline" and convert:
+    if system not in ("baseline", "control") and convert:
         made["conversion"] = (
             f"multi-head attention to {convert.get('attention', 'MLA')} by the method {convert.get('method', 'svd')}, "
             f"{percent(convert['cache_cut'], 2)} of the cache cut"
@@ -142,8 +142,8 @@ def _made(metrics: dict[str, dict], system: str, provenance: dict[str, str], con
             made[f"numbers kept of {unit}"] = (
                 f"{widths} ({convert.get('layout', 'joint')}, ranks {convert.get('ranks', 'uniform')})"
             )
-    if system == "finetuned" and "settings" in finetune:
-        settings = finetune["settings"]
+    training = finetune if system == "finetuned" else finetune.get("control", {}) if system == "control" else {}
+    if settings := training.get("settings"):
         made["fine-tuning"] = (
             f"{settings['epochs']:g} epochs over {finetune.get('utterances', '?')} utterances, trained: "
             f"{settings['trainable']}"

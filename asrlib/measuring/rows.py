@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from asrlib.data.text import as_counted
 from asrlib.measuring.names import SIGNIFICANT
 from asrlib.measuring.word_errors import load_predictions, score, write_predictions
 from asrlib.runs import atomic_write, read_json, write_json
@@ -147,11 +149,16 @@ def first_broken(rows: Iterable[Row], recipe: str) -> list[tuple[str, dict]]:
     """
     baseline, *steps = [row for row in in_order(rows) if row.recipe in (BASELINE, recipe)]
     steps = [row for row in steps if row.split == baseline.split]
-    errors = [score([prediction]).wer for prediction in baseline.predictions]
+    errors = [_rate(prediction) for prediction in baseline.predictions]
     for row in steps:
-        harm = [score([p]).wer if before == 0 else 0.0 for p, before in zip(row.predictions, errors, strict=True)]
+        harm = [_rate(p) if before == 0 else 0.0 for p, before in zip(row.predictions, errors, strict=True)]
         if max(harm) > 0:
             worst = harm.index(max(harm))
             labels = ["baseline", *(f"{100 * step.cut:.4g} %" for step in steps)]
             return list(zip(labels, [row.predictions[worst] for row in (baseline, *steps)], strict=True))
     return []
+
+
+def _rate(prediction: dict) -> float:
+    """WER of one transcript; infinite where no word of its reference counts, as of "um" in English."""
+    return score([prediction]).wer if as_counted(prediction, "reference") else math.inf

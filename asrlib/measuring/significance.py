@@ -91,7 +91,10 @@ def pairing(a: "EvaluationResult", b: "EvaluationResult") -> list[int]:
         raise ValueError(f"the results are not over the same utterances: {unpaired[0]!r} is not once in each")
     order = [of_b[i] for i in ids]
     for prediction, j in zip(a.predictions, order, strict=True):
-        if as_counted(prediction, "reference") != as_counted(b.predictions[j], "reference"):
+        other = b.predictions[j]
+        if prediction.get("normaliser") != other.get("normaliser"):
+            raise ValueError(f"{prediction['id']!r} is counted after normalisation in one of the results alone")
+        if as_counted(prediction, "reference") != as_counted(other, "reference"):
             raise ValueError(f"the references of {prediction['id']!r} differ: evaluate both on one corpus")
     return order
 

@@ -17,7 +17,7 @@ from asrlib.measuring.word_errors import EvaluationResult, score, write_predicti
 from asrlib.models.inference import choose_device, inference, recognise, spoken_logits, without_padding
 from asrlib.models.loading import check_loaded
 from asrlib.models.out_of_memory import out_of_memory_explained
-from asrlib.models.registry import family_of, frame_counts
+from asrlib.models.registry import family_of, frame_counts, frames_of
 from asrlib.streaming.normalising import HeardSoFar
 from asrlib.streaming.streams import chunked_pass
 
@@ -128,11 +128,13 @@ def evaluate(
 def in_own_words(
     model: nn.Module, processor, corpus: Corpus, device: str | None = None, precision: str = "fp32"
 ) -> Corpus:
-    """The corpus with what `model` writes in place of its texts, without those utterances of which it writes nothing.
+    """The corpus with what `model` writes in place of its texts, without utterances of which it writes nothing or more
+    than it can learn from.
 
     A decoder that was trained to write case and punctuation finds references without them unlikely from the first
     token on: what is measured or learnt there is not what it does when it writes.
     """
     transcripts = transcribe(model, processor, corpus, device=device, precision=precision)
     written = zip(corpus, (transcript["hypothesis"] for transcript in transcripts), strict=True)
-    return replace(corpus, utterances=tuple(replace(utterance, text=text) for utterance, text in written if text))
+    own = tuple(replace(utterance, text=text) for utterance, text in written if text)
+    return replace(corpus, utterances=own).usable(processor, frames_of(model), check_audio=False)

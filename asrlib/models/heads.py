@@ -54,12 +54,6 @@ class Head(ABC):
     def recognised(self, model: PreTrainedModel, processor, batch: Batch, output, frames_B: torch.Tensor):
         """Recognised token ids [B, K], padded with ids that spell nothing."""
 
-    def own_labels(self, model: PreTrainedModel, processor, batch: Batch) -> torch.Tensor:
-        """Labels [B, L] of what the model writes of a batch now; ValueError where no decoder writes."""
-        raise ValueError(
-            f"on_policy is for models with a decoder, and a {model.config.model_type} has none: leave it out"
-        )
-
     @abstractmethod
     def texts(self, processor, ids: Sequence[Sequence[int]]) -> list[str]:
         """The texts that recognised token ids spell."""
@@ -137,7 +131,8 @@ class Decoder(Head):
         beyond_BK = torch.arange(ids_BK.shape[1], device=ids_BK.device) >= most_B[:, None]
         return ids_BK.masked_fill(beyond_BK, model.generation_config.pad_token_id)  # whatever its neighbours may write
 
-    def own_labels(self, model, processor, batch):
+    def own_labels(self, model: PreTrainedModel, processor, batch: Batch) -> torch.Tensor:
+        """Labels [B, L] of what the model writes of a batch now."""
         ids_BK = self.recognised(model, processor, batch, None, None)
         end, prompt = processor.tokenizer.eos_token_id, processor.tokenizer.prefix_tokens[1:]
         written = [[token for token in row if token != end] for row in ids_BK.tolist()]
@@ -148,7 +143,7 @@ class Decoder(Head):
     def most_tokens(self, model, processor, seconds_B: torch.Tensor) -> torch.Tensor:
         """The most tokens [B] for so many seconds of speech: 10 a second and 10 more in English, 30 and 30 in other
         languages."""
-        english = self.prompt(model, processor).get("language", "english") == "english"
+        english = self.prompt(model, processor).get("language", "english") in ("en", "english")
         rate = ENGLISH_TOKENS_PER_SECOND if english else TOKENS_PER_SECOND
         return (rate * (seconds_B + 1)).ceil().long()
 

@@ -8,7 +8,7 @@ Shapes: B batch, F mel bands, S features, T frames, D width.
 """
 
 import hashlib
-from collections import OrderedDict
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -20,19 +20,22 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from asrlib.models.registry import family_of
 
+TRANSFORMERS_HOOK = "output_capturing_hook"  # stays once states of all layers were asked for, and does nothing then
 ASKED_FOR_MORE = ("output_hidden_states", "output_attentions")  # than the states of the last layer
 
 
 class EncoderStates:
     """What encoders gave, by their weights and by what they heard, in the memory of the CPU.
 
-    Takes at most `limit_bytes`, without which nothing is kept: the states that were read longest ago go first.
+    Takes at most `limit_bytes`, without which nothing is kept. When it is full, states go by chance: where all are read
+    in turn and do not fit, those read longest ago would each go just before they are read again.
     """
 
     def __init__(self, limit_bytes: float):
         self.limit_bytes, self.bytes = limit_bytes, 0
         self.computed = self.read = 0  # utterances
-        self._states: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # [T, D]
+        self._states: dict[bytes, torch.Tensor] = {}  # [T, D]
+        self._chance = random.Random(0)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -59,11 +62,13 @@ class EncoderStates:
 
         @wraps(forward)  # generate looks at its parameters
         def remembered(input_features, *args, **kwargs):
-            if args or any(kwargs.get(name) for name in ASKED_FOR_MORE) or not _certain(encoder):
+            more = args or any(kwargs.get(name) for name in ASKED_FOR_MORE)
+            if more or not self.limit_bytes or not _certain(encoder):
                 return forward(input_features, *args, **kwargs)
             weights, own = weights_fingerprint(encoder), encoder.config._attn_implementation
-            autocast = torch.is_autocast_enabled(input_features.device.type)
-            kind = _digest(f"{weights} {own} {input_features.device} {input_features.dtype} {autocast}".encode())
+            device = input_features.device
+            autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+            kind = _digest(f"{weights} {own} {device} {input_features.dtype} {autocast}".encode())
             keys = [_digest(_bytes(row_FS), kind) for row_FS in input_features]
             return BaseModelOutput(self._states_of(keys, input_features, forward))
 
@@ -77,8 +82,6 @@ class EncoderStates:
         states = {key: self._states[key] for key in keys if key in self._states}
         missing = [row for row, key in enumerate(keys) if key not in states]
         self.computed, self.read = self.computed + len(missing), self.read + len(states)
-        for key in states:
-            self._states.move_to_end(key)
         if missing:
             with torch.no_grad():
                 new_MTD = forward(input_BFS[missing]).last_hidden_state
@@ -94,38 +97,43 @@ class EncoderStates:
             if key not in self._states and states_TD.nbytes <= self.limit_bytes:
                 self._states[key] = states_TD.detach().cpu().clone()  # not a view of its batch
                 self.bytes += states_TD.nbytes
-        self.drop_oldest()
+        self.fit()
 
-    def drop_oldest(self) -> None:
-        """Until what is left fits."""
+    def fit(self) -> None:
+        """Drops states until the others fit."""
+        keys = list(self._states)
         while self.bytes > self.limit_bytes:
-            _, oldest_TD = self._states.popitem(last=False)
-            self.bytes -= oldest_TD.nbytes
+            dropped = keys.pop(self._chance.randrange(len(keys)))
+            self.bytes -= self._states.pop(dropped).nbytes
 
 
 def _certain(encoder: nn.Module) -> bool:
     """Whether a call gives what every other call with the same weights and input gives, and nobody asks how."""
-    if any(module._forward_hooks or module._forward_pre_hooks for module in encoder.modules()):
+    hooks = (hook for m in encoder.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+    if any(getattr(hook, "__name__", "") != TRANSFORMERS_HOOK for hook in hooks):
         return False
     learns = torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())
     chance = ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop")
     return not learns and not (encoder.training and any(getattr(encoder.config, name, 0) for name in chance))
 
 
-_fingerprints: WeakKeyDictionary[nn.Module, tuple[list, str]] = WeakKeyDictionary()
+_fingerprints: WeakKeyDictionary[nn.Module, tuple[tuple, str]] = WeakKeyDictionary()
 
 
 def weights_fingerprint(module: nn.Module) -> str:
-    """Of the names, types, shapes and numbers of all parameters and buffers; read again only where one has changed."""
+    """Of the names, types, shapes and numbers of all parameters and buffers; read again only where one has changed.
+
+    A fused optimizer changes parameters without counting their versions, but not without changing their sums.
+    """
     state = module.state_dict()
-    versions = [(tensor.data_ptr(), tensor._version) for tensor in state.values()]
+    sums = [(t.data_ptr(), t._version, t.sum(dtype=torch.float64).item()) for t in state.values()]
     known = _fingerprints.get(module)
-    if known is None or known[0] != versions:
+    if known is None or known[0] != sums:
         digest = hashlib.blake2b(digest_size=16)
         for name, tensor in state.items():
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             digest.update(_bytes(tensor))
-        known = _fingerprints[module] = versions, digest.hexdigest()
+        known = _fingerprints[module] = sums, digest.hexdigest()
     return known[1]
 
 
@@ -144,4 +152,4 @@ def keep_encoder_states(gib: float) -> None:
     """From now on `inference` and `train` compute an encoder's states of an utterance once, and keep up to so many
     GiB of them in KEPT; 0: none. A Whisper's are 2 to 8 MB an utterance."""
     KEPT.limit_bytes = gib * 2**30
-    KEPT.drop_oldest()
+    KEPT.fit()

@@ -13,9 +13,9 @@ from markupsafe import Markup
 
 from asrlib.data.text import as_counted
 from asrlib.measuring.significance import holm, mcnemar, paired_bootstrap, pairing
-from asrlib.measuring.word_errors import SIDES, EvaluationResult, score
+from asrlib.measuring.word_errors import EvaluationResult, score
 from asrlib.reporting.numbers import percent, points, points_interval
-from asrlib.reporting.tables import audio_html, diff_transcripts
+from asrlib.reporting.tables import as_counted_diff, audio_html
 
 if TYPE_CHECKING:
     from asrlib.data.corpus import Corpus
@@ -136,7 +136,7 @@ def listening_table(results: Mapping[str, EvaluationResult], speech: "Corpus", p
             if prediction["id"] != utterance.id:
                 raise ValueError(f"{name} transcribed {prediction['id']} where the corpus has {utterance.id}")
             errors, words = int(result.errors_N[place]), int(result.words_N[place])
-            marked = diff_transcripts(*(as_counted(prediction, side) for side in SIDES))
+            marked = as_counted_diff(prediction)
             row[name] = Markup("{} <small>{} of {} words wrong</small>").format(marked, errors, words)
         rows.append(row)
     return pd.DataFrame(rows, columns=["utterance", *results], dtype=object)

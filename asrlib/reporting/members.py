@@ -225,7 +225,7 @@ def paired_tests(entries: Sequence[Entry], table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _same_utterances(a, b) -> bool:
-    said_a, said_b = ({(p["id"], p["reference"]) for p in result.predictions} for result in (a, b))
+    said_a, said_b = ({(p["id"], p["reference"], p.get("normaliser")) for p in each.predictions} for each in (a, b))
     return said_a == said_b and len(a.predictions) == len(b.predictions)
 
 

@@ -115,6 +115,7 @@ def _data_facts(metrics: dict[str, dict]) -> list[Markup]:
             tables.isolated(split), s["utterances"], s["words"], duration(s["seconds_audio"])
         )
         if zeroed := before.get("attention_zeroed", {}).get(split):
-            line += unbroken(f"; WER of the baseline with its attention set to zero {percent(zeroed['wer'])}")
+            few = f" ({zeroed['utterances']} utterances)" if zeroed["utterances"] < s["utterances"] else ""
+            line += unbroken(f"; WER of the baseline with its attention set to zero {percent(zeroed['wer'])}{few}")
         lines.append(line)
     return named + lines

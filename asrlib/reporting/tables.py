@@ -11,7 +11,7 @@ import pandas as pd
 from markupsafe import Markup, escape
 
 from asrlib.data.audio import SAMPLE_RATE
-from asrlib.data.text import folded
+from asrlib.data.text import as_counted, folded
 from asrlib.reporting.numbers import UNKNOWN, percent, rate_interval, span, unbroken
 from asrlib.runs import atomic_write
 
@@ -122,6 +122,11 @@ def diff_transcripts(reference: str, hypothesis: str) -> Markup:
             words += [Markup(pair).format(*both) for both in zip(left, right, strict=True)]
     direction = Markup(' dir="auto"') if turns(reference + hypothesis) else ""
     return Markup('<span class="diff"{}>{}</span>').format(direction, Markup(" ").join(words))
+
+
+def as_counted_diff(prediction: Mapping[str, Any]) -> Markup:
+    """`diff_transcripts` of a transcript in the form in which its word errors are counted."""
+    return diff_transcripts(as_counted(prediction, "reference"), as_counted(prediction, "hypothesis"))
 
 
 def audio_html(samples_S: "np.ndarray", name: str) -> Markup:

@@ -79,10 +79,12 @@ class Workload:
             yield self._passes(f"word errors of {systems} systems", self.baseline, systems, speech)
             yield Cost("their conversions, errors inside the layers")
         elif step == "03_finetune":
-            names = TrainingSettings.__dataclass_fields__.keys() - {"speeds"}
+            names = TrainingSettings.__dataclass_fields__.keys() - {"speeds", "parts"}
             settings = TrainingSettings(**{name: getattr(p, name) for name in names})
             teacher = self.baseline if p.kl_weight or p.hidden_weight else None
             yield self._training(step, self.converted, settings, p.train_samples, teacher)
+            if p.control:
+                yield self._training(step, self.baseline, settings, p.train_samples, teacher)
         elif step == "04_evaluate":
             yield self._passes("the test splits, converted and fine-tuned", self.converted, 2, *self._tests())
             if p.stream_chunks_ms:

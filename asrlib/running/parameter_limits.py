@@ -104,6 +104,8 @@ LIMITS: dict[str, Any] = {
     "ranks": one_of("uniform", "energy", "sensitivity"),
     "trainable": one_of("attention", "latent", "all"),
     "warmup_ratio": Field(ge=0, le=1),
+    "on_policy": Field(ge=0, le=1),
+    "encoder_memory": Field(ge=0),
     "scheduler": SCHEDULER,
     "precision": PRECISION,
     "training_strategy": one_of("ddp", "fsdp"),

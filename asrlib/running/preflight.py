@@ -149,6 +149,10 @@ def check_surroundings(values: dict[str, Any]) -> None:
     weights = [values.get(name) for name in ("ctc_weight", "kl_weight", "hidden_weight")]
     if None not in weights and not any(weights):
         raise BadParameter("'ctc_weight', 'kl_weight' and 'hidden_weight' are all 0: there is nothing to learn from")
+    if values.get("control") and values.get("trainable") == "latent":
+        raise BadParameter("'control' trains the unconverted model, which has no latent: use trainable: attention")
+    if values.get("on_policy") and not any(weights[1:]):
+        raise BadParameter("'on_policy' asks a teacher about what the model writes: give 'kl_weight' too")
 
 
 def _check_speech(values: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Which parts of a model are trained, and states of a model during its training."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -76,15 +76,15 @@ def updated_once(model) -> Iterator[None]:
             norm.momentum = momentum
 
 
-def select_trainable(model, which: str) -> int:
+def select_trainable(model, which: str, parts: Sequence[str] | None = None) -> int:
     """Freezes all parameters except the chosen ones; returns how many numbers remain to train.
 
-    `attention` means every parameter of the attention modules, `latent` only the factors of keys and values, `all`
-    everything.
+    `attention` means every parameter of the attention modules, of some `parts` of the model if given, `latent` only the
+    factors of keys and values, `all` everything.
     """
     chosen = {
         "all": lambda: [model],
-        "attention": lambda: attention_modules(model),
+        "attention": lambda: attention_modules(model, parts),
         "latent": lambda: [m for m in model.modules() if isinstance(m, LatentKV)],
     }
     if which not in chosen:

@@ -4,7 +4,7 @@ import random
 import shutil
 import time
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, ProgressCallback
 
+from asrlib.attention.names import attends_across
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus
 from asrlib.data.text import as_counted, normaliser_of
@@ -40,6 +41,7 @@ class TrainingSettings:
     """How to train; the names are those of the params files."""
 
     trainable: str = "attention"  # attention | latent | all
+    parts: Sequence[str] | None = None  # of a model with a decoder: whose attention is trained, all if None
     epochs: float = 5
     learning_rate: float = 1e-5  # peak
     warmup_ratio: float = 0.1  # share of all steps
@@ -90,7 +92,6 @@ class SpeechTrainer(Trainer):
         self.settings = settings
         self.processor = processor
         self.head = family_of(self.model.config).head
-        self.chance = random.Random(settings.seed)
         self.teacher = teacher and teacher.to(self.args.device).eval().requires_grad_(False)
 
     def _loader(self, dataset: SpeechDataset, shuffle: bool) -> DataLoader:
@@ -116,11 +117,11 @@ class SpeechTrainer(Trainer):
         if self.teacher is None:
             ours = self.head.forward(model, inputs)
             return (ours.loss, ours) if return_outputs else ours.loss
-        on_policy = model.training and self.chance.random() < self.settings.on_policy
+        chance = random.Random(f"{self.settings.seed} {self.state.global_step}").random()  # the same when it resumes
+        on_policy = model.training and chance < self.settings.on_policy
         if on_policy:
-            with inference(model, device=self.args.device, precision=self.settings.precision):
-                inputs = inputs | {"labels": self.head.own_labels(model, self.processor, inputs)}
-            model.train()
+            with inference(self.model, device=self.args.device, precision=self.settings.precision):
+                inputs = inputs | {"labels": self.head.own_labels(self.model, self.processor, inputs)}
         unlabelled = inputs if self.head.reads_labels else {k: v for k, v in inputs.items() if k != "labels"}
         layers = {"output_hidden_states": True} if self.settings.hidden_weight else {}
         with inference(self.teacher, device=self.args.device, precision=self.settings.precision):
@@ -247,7 +248,7 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
     """Trains `model` in place on the loss of its head and leaves it with the weights of the lowest validation WER:
-    those of an evaluation, or those that it came with (step 0). Of equal WERs the lower loss is the better.
+    those of an evaluation, or those that it came with (step 0), if their WER or, at equal WERs, their loss is lower.
 
     Checkpoints and TensorBoard logs go to `folder`. Called again with the same folder, training resumes after the last
     complete checkpoint and, on the CPU, ends with the same weights as an undisturbed run. A relative `folder` starts at
@@ -270,13 +271,15 @@ def train(
     elif teacher is None:
         raise ValueError("kl_weight and hidden_weight are the weights of a teacher's losses, and no teacher was given")
     head = family_of(model.config).head
+    if settings.on_policy and (teacher is None or not attends_across(model.config)):
+        raise ValueError("on_policy is for a model with a decoder and a teacher: give kl_weight, or leave it out")
     model.config.ctc_zero_infinity = True
     model.config.ctc_loss_reduction = "mean"  # a sum would tie the learning rate to the batch size
     if tied := getattr(model, "_tied_weights_keys", None):
         model._keys_to_ignore_on_save = set(tied)  # otherwise Trainer warns that checkpoints lack the tied copies
     use_cache = getattr(model.config, "use_cache", None)  # Trainer switches it off in the config, which is saved
     start = {name: values.detach().cpu().clone() for name, values in model.state_dict().items()}
-    trainable_parameters = select_trainable(model, settings.trainable)
+    trainable_parameters = select_trainable(model, settings.trainable, settings.parts)
     checkpoint = last_checkpoint(folder)
     facts = read_json(checkpoint / CHECKPOINT_MARKER) if checkpoint else {"seconds": 0.0, "finished": False}
     if checkpoint and facts.get("processes", 1) != process_count():
@@ -311,7 +314,7 @@ def train(
         load_model(model, checkpoint_folder(folder, state.best_global_step) / "model.safetensors")
     else:
         with ExitStack() as around:
-            around.enter_context(KEPT.of(model))
+            around.enter_context(KEPT.of(model) if settings.training_strategy != "fsdp" else nullcontext())
             around.enter_context(frozen_batch_norm(model))
             around.enter_context(own_precision(model, trainer))
             if settings.hidden_weight or trainer.args.world_size > 1:

@@ -260,7 +260,7 @@ def test_a_whisper_learns_on_what_it_writes_itself(loaded, tmp_path):
 
 def test_who_writes_no_tokens_cannot_learn_on_them(loaded, tmp_path):
     (model, processor), teacher = loaded("parakeet_rnnt"), loaded("parakeet_rnnt")[0]
-    with pytest.raises(ValueError, match="on_policy is for models with a decoder"):
+    with pytest.raises(ValueError, match="on_policy is for a model with a decoder and a teacher"):
         how = settings(kl_weight=1.0, on_policy=1.0)
         train(model, processor, tiny.corpus(4), tiny.corpus(2), tmp_path, how, teacher)
 
