@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -27,12 +27,13 @@ from transformers import PreTrainedModel
 
 import asrlib
 from asrlib.attention.cache import cached_numbers
-from asrlib.attention.names import encoder_config
+from asrlib.attention.names import attends_across, encoder_config
 from asrlib.conversion.convert import convert, decompose
 from asrlib.conversion.methods import METHODS
 from asrlib.conversion.quality import analyze_compression_quality, by_name
 from asrlib.conversion.statistics import Statistics, collect_statistics
 from asrlib.data.corpus import Corpus
+from asrlib.data.text import label_ids
 from asrlib.measuring.recipes import RECIPES, Recipe, percents, reachable
 from asrlib.measuring.resampling import interval, resample_sums
 from asrlib.measuring.rows import (
@@ -204,7 +205,19 @@ class _Reference:
         def remember(index: int, logits_TV: torch.Tensor) -> None:
             self.logits[index] = logits_TV.float().cpu()
 
-        return score(transcribe(self.model, corpus=self.corpus, record=remember, **self.settings))
+        return score(transcribe(self.model, corpus=self.corpus, record=remember, told=self.told, **self.settings))
+
+    @functools.cached_property
+    def told(self) -> Corpus | None:
+        """The texts whose posteriors are compared, of a model with a decoder: what the baseline writes, for it may find
+        references in another case or punctuation unlikely from the first token on."""
+        if not attends_across(self.model.config):
+            return None
+        texts = [row["hypothesis"] for row in transcribe(self.model, corpus=self.corpus, **self.settings)]
+        longest, processor = self.model.config.max_target_positions, self.settings["processor"]
+        fits = [text and len(label_ids(text, processor)) <= longest for text in texts]
+        own = [replace(u, text=text) if fit else u for u, text, fit in zip(self.corpus, texts, fits, strict=True)]
+        return replace(self.corpus, utterances=tuple(own))
 
     def itself(self) -> dict:
         no_error_N4 = np.tile([0.0, 1.0, 0.0, 1.0], (len(self.corpus), 1))
@@ -232,7 +245,8 @@ class _Reference:
             kl, change = (log_p.exp() * (log_p - log_q)).sum(), (ours - theirs).square().sum()
             sums_N4[index] = kl.item(), len(ours), change.item(), theirs.square().sum().item()
 
-        return score(transcribe(system, corpus=self.corpus, record=compare, **self.settings)), sums_N4
+        transcripts = transcribe(system, corpus=self.corpus, record=compare, told=self.told, **self.settings)
+        return score(transcripts), sums_N4
 
     def _outcome(
         self,

@@ -34,17 +34,18 @@ def transcribe(
     record: Callable[[int, torch.Tensor], None] | None = None,
     chunks: Chunks | None = None,
     cache: str = "float32",
+    told: Corpus | None = None,
 ) -> list[dict]:
     """Greedy transcripts in the order of the corpus: {id, speaker, seconds, reference, hypothesis} each, and normaliser
     where one makes them comparable (see `data.text.normaliser_of`).
 
-    The reference is the text of the corpus as it stands. `batch_seconds` bounds the padded audio in a batch, by default
-    what the head says; it changes the speed, not the transcripts: each is that of the utterance alone. `record` is
-    called once for every utterance, in no particular order, with its place in the corpus and its logits [T, V],
-    unpadded frames alone, on the device (where no CTC writes the text, those of the reference's tokens: see
-    models.heads). With `chunks` they are what a stream would give, whose cache is held in that format. Raises
-    UnusableAudio where an utterance cannot be decoded, torch.OutOfMemoryError where a batch is too large, with what to
-    lower.
+    The reference is the unchanged text of the corpus. `batch_seconds` limits the padded audio in a batch, by default to
+    what the head says. It changes the speed and not the transcripts, which are those of each utterance alone. `record`
+    is called once for every utterance, in any order, with its place in the corpus and its logits [T, V] without
+    padding, on the device. For heads other than CTC they are those of the reference's tokens (see models.heads), or of
+    the texts of `told`, the same utterances with other texts. With `chunks`, results are those of a stream whose cache
+    has the format `cache`. Raises UnusableAudio where an utterance cannot be decoded, and torch.OutOfMemoryError, which
+    says what to lower, where a batch is too large.
     """
     check_loaded(model, processor)
     check_corpus(corpus)
@@ -53,7 +54,7 @@ def transcribe(
         batch_seconds = family_of(model.config).head.batch_seconds
     limits = {"batch_seconds": batch_seconds, "precision": precision}
     writes = family_of(model.config).head.reads_labels  # token by token, instead of frame by frame
-    dataset = SpeechDataset(corpus, processor)
+    dataset = SpeechDataset(told or corpus, processor)
     if getattr(model.config, "feat_extract_norm", "layer") == "group":
         batches = [[i] for i in range(len(corpus))]  # this norm averages over padding too
     else:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import family_models
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,11 +14,14 @@ from commands import command
 
 import asrlib.measuring.methods as bench
 from asrlib import collect_statistics, convert, evaluate
+from asrlib.data.batches import SpeechCollator, SpeechDataset
+from asrlib.data.text import label_ids
 from asrlib.measuring.methods import BASELINE, ZEROED, Row, as_frame, benchmark, errors_by_width
 from asrlib.measuring.recipes import RECIPES, Recipe, names_in, reachable
 from asrlib.measuring.rows import break_point, first_broken
+from asrlib.measuring.transcribing import transcribe
 from asrlib.measuring.word_errors import load_predictions
-from asrlib.models.inference import zero_attention
+from asrlib.models.inference import spoken_logits, zero_attention
 from asrlib.models.registry import attention_modules
 from asrlib.models.scratch import new_processor
 from asrlib.reporting.method_tables import as_table
@@ -473,3 +477,20 @@ def test_the_attention_error_is_that_on_calibration_speech(model, rows, converte
 def test_heads_are_grouped_where_their_number_makes_just_the_cut(cut, reached):
     config = tiny.conformer(num_attention_heads=4).config
     assert (RECIPES["GQA, mean of heads"].obstacle(config, cut) is None) == reached
+
+
+def test_posteriors_of_a_decoder_are_compared_on_what_the_baseline_writes():
+    model, processor, speech = family_models.whisper(), family_models.processor_of("whisper"), tiny.corpus(3)
+    model.generation_config.max_length = 8  # random bytes are spelt in more tokens than they were written in
+    reference = bench._Reference(model, speech, {"processor": processor})
+    written = [row["hypothesis"] for row in transcribe(model, processor, speech)]
+    assert [utterance.text for utterance in reference.told] == written != [utterance.text for utterance in speech]
+    outcome = reference.compare(lambda: (convert(model, 4), 0.0, 0.0))
+    labels = [label_ids(text, processor) for text in written]
+    assert [len(reference.logits[place]) for place in range(3)] == [len(ids) for ids in labels]
+    with torch.no_grad():
+        batch = SpeechCollator(processor)(list(SpeechDataset(reference.told, processor)))
+        ours, theirs = (torch.cat(spoken_logits(each, batch)).log_softmax(-1) for each in (convert(model, 4), model))
+    expected = torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean").item()
+    assert outcome["kl"] == pytest.approx(expected, rel=1e-3) and outcome["kl"] > 0
+    assert bench._Reference(tiny.conformer(), speech, {}).told is None
