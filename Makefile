@@ -72,6 +72,8 @@ example:
 			test ! -e $$part || cp -R $$part ../examples/$(RUN)/$$folder; done; done
 	@test "$(PAGES)" != no || cat README.md docs/*.md 2>/dev/null | .venv/bin/python -c "import sys; from pathlib import Path; \
 		from asrlib.running.without_pages import leave_pages_out as without; without(Path('reports/examples/$(RUN)'), sys.stdin.read())"
+	@.venv/bin/python -c "from pathlib import Path; from asrlib.reporting.runs_page import write_runs_index as index; \
+		index(Path('reports/examples').resolve())"
 	@du -sh reports/examples/$(RUN)
 
 clean: ## remove .venv and caches; reports stay
