@@ -87,7 +87,9 @@ python:
 
 # The stamp is made last: an installation that was interrupted is taken up again by the next call. All includes the
 # notebooks' packages, so it makes and removes their stamp too. --no-compile: Python compiles what is imported when it is
-# imported; compiling all of it here takes half a minute for nothing.
+# imported; compiling all of it here takes half a minute for nothing. But where it must not write what it compiled, even a
+# refused parameter would wait for it: what that imports is compiled.
+LIGHT = pydantic pydantic_core yaml annotated_types typing_extensions.py
 .venv/.notebooks: EXTRA = notebooks
 .venv/.installed: EXTRA = dev
 .venv/.notebooks .venv/.installed: pyproject.toml constraints.txt
@@ -95,6 +97,7 @@ python:
 	@rm -f .venv/.notebooks
 	.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install --no-compile -c constraints.txt -e ".[$(EXTRA)]"
+	.venv/bin/python -m compileall -q $(addprefix .venv/lib/python*/site-packages/,$(LIGHT))
 	@touch .venv/.notebooks $@
 
 .NOTPARALLEL:  # two installations into one .venv would spoil it
