@@ -155,7 +155,7 @@ def _count_that_fits(longest: float, batch_seconds: float) -> int:
 
 
 class SpeechDataset(Dataset):
-    """{"audio": float32 [samples] at 16 kHz, "text": normalised transcript, "id"} per utterance and speed.
+    """{"audio": float32 [samples] at 16 kHz, "text": normalised transcript, "id", "language"} per utterance and speed.
 
     The speeds of an utterance follow each other: item i is utterance i // len(speeds) at speed i % len(speeds).
     `.seconds[i]` is its length, padding included if the processor pads to a fixed length. `.groups[i]` is the row group
@@ -188,7 +188,8 @@ class SpeechDataset(Dataset):
             audio = change_speed(utterance.audio(), self.speeds[speed])
         except UnusableAudio as error:  # it could be read when the corpus was checked
             raise UnusableAudio(f"{utterance.id} in {utterance.where}: {error}") from error
-        return {"audio": audio, "text": normalise_text(utterance.text, self.processor), "id": utterance.id}
+        text = normalise_text(utterance.text, self.processor)
+        return {"audio": audio, "text": text, "id": utterance.id, "language": utterance.language}
 
     def batches(
         self, batch_seconds: float, seed: int = 0, shuffle: bool = True, process: int = 0, processes: int = 1
@@ -243,7 +244,8 @@ class SpeechCollator:
                 return_attention_mask=True,
                 return_tensors="pt",
             )
-        labels = [torch.tensor(label_ids(item["text"], self.processor)) for item in items]
+        spelt = [label_ids(item["text"], self.processor, item.get("language")) for item in items]
+        labels = [torch.tensor(ids) for ids in spelt]
         batch = {
             self.name: inputs[self.name],
             "attention_mask": inputs["attention_mask"],

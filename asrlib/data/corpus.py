@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from asrlib.data.audio import SAMPLE_RATE, Source, UnusableAudio, duration, read_audio
-from asrlib.data.text import ctc_problem, label_ids, normalise_text, unknown_characters
+from asrlib.data.text import ctc_problem, label_ids, language_problem, normalise_text, unknown_characters
 from asrlib.runs import atomic_write
 
 UNKNOWN_SPEAKER = "unknown"
@@ -50,6 +50,7 @@ class Utterance:
     where: str  # file, or data set and row, for messages
     source: Source = field(repr=False, compare=False)
     group: RowGroup | None = field(default=None, repr=False, compare=False)  # None: all of the corpus is at hand
+    language: str | None = None  # a name or a code; None: what the model is told for the whole corpus
 
     def audio(self) -> np.ndarray:
         """float32 [samples], mono, 16 kHz. Raises UnusableAudio."""
@@ -171,6 +172,7 @@ class Row:
     speaker: str
     where: str
     source: Source
+    language: str | None = None
 
 
 def gather(name: str, split: str, rows: Iterable[Row | Rejected]) -> Corpus:
@@ -224,11 +226,14 @@ def admit(row: Row | Rejected) -> Utterance | Rejected:
         seconds = duration(row.source)
     except UnusableAudio as error:
         return Rejected(id, str(error), where)
-    return Utterance(id, row.text.strip(), _valid_unicode(row.speaker), seconds, where, row.source)
+    speaker, language = _valid_unicode(row.speaker), row.language
+    return Utterance(id, row.text.strip(), speaker, seconds, where, row.source, language=language)
 
 
 def _problem(utterance: Utterance, processor, frames: Callable[[int], int], check_audio: bool) -> str | None:
     """Why this utterance cannot be used, or None."""
+    if problem := language_problem(utterance.language, processor):
+        return problem
     text = normalise_text(utterance.text, processor)
     if not text:
         return "no transcript"
@@ -238,7 +243,7 @@ def _problem(utterance: Utterance, processor, frames: Callable[[int], int], chec
         samples = len(utterance.audio()) if check_audio else round(utterance.seconds * SAMPLE_RATE)
     except UnusableAudio as error:
         return str(error)
-    ids = label_ids(text, processor)
+    ids = label_ids(text, processor, utterance.language)
     return (
         frames.problem(ids, samples)
         if hasattr(frames, "problem")

@@ -15,7 +15,8 @@ from asrlib.data.text import COMPOSITIONS
 def open_manifest(path: str | os.PathLike, split: str | None = None) -> Corpus:
     """A .jsonl (one object a line) or .csv (with a header) file, UTF-8.
 
-    Columns: audio (a path; relative paths start at the manifest's folder) and text; optional speaker, id and split.
+    Columns: audio (a path; relative paths start at the manifest's folder) and text; optional speaker, id, split and
+    language (a name or a code, for models that are told one).
     With a column `split`, the rows of that split are taken. Without it the whole file is one split that has the file's
     name, so that nobody tests on training speech. Raises ValueError, which names missing columns or splits.
     """
@@ -65,7 +66,8 @@ def _manifest_rows(manifest: Path, rows: list[tuple[int, dict | str]]) -> Iterat
                 yield Rejected(id, f"audio file not found: {row['audio']}", where)
             else:
                 speaker = named(row.get("speaker"), UNKNOWN_SPEAKER)
-                yield Row(id, row.get("text"), speaker, str(audio), partial(bytes, audio))
+                language = str(row.get("language") or "").strip() or None
+                yield Row(id, row.get("text"), speaker, str(audio), partial(bytes, audio), language)
 
 
 def _find(folder: Path, name: str) -> Path | None:

@@ -6,12 +6,14 @@ has single characters, with a special token (usually "|") for the space, or piec
 
 import json
 import unicodedata
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
 
 from asrlib.data.audio import SAMPLE_RATE
 
+ENGLISH = ("en", "english", "<|en|>")
 COMPOSITIONS = ("NFC", "NFD")  # é as one character, or as e and an accent: the same text in Unicode's view
 
 
@@ -34,20 +36,20 @@ def folded(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text.casefold()).split())
 
 
-def normaliser_of(processor) -> str | None:
+def normaliser_of(processor, language: str | None = None) -> str | None:
     """The name, of NORMALISERS, of what makes transcripts comparable that are written with this vocabulary.
 
     None: a bare alphabet is compared as it stands. A vocabulary of both cases and a comma writes what references may
-    lack: such text is judged as Whisper's authors do, by rules of English where the tokenizer writes English, and by
-    those of every language otherwise.
+    lack: such text is judged as Whisper's authors do, by rules of English where the text is English, and by those of
+    every language otherwise. `language` is that of the text, by default the tokenizer's.
     """
     tokenizer = _tokenizer(processor)
     if not _spells_everything(tokenizer):
         letters = _characters(tokenizer)
         if "," not in letters or not any(map(str.islower, letters)) or not any(map(str.isupper, letters)):
             return None
-    writes = getattr(tokenizer, "language", "unknown")  # a Whisper's; None where it writes English alone
-    return "english" if writes in (None, "en", "english") else "basic"
+    writes = language or getattr(tokenizer, "language", "unknown")  # a Whisper's; None where it writes English alone
+    return "english" if writes is None or writes.lower() in ENGLISH else "basic"
 
 
 def as_counted(prediction: dict, side: str) -> str:
@@ -96,18 +98,47 @@ def unknown_characters(text: str, processor) -> list[str]:
     return sorted(set(text) - _characters(processor))
 
 
-def label_ids(text: str, processor) -> list[int]:
+def label_ids(text: str, processor, language: str | None = None) -> list[int]:
     """Token ids of normalised text, without begin or end marks. Text like <s> is spelt, and is no special token.
 
     If the tokenizer has a prompt, as Whisper's has, the ids stand between the prompt, without its first token, and the
-    end mark.
+    end mark. The prompt names `language`, or else the tokenizer's.
     """
     tokenizer = _tokenizer(processor)
     prompt = getattr(tokenizer, "prefix_tokens", None)
     # Whisper was trained on text that begins with a space: without it, its own transcripts surprise it.
     spoken = text if prompt is None else f" {text}"
     ids = tokenizer(spoken, add_special_tokens=False, split_special_tokens=True).input_ids
-    return ids if prompt is None else [*prompt[1:], *ids, tokenizer.eos_token_id]
+    if prompt is None:
+        return ids
+    told = [_language_id(language, tokenizer), *prompt[2:]] if language and len(prompt) > 2 else prompt[1:]
+    return [*told, *ids, tokenizer.eos_token_id]
+
+
+def languages_told(labels: Sequence[Sequence[int]], processor) -> list[str | None]:
+    """The language's token that each row of `label_ids` begins with, as <|de|>; None where the prompt names none."""
+    tokenizer = _tokenizer(processor)
+    told = len(getattr(tokenizer, "prefix_tokens", ())) > 2
+    return [tokenizer.convert_ids_to_tokens(int(row[0])) if told else None for row in labels]
+
+
+def language_problem(language: str | None, processor) -> str | None:
+    """Why a model with this processor cannot write `language`, or None. A model that is told no language writes any."""
+    tokenizer = _tokenizer(processor)
+    prompt = getattr(tokenizer, "prefix_tokens", None)
+    if language is None or prompt is None:
+        return None
+    if len(prompt) <= 2:
+        return None if language.lower() in ENGLISH else f"language is {language!r}, and this model writes English alone"
+    known = _language_id(language, tokenizer) not in (None, tokenizer.unk_token_id)
+    return None if known else f"language is {language!r}, which this model does not know"
+
+
+def _language_id(language: str, tokenizer) -> int | None:
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+    code = TO_LANGUAGE_CODE.get(language.lower(), language.lower())
+    return tokenizer.convert_tokens_to_ids(f"<|{code}|>")
 
 
 def ctc_length(ids: list[int]) -> int:

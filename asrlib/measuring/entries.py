@@ -27,8 +27,12 @@ class Entry:
 
     def scores(self) -> dict[str, dict]:
         """{split: {wer, wer_interval, cer, …}}; empty if it was not evaluated."""
-        scores = self.metrics("evaluate").get("systems", {}).get(self.system, {})
-        return scores or (self.metrics("baseline").get("splits", {}) if self.system == "baseline" else {})
+        return self.all_scores().get(self.system, {})
+
+    def all_scores(self) -> dict[str, dict[str, dict]]:
+        """`scores` of all systems of its run, the baseline first, the fine-tuned one last."""
+        scores = self.metrics("evaluate").get("systems", {})
+        return {"baseline": self.metrics("baseline").get("splits", {})} | scores
 
     def training(self) -> dict:
         """{history, seconds, steps, best_wer, …} of its training; empty if it was not trained."""

@@ -86,9 +86,9 @@ def transcribe(
                 for i, logits_TV in zip(indices, logits, strict=True):
                     record(i, logits_TV)
             progress.update(len(indices))
-    form = {"normaliser": name} if (name := normaliser_of(processor)) else {}
     return [
-        {"id": u.id, "speaker": u.speaker, "seconds": u.seconds, "reference": u.text, "hypothesis": text} | form
+        {"id": u.id, "speaker": u.speaker, "seconds": u.seconds, "reference": u.text, "hypothesis": text}
+        | ({"normaliser": name} if (name := normaliser_of(processor, u.language)) else {})
         for u, text in zip(corpus, hypotheses, strict=True)
     ]
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCTC, AutoModelForRNNT, AutoModelForSpeechSeq2Seq, PreTrainedModel
 
 from asrlib.data.audio import SAMPLE_RATE
-from asrlib.data.text import ctc_problem
+from asrlib.data.text import ENGLISH, ctc_problem, languages_told
 from asrlib.models.transducer import transducer_loss
 
 # The most tokens of Whisper for a second of speech, and as many for no speech. The fastest of 1,519 LibriSpeech
@@ -97,8 +97,8 @@ class Decoder(Head):
     """An autoregressive decoder that attends to the encoder's frames, as Whisper has (Radford et al. 2022).
 
     Posteriors are those of the labels' tokens, each given the tokens before it. Transcripts come from greedy
-    generation, in the language of the processor's tokenizer, or else in English. A transcript has at most `most_tokens`
-    tokens, so that a model that repeats itself ends.
+    generation, in the languages that labels name, or else in that of the processor's tokenizer, or else in English. A
+    transcript has at most `most_tokens` tokens, so that a model that repeats itself ends.
     """
 
     auto_model = AutoModelForSpeechSeq2Seq
@@ -106,7 +106,7 @@ class Decoder(Head):
 
     def prepare(self, model, processor, language=None):
         told = self.prompt(model, processor)
-        if language is not None and not told and language.lower() not in ("en", "english"):
+        if language is not None and not told and language.lower() not in ENGLISH:
             raise ValueError(f"language is {language!r}, but this model writes English alone: leave it out")
         if told:
             told |= {"language": language.lower()} if language else {}
@@ -124,8 +124,9 @@ class Decoder(Head):
     def recognised(self, model, processor, batch, output, frames_B):
         features_BFS, mask_BS = batch[model.main_input_name], batch.get("attention_mask")
         heard_BS = torch.ones_like(features_BFS[:, 0]) if mask_BS is None else mask_BS
-        most_B = self.most_tokens(model, processor, heard_BS.sum(-1) / FEATURES_PER_SECOND)
-        settings = {"attention_mask": mask_BS, "num_beams": 1} | self.prompt(model, processor)
+        prompt = self.prompt(model, processor, batch.get("labels"))
+        most_B = self.most_tokens(prompt, heard_BS.sum(-1) / FEATURES_PER_SECOND)
+        settings = {"attention_mask": mask_BS, "num_beams": 1} | prompt
         longest = min(int(most_B.max()), model.generation_config.max_length or model.config.max_target_positions)
         ids_BK = model.generate(features_BFS, max_length=longest, **settings)
         beyond_BK = torch.arange(ids_BK.shape[1], device=ids_BK.device) >= most_B[:, None]
@@ -134,24 +135,30 @@ class Decoder(Head):
     def own_labels(self, model: PreTrainedModel, processor, batch: Batch) -> torch.Tensor:
         """Labels [B, L] of what the model writes of a batch now."""
         ids_BK = self.recognised(model, processor, batch, None, None)
-        end, prompt = processor.tokenizer.eos_token_id, processor.tokenizer.prefix_tokens[1:]
+        end, told = processor.tokenizer.eos_token_id, len(processor.tokenizer.prefix_tokens) - 1
         written = [[token for token in row if token != end] for row in ids_BK.tolist()]
-        longest = model.config.max_target_positions - len(prompt) - 1
-        labels = [torch.tensor([*prompt, *row[:longest], end]) for row in written]
+        longest = model.config.max_target_positions - told - 1
+        prompts = batch["labels"][:, :told].tolist()
+        each = zip(prompts, written, strict=True)
+        labels = [torch.tensor([*prompt, *row[:longest], end]) for prompt, row in each]
         return torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(ids_BK.device)
 
-    def most_tokens(self, model, processor, seconds_B: torch.Tensor) -> torch.Tensor:
+    def most_tokens(self, prompt: dict, seconds_B: torch.Tensor) -> torch.Tensor:
         """The most tokens [B] for so many seconds of speech: 10 a second and 10 more in English, 30 and 30 in other
         languages."""
-        english = self.prompt(model, processor).get("language", "english") in ("en", "english")
-        rate = ENGLISH_TOKENS_PER_SECOND if english else TOKENS_PER_SECOND
-        return (rate * (seconds_B + 1)).ceil().long()
+        told = prompt.get("language", "english")
+        told = [told] * len(seconds_B) if isinstance(told, str) else told
+        rates = [ENGLISH_TOKENS_PER_SECOND if language in ENGLISH else TOKENS_PER_SECOND for language in told]
+        return (seconds_B.new_tensor(rates) * (seconds_B + 1)).ceil().long()
 
-    def prompt(self, model, processor) -> dict[str, str]:
-        """The language and the task for `generate`, where the model knows several."""
+    def prompt(self, model, processor, labels_BL: torch.Tensor | None = None) -> dict[str, str | list[str]]:
+        """The language, of each of the labels if they are given, and the task for `generate`, where the model knows
+        several."""
         if not getattr(model.generation_config, "is_multilingual", False):
             return {}
-        return {"language": processor.tokenizer.language or "english", "task": "transcribe"}
+        own = processor.tokenizer.language or "english"
+        told = own if labels_BL is None else [told or own for told in languages_told(labels_BL, processor)]
+        return {"language": told, "task": "transcribe"}
 
     def texts(self, processor, ids):
         return [text.strip() for text in processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]

@@ -4,6 +4,7 @@ Everything is computed from a `Comparison`. There error rates are fractions; sho
 """
 
 from collections.abc import Sequence
+from itertools import product
 from urllib.parse import quote
 
 import pandas as pd
@@ -11,6 +12,7 @@ from markupsafe import Markup
 
 from asrlib.measuring.entries import UNCONVERTED, Entry
 from asrlib.measuring.names import ATTENTION, AUDIO_SECONDS, SIGNIFICANT
+from asrlib.reporting.figures import SYSTEMS
 from asrlib.reporting.members import Comparison
 from asrlib.reporting.numbers import (
     change,
@@ -152,6 +154,29 @@ def parameter_table(sweep: Comparison, parameter: str, groups: Sequence[Sequence
         for group in groups
         for name, row in sweep.table.loc[list(group)].iterrows()
     ]
+    return pd.DataFrame(rows)
+
+
+def seed_table(sweep: Comparison, groups: Sequence[Sequence[str]]) -> pd.DataFrame:
+    """What another seed changes: the WER of each system of the members that differ in their seed alone, and how much
+    more wrong the last of their systems is than it; each the mean over seeds, with the lowest and the highest."""
+    entries, rows = {entry.name: entry for entry in sweep.entries}, []
+    for group, split in product(groups, sweep.splits):
+        of_member = [entries[name].all_scores() for name in group]
+        rates = pd.DataFrame([{s: by[split]["wer"] for s, by in scores.items() if split in by} for scores in of_member])
+        rates = rates.dropna(axis=1)
+        for system, column in rates.items():
+            more = rates.iloc[:, -1] - column
+            rows.append(
+                {
+                    "members": ", ".join(group),
+                    "split": split,
+                    "system": SYSTEMS[system],
+                    "seeds": len(rates),
+                    "WER": f"{percent(column.mean())} ({rate_interval((column.min(), column.max()))})",
+                    f"{SYSTEMS[rates.columns[-1]]}, points more": tested_points(more.mean(), (more.min(), more.max())),
+                }
+            )
     return pd.DataFrame(rows)
 
 

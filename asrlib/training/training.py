@@ -20,7 +20,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, ProgressCallback
 from asrlib.attention.names import attends_across
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.corpus import Corpus
-from asrlib.data.text import as_counted, normaliser_of
+from asrlib.data.text import as_counted, languages_told, normaliser_of
 from asrlib.models.heard_once import KEPT, keep_encoder_states
 from asrlib.models.inference import inference, padding_silenced
 from asrlib.models.out_of_memory import in_words, out_of_memory_explained
@@ -396,5 +396,6 @@ def _word_error_rate(prediction, processor, head) -> float:
     ids = np.where(prediction.predictions == -100, pad, prediction.predictions)
     labels = np.where(prediction.label_ids == -100, pad, prediction.label_ids)
     texts = head.references(processor, labels), head.texts(processor, ids)
-    form = {"normaliser": normaliser_of(processor)}
-    return jiwer.wer(*([as_counted({"text": text} | form, "text") for text in side] for side in texts))
+    forms = [normaliser_of(processor, language) for language in languages_told(labels, processor)]
+    rows = ([{"text": t, "normaliser": form} for t, form in zip(side, forms, strict=True)] for side in texts)
+    return jiwer.wer(*([as_counted(row, "text") for row in side] for side in rows))

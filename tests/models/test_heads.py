@@ -1,10 +1,13 @@
 """A head of each kind is loaded, taught, and writes what it would write of each utterance alone."""
 
+import json
 from functools import partial
+from unittest.mock import Mock
 
 import family_models
 import numpy as np
 import pytest
+import soundfile
 import tiny
 import torch
 from safetensors.torch import load_file
@@ -276,21 +279,41 @@ def test_a_language_is_told_to_who_knows_several(folders, loaded):
     Decoder().prepare(model, processor, "en")
 
 
+def test_each_row_of_a_manifest_may_name_its_language(loaded, tmp_path, monkeypatch):
+    model, processor = loaded("whisper")
+    german = len(processor.tokenizer)
+    processor.tokenizer.add_tokens("<|de|>", special_tokens=True)
+    model.resize_token_embeddings(german + 1)
+    model.generation_config.lang_to_id |= {"<|de|>": german}
+    for name in "abcde":
+        soundfile.write(tmp_path / f"{name}.flac", np.random.default_rng(0).uniform(-0.1, 0.1, 8_000), 16_000)
+    rows = [("a", "A", "en"), ("b", "A.", "German"), ("c", "E", None), ("d", "E", "klingon"), ("e", "A.", "de")]
+    lines = [{"audio": f"{name}.flac", "text": text, "language": language} for name, text, language in rows]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    speech = asrlib.open_corpus(tmp_path / "m.jsonl").usable(processor, frames_of(model))
+    assert [u.language for u in speech] == ["en", "German", None, "de"]
+    assert [row.reason for row in speech.rejected] == ["language is 'klingon', which this model does not know"]
+    generate = Mock(wraps=model.generate)
+    monkeypatch.setattr(model, "generate", generate)
+    scored = transcribe(model, processor, speech)
+    told = generate.call_args.kwargs["language"]
+    assert told == ["<|en|>", "<|de|>", "<|en|>", "<|de|>"]
+    assert [row["normaliser"] for row in scored] == ["english", "basic", "english", "basic"]
+    batch = batch_of(processor, speech)
+    assert batch["labels"][:, 0].tolist() == processor.tokenizer.convert_tokens_to_ids(told)
+    assert torch.equal(Decoder().own_labels(model, processor, batch)[:, :3], batch["labels"][:, :3])
+
+
 def test_a_transcript_has_no_more_tokens_than_its_seconds_allow(loaded):
     model, processor = loaded("whisper")
     head, seconds = Decoder(), torch.tensor([0.5, 1.0, 12.0])
-    assert head.most_tokens(model, processor, seconds).tolist() == [15, 20, 130]
-    processor.tokenizer.language = "german"
-    assert head.most_tokens(model, processor, seconds).tolist() == [45, 60, 390]
-    processor.tokenizer.language = "english"
+    assert head.most_tokens({}, seconds).tolist() == [15, 20, 130]
+    assert head.most_tokens({"language": "german"}, seconds).tolist() == [45, 60, 390]
+    assert head.most_tokens({"language": ["<|en|>", "<|de|>", "en"]}, seconds).tolist() == [15, 60, 130]
     end = model.generation_config.eos_token_id
     model.generation_config.suppress_tokens = [end]  # it would write for ever
     ids = head.recognised(model, processor, batch_of(processor, [spoken("A", 0.1), spoken("E", 0.9)]), None, None)
-    assert (
-        (ids != end).sum(-1).tolist()
-        == [11, 19]
-        == head.most_tokens(model, processor, torch.tensor([0.1, 0.9])).tolist()
-    )
+    assert (ids != end).sum(-1).tolist() == [11, 19] == head.most_tokens({}, torch.tensor([0.1, 0.9])).tolist()
 
 
 def test_a_trained_whisper_keeps_what_it_attends_to_while_it_writes(loaded, tmp_path):

@@ -28,7 +28,7 @@ from asrlib.reporting.benchmark_tables import (
     state_table,
 )
 from asrlib.reporting.figure_captions import caption_of, heading_of
-from asrlib.reporting.figures import save_figure
+from asrlib.reporting.figures import SYSTEMS, save_figure
 from asrlib.reporting.member_figures import figures_of, lengths_figure, looks, looks_of_run
 from asrlib.reporting.members import compare_members, pairs_to_test, short_names, varied_parameters
 from asrlib.runs import MissingStep, Run, is_member, is_sweep, write_json
@@ -422,6 +422,27 @@ def test_figures_of_all_that_was_measured(eight, widths):
     assert parameter.containers[0][0].get_ydata().round(1).tolist() == [40, 20, 10]
     table = member_tables.parameter_table(found, "latent_dim", [list(found.table.index[::-1])])
     assert list(table["latent_dim"]) == [4, 16, 64] and "cut against MHA" in table
+
+
+def test_seeds_are_summed_up_with_every_system_beside(tmp_path):
+    run, names = Run(tmp_path / "seeds"), ["seed-0", "seed-1"]
+    write_json(run.path / "params.json", {"sweep": {"seed": [0, 1]}})
+    for seed, name in enumerate(names):
+        one = member(Run(run.path / name), "speech-encoder", "mha", 0.1, seed=seed)
+        systems = {"baseline": one.read_metrics("baseline")["splits"]}
+        for system, wer in {"control": 0.1, "converted": 0.3, "finetuned": 0.1 + 0.1 * seed}.items():
+            systems[system] = evaluated(one, system, {"test-clean": wer, "test-other": 0.5})
+        one.write_metrics("convert", {"cache_cut": 0.9, "parameters": 1_900_000})
+        one.write_metrics("finetune", trained(0.1, seconds=30.0))
+        one.write_metrics("evaluate", {"systems": systems})
+    found = compare_members(run, names, test=False)
+    assert varied_parameters(found.entries) == {"seed": [names]}
+    table = member_tables.seed_table(found, [names]).query("split == 'test-clean'").set_index("system")
+    assert table.index.tolist() == [SYSTEMS[s] for s in ("baseline", "control", "converted", "finetuned")]
+    assert table.at["fine-tuned (MLA)", "WER"] == "15.00 % (10.00–20.00)" and set(table["seeds"]) == {2}
+    more = table["fine-tuned (MLA), points more"]
+    assert more["trained alike (MHA)"] == "+5.00 (±0.00 to +10.00)"
+    assert more["fine-tuned (MLA)"] == "±0.00 (±0.00 to ±0.00)"
 
 
 def test_captions_say_how_to_read_each_figure(eight, widths):
