@@ -85,6 +85,7 @@ def benchmark(
     batch_seconds: float | None = None,
     device: str | None = None,
     statistics: Statistics | None = None,
+    parts: Sequence[str] | None = None,
 ) -> Iterator[Row]:
     """Yields the rows of every recipe at every cut, on every corpus of `corpora` (by split), once each is measured.
 
@@ -92,7 +93,7 @@ def benchmark(
     follows, from its shallowest cut to its deepest. A warning names the cuts that a recipe cannot reach; they have no
     rows. `out` is a folder that keeps the rows; rows that are there already are not measured again. The baseline's
     logits stay in memory, about 25 MB an hour of speech for 32 tokens. `device`: see `models.inference.choose_device`.
-    `statistics` are collected from the calibration speech if they are not given.
+    `statistics` are collected from the calibration speech if they are not given, for `parts` (see `convert`).
 
     Raises ValueError before the first measurement where no recipe reaches a cut, where the calibration speech is unfit
     (see `collect_statistics`), or where `out` holds rows of another model, other speech or other settings.
@@ -110,7 +111,7 @@ def benchmark(
             "weights of the model": weights_fingerprint(model),
             "calibration speech": f"{calibration.split} {calibration.fingerprint()}",
             "calibration_seconds": calibration_seconds,
-            "parts": ", ".join(statistics.parts if statistics else chosen_parts(model.config, None)),
+            "parts": ", ".join(statistics.parts if statistics else chosen_parts(model.config, parts)),
             "device": choose_device(device, model).type,
             "code of asrlib": _code_fingerprint(),
         }
@@ -127,6 +128,7 @@ def benchmark(
             60.0 if batch_seconds is None else batch_seconds,
             device,
             attention,
+            parts,
         )
     settings = {"processor": processor, "batch_seconds": batch_seconds, "device": device}
     references = {split: _Reference(model, corpus, settings) for split, corpus in corpora.items()}

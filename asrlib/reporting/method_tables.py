@@ -23,9 +23,13 @@ from asrlib.data.opening import check_splits, open_usable
 from asrlib.measuring.methods import CUTS, benchmark
 from asrlib.measuring.recipes import RECIPES, names_in, reachable
 from asrlib.measuring.rows import BASELINE, ZEROED, Row, break_point, in_order
-from asrlib.models.registry import frames_of
+from asrlib.measuring.transcribing import in_own_words
+from asrlib.models.heard_once import keep_encoder_states
+from asrlib.models.registry import chosen_parts, frames_of
 from asrlib.reporting.numbers import p_number, rate_interval, tested_points
 from asrlib.runs import BadParameter
+
+ENCODER_MEMORY = 4.0  # GiB for the states of a Whisper's encoder
 
 
 def as_table(rows: Iterable[Row]) -> pd.DataFrame:
@@ -81,6 +85,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--methods", metavar="svd,…", help=f"default: all, which are: {'; '.join(RECIPES)}")
     add("--samples", type=int, metavar="N", help="utterances a split (default: all)")
     add("--calibration-seconds", type=float, default=600.0, metavar="S", help="speech for statistics (default: 600)")
+    add("--parts", metavar="decoder,cross", help="of a model with a decoder, to convert (default: what keeps a cache)")
+    add("--own-words", action="store_true", help="of a model with a decoder: calibrate on what it writes itself")
     add("--out", metavar="FOLDER", help="keeps rows, transcripts and table, and resumes (default: print only)")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add("--seed", type=int, default=0, help="of the choice of utterances (default: 0)")
@@ -91,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     """What was measured is printed, whatever happens. Raises BadParameter before anything was measured."""
     args = parse(argv)
     rows: list[Row] = []
+    keep_encoder_states(ENCODER_MEMORY)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(message, file=sys.stderr)  # noqa: T201
         try:
@@ -99,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             raise error if rows else BadParameter(str(error)) from error
         finally:
+            keep_encoder_states(0)
             if rows:
                 print(_report(rows))  # noqa: T201
     return 0
@@ -110,13 +118,15 @@ def _asked_for(args: argparse.Namespace) -> Iterator[Row]:
     splits = [split.strip() for split in args.splits.split(",")]
     check_splits(args.corpus, [args.calibration, *splits])
     model, processor = asrlib.load(args.model)
+    parts = chosen_parts(model.config, [part.strip() for part in args.parts.split(",")] if args.parts else None)
     reachable(model.config, recipes, cuts)  # before the speech is decoded, which may take long
     usable = functools.partial(open_usable, args.corpus, processor=processor, frames=frames_of(model), seed=args.seed)
     calibration = usable(split=args.calibration, seconds=args.calibration_seconds)
     corpora = {split: usable(split=split, samples=args.samples) for split in splits}
-    return benchmark(
-        model, processor, calibration, corpora, cuts, recipes, args.calibration_seconds, args.out, device=args.device
-    )
+    if args.own_words:
+        calibration = in_own_words(model, processor, calibration, args.device)
+    how = {"device": args.device, "parts": parts}
+    return benchmark(model, processor, calibration, corpora, cuts, recipes, args.calibration_seconds, args.out, **how)
 
 
 def cuts_in(text: str) -> list[float]:

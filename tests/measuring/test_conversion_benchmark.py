@@ -13,16 +13,17 @@ import torch
 from commands import command
 
 import asrlib.measuring.methods as bench
-from asrlib import collect_statistics, convert, evaluate
+from asrlib import collect_statistics, convert, evaluate, open_corpus
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.text import label_ids
 from asrlib.measuring.methods import BASELINE, ZEROED, Row, as_frame, benchmark, errors_by_width
 from asrlib.measuring.recipes import RECIPES, Recipe, names_in, reachable
-from asrlib.measuring.rows import break_point, first_broken
-from asrlib.measuring.transcribing import transcribe
+from asrlib.measuring.rows import break_point, first_broken, read_rows
+from asrlib.measuring.transcribing import in_own_words, transcribe
 from asrlib.measuring.word_errors import load_predictions
+from asrlib.models.heard_once import KEPT
 from asrlib.models.inference import spoken_logits, zero_attention
-from asrlib.models.registry import attention_modules
+from asrlib.models.registry import attention_modules, frames_of
 from asrlib.models.scratch import new_processor
 from asrlib.reporting.method_tables import as_table
 
@@ -410,6 +411,7 @@ def test_the_command_prints_the_table_and_the_break_points(project, rows, tmp_pa
         (["--cuts", "99"], "no recipe reaches a cut of 99 %"),
         (["--splits", "validation,nowhere"], "has no split 'nowhere'"),
         (["--cuts", "50", "--samples", "0"], "at least one utterance"),
+        (["--cuts", "50", "--parts", "decoder"], "parts is ['decoder'], but the parts of wav2vec2-conformer"),
     ],
 )
 def test_a_mistake_is_one_clear_line(project, capsys, more, message):
@@ -417,6 +419,23 @@ def test_a_mistake_is_one_clear_line(project, capsys, more, message):
     captured = capsys.readouterr()
     assert message in captured.err and "Traceback" not in captured.err
     assert captured.out == ""
+
+
+def test_the_command_converts_the_parts_of_a_decoder_on_its_own_words(project, tmp_path, capsys):
+    model, processor = family_models.whisper(), family_models.processor_of("whisper")
+    model.generation_config.max_length = 8
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "whisper")
+    more = ["--parts", "cross", "--own-words", "--cuts", "50", "--methods", "svd", "--out", str(tmp_path / "out")]
+    assert main([str(tmp_path / "whisper"), *command(project, *more)[1:]]) == 0
+    assert " svd " in capsys.readouterr().out and KEPT.limit_bytes == KEPT.bytes == 0
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["parts"] == "cross"
+    own = in_own_words(model, processor, open_corpus(project, "train").usable(processor, frames_of(model)))
+    assert settings["calibration speech"].endswith(own.fingerprint())
+    (svd,) = (row for row in read_rows(tmp_path / "out").values() if row.recipe == "svd")
+    width = model.config.d_model
+    assert sorted(set(svd.latent_dim)) == [width, 2 * width], "the decoder's own attention is left as it was"
 
 
 def test_calibration_on_a_test_split_is_refused(project, tmp_path, capsys):
