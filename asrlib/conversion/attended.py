@@ -10,7 +10,11 @@ before anything reads them. With x̄_i = Σ_j a_ij x_j, the mean input that quer
 each divided by its value at ΔW = W, then summed, with weight `balance`² on the values (Q_h, W_o,h: see factorize.py).
 Given down, the best up is a regression: up_k = W_k S downᵀ (down S downᵀ)⁻¹, and for each head of up_v the same with
 its C_h. The remaining error is a function of down alone (variable projection, Golub and Pereyra 1973). L-BFGS descends
-from the directions of `two_sided` to a local minimum. Names: D width, R latent width, H heads, d_h = D / H; all float64
+from the directions of `two_sided` to a local minimum. The error depends on the span of down's rows, not on their
+lengths, so lengths may be chosen to make the way short: to tilt direction r towards one that is dropped costs about λ_r
+times the squared angle, and with a row of length √λ_r that is alike for all r.
+
+Names: D width, R latent width, H heads, d_h = D / H. All float64, but the steps of the descent, which are float32.
 """
 
 from collections.abc import Iterator
@@ -33,7 +37,9 @@ from asrlib.conversion.factorize import (
     two_sided,
 )
 
-ITERATIONS = 40  # of L-BFGS
+ITERATIONS = 60  # of L-BFGS
+DRAFT = 10  # of them tell which balance will be best, and which layer needs more numbers
+SHORTEST_ROW = 1e-3  # of the longest: a direction of no importance keeps a row
 SMALL = 512  # below this width, one thread multiplies faster than several, above all on a busy machine
 
 
@@ -45,10 +51,15 @@ class Term:
     pull: torch.Tensor  # S Wᵀ Fᵀ [D, n]
     weight: float
 
-    def explained(self, down: torch.Tensor) -> torch.Tensor:
-        """The part of the error that the best `up` removes, for `down` [R, D]; a scalar."""
-        factor = torch.linalg.cholesky(down @ self.covariance @ down.T)
-        return self.weight * torch.linalg.solve_triangular(factor, down @ self.pull, upper=False).square().sum()
+    def explained(self, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The part of the error that the best `up` removes, for `down` [R, D], and its gradient [R, D].
+
+        With C = down S downᵀ, P the pull and X = C⁻¹ down P they are tr(X Pᵀ downᵀ) and 2 (X Pᵀ − X Xᵀ down S).
+        """
+        seen, read = down @ self.covariance, down @ self.pull
+        best = torch.cholesky_solve(read, torch.linalg.cholesky(seen @ down.T))  # [R, n]
+        gradient = best @ self.pull.T - best @ (best.T @ seen)
+        return self.weight * (best * read).sum(), 2 * self.weight * gradient
 
 
 @dataclass(frozen=True)
@@ -68,13 +79,13 @@ class AttendedDecomposition:
     def directions(self) -> tuple[Directions, ...]:
         return self.start.directions
 
-    def cut(self, rank_k: int, rank_v: int) -> Factors:
-        """The factors at these ranks; a joint latent has one rank, given twice."""
+    def cut(self, rank_k: int, rank_v: int, draft: bool = False) -> Factors:
+        """See `Decomposition.cut`."""
         width = len(self.weights.key_bias)
         with _threads(1 if width < SMALL else torch.get_num_threads()):
-            return self._cut(rank_k, rank_v, width)
+            return self._cut(rank_k, rank_v, width, DRAFT if draft else ITERATIONS)
 
-    def _cut(self, rank_k: int, rank_v: int, width: int) -> Factors:
+    def _cut(self, rank_k: int, rank_v: int, width: int, iterations: int) -> Factors:
         heads, plain = self.weights.heads, self.start.cut(rank_k, rank_v)
         if min(rank_k, rank_v) >= width:
             return plain  # exact
@@ -90,12 +101,13 @@ class AttendedDecomposition:
         ]
         if self.layout == "joint":
             terms = [*_shared(key_terms, 1.0), *_shared(value_terms, self.balance**2)]
-            down_k = down_v = search(plain.down_k, terms, self.moments.key.covariance)
+            down_k = down_v = self._search(plain.down_k, terms, 0, iterations)
         else:
-            down_k = plain.down_k if rank_k >= width else search(plain.down_k, key_terms, self.moments.key.covariance)
-            down_v = (
-                plain.down_v if rank_v >= width else search(plain.down_v, value_terms, self.moments.value.covariance)
-            )
+            down_k, down_v = plain.down_k, plain.down_v
+            if rank_k < width:
+                down_k = self._search(down_k, key_terms, 0, iterations)
+            if rank_v < width:
+                down_v = self._search(down_v, value_terms, -1, iterations)
         up_k, key_bias = _regressed(key, self.moments.attended_key, down_k)
         parts = [
             _regressed(target, moments, down_v)
@@ -103,6 +115,10 @@ class AttendedDecomposition:
         ]
         up_v, value_bias = (torch.cat(part) for part in zip(*parts, strict=True))
         return Factors(down_k, down_v, up_k, up_v, key_bias, value_bias)
+
+    def _search(self, down: torch.Tensor, terms: list[Term], which: int, iterations: int) -> torch.Tensor:
+        inputs = (self.moments.key, self.moments.value)[which]
+        return search(down, self.directions[which].values[: len(down)], terms, inputs.covariance, iterations)
 
 
 def decompose_attended(
@@ -115,25 +131,41 @@ def decompose_attended(
     return AttendedDecomposition(start, weights, moments, balance)
 
 
-def search(down: torch.Tensor, terms: list[Term], covariance: torch.Tensor) -> torch.Tensor:
-    """The `down` [R, D] with the least error, found from a first guess in coordinates that make `covariance` the
-    identity."""
+def search(
+    down: torch.Tensor,
+    values: torch.Tensor,
+    terms: list[Term],
+    covariance: torch.Tensor,
+    iterations: int = ITERATIONS,
+) -> torch.Tensor:
+    """The `down` [R, D] with the least error, found from a first guess whose directions have the singular values
+    `values` [R], in coordinates that make `covariance` the identity."""
     root = symmetric_root(covariance)
     inverse = torch.linalg.inv(root)
     terms = [Term(inverse @ t.covariance @ inverse, inverse @ t.pull, t.weight) for t in terms]
-    turned = torch.linalg.qr((down @ root).T)[0].T.contiguous().requires_grad_()
-    optimizer = torch.optim.LBFGS([turned], max_iter=ITERATIONS, history_size=20, line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        with torch.enable_grad():
-            left = -sum(term.explained(turned) for term in terms)
-            left.backward()
-        return left
-
-    optimizer.step(loss)
-    rows = torch.linalg.qr(turned.detach().T)[0].T  # the same directions: L-BFGS may have scaled and skewed them
+    lengths = (values / values[0]).clamp(min=SHORTEST_ROW)
+    start = torch.linalg.qr((down @ root).T)[0].T * lengths[:, None]
+    try:
+        rounded = [Term(t.covariance.float(), t.pull.float(), t.weight) for t in terms]
+        rows = _descend(start.float(), rounded, iterations).double()
+    except torch.linalg.LinAlgError:  # a covariance that float32 cannot tell from a singular one
+        rows = _descend(start, terms, iterations)
+    rows = torch.linalg.qr(rows.T)[0].T  # the same directions
     return rows @ inverse
+
+
+@torch.no_grad()
+def _descend(rows: torch.Tensor, terms: list[Term], iterations: int) -> torch.Tensor:
+    rows = rows.clone()
+    optimizer = torch.optim.LBFGS([rows], max_iter=iterations, history_size=20, line_search_fn="strong_wolfe")
+
+    def left() -> torch.Tensor:
+        explained, gradients = zip(*(term.explained(rows) for term in terms), strict=True)
+        rows.grad = -sum(gradients)
+        return -sum(explained)
+
+    optimizer.step(left)
+    return rows
 
 
 @contextmanager

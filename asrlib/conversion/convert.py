@@ -281,7 +281,7 @@ def measure_sensitivity(
             cost = {}
             for rank in probed:
                 ranks = (rank if cut_keys else width, rank if cut_values else width)
-                _fill(attention.latent_kv, _widened(middle.cut(*ranks), width))
+                _fill(attention.latent_kv, _widened(middle.cut(*ranks, draft=True), width))
                 ours = log_posteriors(probe)
                 cost[rank] = torch.nn.functional.kl_div(ours, wanted, log_target=True, reduction="batchmean").item()
             costs.append(cost)
@@ -370,14 +370,12 @@ def _check_replaced(latent_keys: list[str], standard_keys: list[str]) -> None:
 @torch.no_grad()
 def _fill_best(attention, candidates: Candidates, statistics: LayerStatistics | None) -> None:
     """Gives `attention` the candidate whose output on calibration speech has the smallest error."""
-    factors = [candidate.cut(*attention.latent_kv.ranks) for candidate in candidates]
-    if len(candidates) > 1:
-        errors = []
-        for candidate in factors:
-            _fill(attention.latent_kv, candidate)
-            errors.append(statistics.sample.error(attention))
-        factors = [factors[errors.index(min(errors))]]
-    _fill(attention.latent_kv, factors[0])
+    ranks, errors = attention.latent_kv.ranks, []
+    for candidate in candidates if len(candidates) > 1 else ():
+        _fill(attention.latent_kv, candidate.cut(*ranks, draft=True))
+        errors.append(statistics.sample.error(attention))
+    best = candidates[errors.index(min(errors))] if errors else candidates[0]
+    _fill(attention.latent_kv, best.cut(*ranks))
 
 
 @torch.no_grad()

@@ -126,7 +126,8 @@ class Decoder(Head):
         heard_BS = torch.ones_like(features_BFS[:, 0]) if mask_BS is None else mask_BS
         prompt = self.prompt(model, processor, batch.get("labels"))
         most_B = self.most_tokens(prompt, heard_BS.sum(-1) / FEATURES_PER_SECOND)
-        settings = {"attention_mask": mask_BS, "num_beams": 1} | prompt
+        unwritten = suppressed_tokens(model)
+        settings = {"attention_mask": mask_BS, "num_beams": 1, "suppress_tokens": unwritten} | prompt
         longest = min(int(most_B.max()), model.generation_config.max_length or model.config.max_target_positions)
         ids_BK = model.generate(features_BFS, max_length=longest, **settings)
         beyond_BK = torch.arange(ids_BK.shape[1], device=ids_BK.device) >= most_B[:, None]
@@ -224,6 +225,18 @@ class Transducer(Head):
         if len(ids) <= most:
             return None
         return f"text too long for its audio: {len(ids)} tokens, {samples / SAMPLE_RATE:.2f} s give at most {most}"
+
+
+def suppressed_tokens(model) -> list[int] | None:
+    """Token ids that a transcript of a Whisper never has: those of its generation config, and timestamps.
+
+    A model that is told to write no timestamps and does so all the same is read again from that time on by
+    transformers, and a broken one may do so a thousand times.
+    """
+    config = model.generation_config
+    if (before := getattr(config, "no_timestamps_token_id", None)) is None:
+        return config.suppress_tokens
+    return [*(config.suppress_tokens or ()), *range(before + 1, model.config.vocab_size)] or None
 
 
 def _kept(states_BTD: torch.Tensor, frames_B: torch.Tensor) -> torch.Tensor:
