@@ -11,7 +11,7 @@ import pytest
 import torch
 from descent import descend
 
-from asrlib.conversion.attended import decompose_attended
+from asrlib.conversion.attended import Term, decompose_attended
 from asrlib.conversion.factorize import Factors, InputMoments, LayerWeights, Moments
 from asrlib.conversion.layers import decompose_layer
 
@@ -240,6 +240,43 @@ def test_it_is_better_than_two_sided_at_what_it_minimises(weights, seen, moments
     query = moments.query
     ours, theirs = (key_error(weights, query, one.key_weight, seen) for one in (attended, two_sided))
     assert ours < 0.95 * theirs
+
+
+# ---- the descent -------------------------------------------------------------------------------------------
+
+
+def test_the_gradient_is_that_of_what_is_explained():
+    half, pull, rows = random(WIDTH, WIDTH), random(WIDTH, SIZE), random(4, WIDTH).requires_grad_()
+    term = Term(half @ half.T, pull, 0.7)
+    with torch.no_grad():
+        explained, gradient = term.explained(rows)
+    best = torch.linalg.solve(rows @ term.covariance @ rows.T, rows @ pull)  # of least squares
+    wanted = 0.7 * (best * (rows @ pull)).sum()
+    torch.testing.assert_close(explained, wanted)
+    torch.testing.assert_close(gradient, torch.autograd.grad(wanted, rows)[0])
+
+
+def test_a_draft_is_on_the_way(weights, seen, moments):
+    error, decomposition = joint_error(weights, moments.query, 1.0, seen), decompose_attended(weights, "joint", moments)
+    start = decomposition.start.cut(5, 5)
+    cuts = (start, decomposition.cut(5, 5, draft=True), decomposition.cut(5, 5))
+    errors = [error(factors.up_k, factors.up_v, factors.down_k) for factors in cuts]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_what_float32_cannot_hold_is_searched_in_float64(weights, seen, moments, monkeypatch):
+    wanted = decompose_attended(weights, "joint", moments).cut(4, 4)
+    cholesky = torch.linalg.cholesky
+
+    def choosy(matrix):
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError
+        return cholesky(matrix)
+
+    monkeypatch.setattr(torch.linalg, "cholesky", choosy)
+    factors = decompose_attended(weights, "joint", moments).cut(4, 4)
+    torch.testing.assert_close(factors.key_weight, wanted.key_weight, atol=1e-2, rtol=1e-2)
+    assert not torch.equal(factors.key_weight, wanted.key_weight)
 
 
 # ---- biases and the whole width ----------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from asrlib.measuring.lengths import benchmark_lengths
 from asrlib.measuring.speed import compiled_beside_eager
 from asrlib.measuring.timing import best_symbols, inputs_of_each
 from asrlib.measuring.transcribing import transcribe
-from asrlib.models.heads import Decoder, Transducer
+from asrlib.models.heads import Decoder, Transducer, suppressed_tokens
 from asrlib.models.inference import attention_of, spoken_logits, zero_attention
 from asrlib.models.registry import attention_modules, attention_parts, family_of, frames_of
 from asrlib.training import training
@@ -314,6 +314,25 @@ def test_a_transcript_has_no_more_tokens_than_its_seconds_allow(loaded):
     model.generation_config.suppress_tokens = [end]  # it would write for ever
     ids = head.recognised(model, processor, batch_of(processor, [spoken("A", 0.1), spoken("E", 0.9)]), None, None)
     assert (ids != end).sum(-1).tolist() == [11, 19] == head.most_tokens({}, torch.tensor([0.1, 0.9])).tolist()
+
+
+def test_a_whisper_that_wants_to_write_timestamps_reads_its_window_once(loaded):
+    model, processor = loaded("whisper")
+    words = len(processor.tokenizer)
+    processor.tokenizer.add_tokens(["<|0.00|>", "<|0.02|>"], special_tokens=True)
+    model.resize_token_embeddings(words + 2)
+    model.proj_out.register_forward_hook(
+        lambda module, given, logits: logits.index_add(
+            -1, torch.tensor([words, words + 1]), torch.full((*logits.shape[:-1], 2), 1e4)
+        )
+    )
+    passes = []
+    model.model.decoder.register_forward_hook(lambda *_: passes.append(1))
+    ids = Decoder().recognised(model, processor, batch_of(processor, [spoken("A", 0.5)]), None, None)
+    assert ids.max() < words and len(passes) <= ids.shape[1]
+    assert suppressed_tokens(model) == [words, words + 1]
+    model.generation_config.suppress_tokens = [3]
+    assert suppressed_tokens(model) == [3, words, words + 1]
 
 
 def test_a_trained_whisper_keeps_what_it_attends_to_while_it_writes(loaded, tmp_path):
