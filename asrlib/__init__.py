@@ -13,7 +13,7 @@ _PUBLIC = {
     "analyze_compression_quality": "asrlib.conversion.quality",
     "collect_statistics": "asrlib.conversion.statistics",
     "convert": "asrlib.conversion.convert",
-    "to_standard_attention": "asrlib.conversion.convert",
+    "to_standard_attention": "asrlib.conversion.twins",
     "evaluate": "asrlib.measuring.transcribing",
     "kv_cache_bytes": "asrlib.attention.cache",
     "stream": "asrlib.streaming.streams",

@@ -17,9 +17,9 @@ times the squared angle, and with a row of length √λ_r that is alike for all 
 Names: D width, R latent width, H heads, d_h = D / H. All float64, but the steps of the descent, which are float32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -32,6 +32,7 @@ from asrlib.conversion.factorize import (
     Moments,
     Target,
     decompose_objective,
+    decompose_together,
     output_metric,
     symmetric_root,
     two_sided,
@@ -70,6 +71,8 @@ class AttendedDecomposition:
     weights: LayerWeights
     moments: Moments
     balance: float
+    sharing: tuple[tuple[LayerWeights, Moments], ...]  # the layers of a joint latent, this one among them
+    found: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)  # down of all of them, by (R, steps)
 
     @property
     def layout(self) -> str:
@@ -81,40 +84,34 @@ class AttendedDecomposition:
 
     def cut(self, rank_k: int, rank_v: int, draft: bool = False) -> Factors:
         """See `Decomposition.cut`."""
-        width = len(self.weights.key_bias)
-        with _threads(1 if width < SMALL else torch.get_num_threads()):
-            return self._cut(rank_k, rank_v, width, DRAFT if draft else ITERATIONS)
-
-    def _cut(self, rank_k: int, rank_v: int, width: int, iterations: int) -> Factors:
-        heads, plain = self.weights.heads, self.start.cut(rank_k, rank_v)
+        width, iterations = len(self.weights.key_bias), DRAFT if draft else ITERATIONS
+        plain = self.start.cut(rank_k, rank_v)
         if min(rank_k, rank_v) >= width:
             return plain  # exact
-        key = Target.of(self.weights.key, self.weights.key_bias, self.moments.attended_key)
-        rows = zip(self.weights.value.chunk(heads), self.weights.value_bias.chunk(heads), strict=True)
-        values = [Target.of(*row, moments) for row, moments in zip(rows, self.moments.attended_values, strict=True)]
-        key_terms = [_term(key.weight, self.moments.query, self.moments.attended_key)]
-        value_terms = [
-            _term(target.weight, metric[None], moments)
-            for target, metric, moments in zip(
-                values, output_metric(self.weights), self.moments.attended_values, strict=True
-            )
-        ]
-        if self.layout == "joint":
-            terms = [*_shared(key_terms, 1.0), *_shared(value_terms, self.balance**2)]
-            down_k = down_v = self._search(plain.down_k, terms, 0, iterations)
-        else:
-            down_k, down_v = plain.down_k, plain.down_v
-            if rank_k < width:
-                down_k = self._search(down_k, key_terms, 0, iterations)
-            if rank_v < width:
-                down_v = self._search(down_v, value_terms, -1, iterations)
+        with _threads(1 if width < SMALL else torch.get_num_threads()):
+            if self.layout == "joint":
+                down_k = down_v = self._together(plain.down_k, iterations)
+            else:
+                down_k, down_v = plain.down_k, plain.down_v
+                keys, values = _terms(self.weights, self.moments)
+                if rank_k < width:
+                    down_k = self._search(down_k, keys, 0, iterations)
+                if rank_v < width:
+                    down_v = self._search(down_v, values, -1, iterations)
+        key, *values = _targets(self.weights, self.moments)
         up_k, key_bias = _regressed(key, self.moments.attended_key, down_k)
-        parts = [
-            _regressed(target, moments, down_v)
-            for target, moments in zip(values, self.moments.attended_values, strict=True)
-        ]
-        up_v, value_bias = (torch.cat(part) for part in zip(*parts, strict=True))
+        heads = [_regressed(*head, down_v) for head in zip(values, self.moments.attended_values, strict=True)]
+        up_v, value_bias = (torch.cat(of_heads) for of_heads in zip(*heads, strict=True))
         return Factors(down_k, down_v, up_k, up_v, key_bias, value_bias)
+
+    def _together(self, down: torch.Tensor, iterations: int) -> torch.Tensor:
+        if (len(down), iterations) not in self.found:
+            terms = []
+            for layer in self.sharing:
+                keys, values = _terms(*layer)
+                terms += [*_scaled(keys, 1.0), *_scaled(values, self.balance**2)]
+            self.found[len(down), iterations] = self._search(down, terms, 0, iterations)
+        return self.found[len(down), iterations]
 
     def _search(self, down: torch.Tensor, terms: list[Term], which: int, iterations: int) -> torch.Tensor:
         inputs = (self.moments.key, self.moments.value)[which]
@@ -122,13 +119,24 @@ class AttendedDecomposition:
 
 
 def decompose_attended(
-    weights: LayerWeights, layout: str, moments: Moments, balance: float = 1.0
-) -> AttendedDecomposition:
-    """See `layers.decompose_layer`. Raises ValueError where the statistics were taken without attention."""
-    if moments.attended_key is None:
+    layers: Sequence[tuple[LayerWeights, Moments]], layout: str, balance: float = 1.0
+) -> list[AttendedDecomposition]:
+    """Those of one layer, or of several with one joint latent: see `layers.decompose_layer` and `decompose_shared`.
+
+    Raises ValueError where the statistics were taken without attention.
+    """
+    if any(moments.attended_key is None for _, moments in layers):
         raise ValueError("method 'attended' needs statistics of attention: collect_statistics(..., attention=True)")
-    start = decompose_objective(two_sided(weights, moments), layout, balance)
-    return AttendedDecomposition(start, weights, moments, balance)
+    objectives = [two_sided(*layer) for layer in layers]
+    if layout == "joint":
+        starts = decompose_together(objectives, balance)
+    else:
+        starts = [decompose_objective(objective, layout, balance) for objective in objectives]
+    found = {}
+    return [
+        AttendedDecomposition(start, *layer, balance, tuple(layers), found)
+        for start, layer in zip(starts, layers, strict=True)
+    ]
 
 
 def search(
@@ -178,6 +186,21 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _targets(weights: LayerWeights, moments: Moments) -> list[Target]:
+    """Of the keys, then of each head's values."""
+    key = Target.of(weights.key, weights.key_bias, moments.attended_key)
+    rows = zip(weights.value.chunk(weights.heads), weights.value_bias.chunk(weights.heads), strict=True)
+    return [key] + [Target.of(*row, of_head) for row, of_head in zip(rows, moments.attended_values, strict=True)]
+
+
+def _terms(weights: LayerWeights, moments: Moments) -> tuple[list[Term], list[Term]]:
+    """Of the keys, and of each head's values."""
+    key, *values = _targets(weights, moments)
+    heads = zip(values, output_metric(weights)[:, None], moments.attended_values, strict=True)
+    key_term = _term(key.weight, moments.query, moments.attended_key)
+    return [key_term], [_term(target.weight, metric, of_head) for target, metric, of_head in heads]
+
+
 def _term(weight: torch.Tensor, metric: torch.Tensor, moments: InputMoments) -> Term:
     """The term of a weight [n·d_h, D] and its heads' metrics [n, d_h, d_h]."""
     values, vectors = torch.linalg.eigh(metric)
@@ -186,7 +209,7 @@ def _term(weight: torch.Tensor, metric: torch.Tensor, moments: InputMoments) -> 
     return Term(moments.covariance, moments.covariance @ seen.T, 1.0)
 
 
-def _shared(terms: list[Term], weight: float) -> list[Term]:
+def _scaled(terms: list[Term], weight: float) -> list[Term]:
     """The terms, scaled so that their errors without a latent sum to `weight`."""
     total = sum((term.pull * torch.linalg.solve(term.covariance, term.pull)).sum() for term in terms)
     scale = weight / max(total.item(), torch.finfo(torch.float64).tiny)

@@ -1,31 +1,29 @@
 """MHA → MLA and back, on any model family. The given model stays unchanged."""
 
-import copy
 from collections.abc import Sequence
 from numbers import Integral
 
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from asrlib.attention.kinds import LatentQuery
-from asrlib.attention.latent import LatentKV
-from asrlib.attention.names import NAMES, encoder_config, projections
+from asrlib.attention.names import encoder_config
 from asrlib.attention.widths import check_latent_dim
 from asrlib.conversion.factorize import Decomposition, Factors, LayerWeights
 from asrlib.conversion.layers import decompose_layer, decompose_shared
-from asrlib.conversion.methods import METHODS, check_method, latent_methods, sharing_methods
+from asrlib.conversion.methods import METHODS, check_method, latent_methods
 from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity, smallest_rank
 from asrlib.conversion.sequential import check_one_stack, convert_in_sequence
 from asrlib.conversion.statistics import LayerStatistics, Statistics
+from asrlib.conversion.twins import check_replaced, fill, twin
 from asrlib.models.families.whisper import check_shared
 from asrlib.models.inference import inference, on_cpu, spoken_logits
 from asrlib.models.loading import check_loaded
 from asrlib.models.registry import attention_modules, chosen_parts, family_of, is_latent, latent_modules
 
 Candidates = tuple[Decomposition, ...]  # of one layer
-BALANCES = (0.25, 0.5, 1.0, 2.0, 4.0)  # weights of the values' error against the keys'; each layer chooses one
+BALANCES = (0.25, 0.5, 1.0, 2.0, 4.0)  # weights of the values' error against the keys'; each latent chooses one
 
 
 def latent_dim_for(cache_cut: float, hidden_size: int) -> int:
@@ -58,20 +56,22 @@ def decompose(
 
     Computed once, they can be cut at many widths (`convert(..., decomposition=...)`). A layer has one decomposition,
     except for a balanced method with a joint latent: then it has one for each of BALANCES, and `convert` takes the best
-    at its width. Raises ValueError where the layout or the method is impossible.
+    at its width, the same for all layers that share a latent. Raises ValueError where the layout or the method is
+    impossible.
     """
     _check_convertible(model, layout, method)
     parts = chosen_parts(model.config, parts)
     modules = attention_modules(model, parts)
     of_modules = _by_module(statistics, parts, len(modules))
-    alone = len(modules) - (len(attention_modules(model, ["cross"])) if shared else 0)  # cross is the last of the parts
+    alone = _latents(model, parts, shared)[-1][0] if shared else len(modules)
     pairs = list(zip(modules[:alone], of_modules[:alone], strict=True))
     progress = tqdm(pairs, desc="decomposing", unit="layer", leave=False)
     candidates = [_candidates(*pair, layout, method) for pair in progress]
     if shared:
         weights = [LayerWeights.of(module) for module in modules[alone:]]
         moments = [of_module and of_module.moments() for of_module in of_modules[alone:]]
-        candidates += [(decomposition,) for decomposition in decompose_shared(weights, method, moments)]
+        each = [decompose_shared(weights, method, moments, balance) for balance in _balances(layout, method)]
+        candidates += zip(*each, strict=True)
     return candidates
 
 
@@ -82,8 +82,18 @@ def _by_module(statistics: Statistics | None, parts: Sequence[str], modules: int
 def _candidates(attention: nn.Module, statistics: LayerStatistics | None, layout: str, method: str) -> Candidates:
     weights = LayerWeights.of(attention)
     moments = statistics.moments() if statistics else None
-    balances = BALANCES if METHODS[method].balanced and layout == "joint" else (1.0,)
-    return tuple(decompose_layer(weights, layout, method, moments, balance) for balance in balances)
+    return tuple(decompose_layer(weights, layout, method, moments, balance) for balance in _balances(layout, method))
+
+
+def _balances(layout: str, method: str) -> tuple[float, ...]:
+    return BALANCES if METHODS[method].balanced and layout == "joint" else (1.0,)
+
+
+def _latents(model: PreTrainedModel, parts: Sequence[str], shared: bool) -> list[list[int]]:
+    """The places of the modules of each latent: one, or all of cross-attention, the last part, where it is shared."""
+    modules = len(attention_modules(model, parts))
+    alone = modules - (len(attention_modules(model, ["cross"])) if shared else 0)
+    return [[place] for place in range(alone)] + [list(range(alone, modules))] * shared
 
 
 def _check_convertible(model: PreTrainedModel, layout: str, method: str) -> None:
@@ -146,9 +156,13 @@ def convert(
     if ranks not in RANKS:
         raise ValueError(f"ranks is {ranks!r}: choose one of {', '.join(RANKS)}")
     if shared:
-        _check_shared(parts, layout, method, ranks, cache_cut)
-        decomposition = decompose(model, layout, method, statistics, parts, shared)
-    widths = _one_a_layer(latent_dim, cache_cut, width, len(modules))
+        check_shared(parts, layout)
+        decomposition = decomposition or decompose(model, layout, method, statistics, parts, shared)
+        first, *others = (decomposition[place][0].directions[0] for place in _latents(model, parts, shared)[-1])
+        if any(other is not first for other in others):
+            raise ValueError("shared, but in this decomposition each layer has its latent: decompose(..., shared=True)")
+    latents = _latents(model, parts, shared)
+    widths, budget = _asked(latent_dim, cache_cut, width, latents)
     for latent_width in widths:
         check_latent_dim(latent_width, width, layout)
     if decomposition and statistics is None and any(len(candidates) > 1 for candidates in decomposition):
@@ -158,31 +172,35 @@ def convert(
             smallest_rank(min(widths), [2 * width], rank_multiple)  # refuses what would be rounded down to nothing
             widths, key_widths = [w // rank_multiple * rank_multiple for w in widths], []
         else:
+            if len(set(widths)) > 1:
+                raise ValueError(
+                    f"latent_dim gives every layer its own width already: ranks={ranks!r} has nothing to spend"
+                )
             decomposition = decomposition or decompose(model, layout, method, statistics, parts)
             widths, key_widths = _spend(
-                model, widths, layout, ranks, rank_multiple, statistics, decomposition, sensitivities, parts
+                model, budget, layout, ranks, rank_multiple, statistics, decomposition, sensitivities, parts, shared
             )
 
         where = {"latent_parts": parts, "latent_shared": shared} if family.parts else {}
         config = family.to_latent(
             model.config, latent_dim=widths, latent_layout=layout, latent_key_dim=key_widths, **where
         )
-        latent = _twin(family.latent_model, config, model)
+        latent = twin(family.latent_model, config, model)
         replaced = latent.load_state_dict(model.state_dict(), strict=False)
-        _check_replaced(replaced.missing_keys, replaced.unexpected_keys)
+        check_replaced(replaced.missing_keys, replaced.unexpected_keys)
         latent.eval()
         attentions = latent_modules(latent)
 
         def fit(index: int, layer: LayerStatistics | None) -> None:
-            if decomposition and not sequential:
-                candidates = decomposition[index]
-            else:
-                candidates = _candidates(modules[index], layer, layout, method)
-            _fill_best(attentions[index], candidates, layer)
+            _fill_best([attentions[index]], [_candidates(modules[index], layer, layout, method)], [layer])
 
         if not sequential:
-            for index in tqdm(range(len(attentions)), desc="converting", unit="layer", leave=False):
-                fit(index, of_modules[index])
+            for latent_of in tqdm(latents, desc="converting", unit="latent", leave=False):
+                candidates = [
+                    decomposition[i] if decomposition else _candidates(modules[i], of_modules[i], layout, method)
+                    for i in latent_of
+                ]
+                _fill_best([attentions[i] for i in latent_of], candidates, [of_modules[i] for i in latent_of])
         if sequential or reestimate_batch_norm:
             convert_in_sequence(
                 model,
@@ -195,46 +213,27 @@ def convert(
     return latent.to("cpu")
 
 
-def _check_shared(parts: list[str], layout: str, method: str, ranks: str, cache_cut: float | None) -> None:
-    """Raises ValueError where the settings of `convert` do not fit a latent that layers share."""
-    check_shared(parts, layout)
-    if not METHODS[method].shares_latents:
-        raise ValueError(f"method {method!r} fits the latent of one layer: shared takes {', '.join(sharing_methods())}")
-    if ranks != "uniform" or cache_cut is not None:
-        raise ValueError("a latent that layers share has one width: give latent_dim, and neither cache_cut nor ranks")
-
-
-def _twin(kind: type[PreTrainedModel], config: PreTrainedConfig, model: PreTrainedModel) -> PreTrainedModel:
-    """A model of `kind` with random weights. What a config's dict does not hold is taken from `model`."""
-    twin = kind(config).to(model.dtype)
-    twin.set_attn_implementation(model.config._attn_implementation)
-    if model.can_generate():
-        twin.generation_config = copy.deepcopy(model.generation_config)
-    return twin
-
-
 def _spend(
-    model, widths, layout, ranks, multiple, statistics, decomposition, sensitivities, parts
+    model, budget, layout, ranks, multiple, statistics, decomposition, sensitivities, parts, shared
 ) -> tuple[list[int], list[int]]:
-    """(latent widths, the keys' part of each, empty if joint), one a layer, within the sum of `widths`.
+    """(latent widths, the keys' part of each, empty if joint), one a layer; the latents have `budget` numbers in all.
 
-    See ranks.py. Its groups are a joint latent's layers, or a split latent's keys and values, layer by layer.
+    See ranks.py. Its groups are joint latents, or a split latent's keys and values, layer by layer.
     """
-    if len(set(widths)) > 1:
-        raise ValueError(f"latent_dim gives every layer its own width already: ranks={ranks!r} has nothing to spend")
     if ranks == "sensitivity" and statistics is None:
         raise ValueError("ranks='sensitivity' needs statistics of calibration speech: see asrlib.collect_statistics")
-    middles = [candidates[len(candidates) // 2] for candidates in decomposition]
+    latents = _latents(model, parts, shared)
+    middles = [_middle(decomposition[first]) for first, *_ in latents]
     groups = [directions.values for middle in middles for directions in middle.directions]
-    budget, group_widths = sum(widths), [len(values) for values in groups]
+    group_widths = [len(values) for values in groups]
     smallest_rank(budget, group_widths, multiple)  # refuses before anything is measured
     if ranks == "energy":
         spent = energy(groups, budget, multiple)
     else:
-        costs = sensitivities or measure_sensitivity(model, layout, statistics, decomposition, parts)
+        costs = sensitivities or measure_sensitivity(model, layout, statistics, decomposition, parts, shared)
         spent = sensitivity(costs, budget, group_widths, multiple)
     if layout == "joint":
-        return spent, []
+        return [rank for rank, latent in zip(spent, latents, strict=True) for _ in latent], []
     keys, values = spent[::2], spent[1::2]
     return [rank_k + rank_v for rank_k, rank_v in zip(keys, values, strict=True)], keys
 
@@ -252,12 +251,13 @@ def measure_sensitivity(
     statistics: Statistics,
     decomposition: list[Candidates],
     parts: Sequence[str] | None = None,
+    shared: bool = False,
 ) -> list[dict[int, float]]:
     """For every group of ranks.py, {rank: KL divergence of the output when this group alone is cut}.
 
     It is per frame for CTC, per token for an encoder-decoder (given the right tokens before it), and per frame and
-    number of labels for a transducer. A joint latent has one group a layer; a split latent has two, keys and values,
-    layer by layer. `parts`: see `convert`.
+    number of labels for a transducer. A joint latent is a group; a split latent is two, keys and values, layer by
+    layer. `parts`, `shared`: see `convert`.
     """
     width = encoder_config(model.config).hidden_size
     exact = exact_latent_dim(model.config, layout)
@@ -272,21 +272,26 @@ def measure_sensitivity(
     wanted = log_posteriors(model)
     probed = sorted({max(1, round(share * width)) for share in PROBED_SHARES})
     groups = [(True, True)] if layout == "joint" else [(True, False), (False, True)]  # are keys, are values cut?
-    costs = []
-    for attention, candidates in zip(
-        tqdm(latent_modules(probe), desc="probing", unit="layer", leave=False), decomposition, strict=True
-    ):
-        middle = candidates[len(candidates) // 2]
+    attentions, costs = latent_modules(probe), []
+    latents = _latents(model, chosen_parts(model.config, parts), shared)
+    for places in tqdm(latents, "probing", unit="latent", leave=False):
+        of_places = [(attentions[place].latent_kv, _middle(decomposition[place])) for place in places]
         for cut_keys, cut_values in groups:
             cost = {}
             for rank in probed:
                 ranks = (rank if cut_keys else width, rank if cut_values else width)
-                _fill(attention.latent_kv, _widened(middle.cut(*ranks, draft=True), width))
+                for layer, middle in of_places:
+                    fill(layer, _widened(middle.cut(*ranks, draft=True), width))
                 ours = log_posteriors(probe)
                 cost[rank] = torch.nn.functional.kl_div(ours, wanted, log_target=True, reduction="batchmean").item()
             costs.append(cost)
-        _fill(attention.latent_kv, middle.cut(width, width))
+        for layer, middle in of_places:
+            fill(layer, middle.cut(width, width))
     return costs
+
+
+def _middle(candidates: Candidates) -> Decomposition:
+    return candidates[len(candidates) // 2]
 
 
 def _widened(cut: Factors, width: int) -> Factors:
@@ -303,90 +308,38 @@ def _widened(cut: Factors, width: int) -> Factors:
     )
 
 
-def to_standard_attention(latent: PreTrainedModel) -> PreTrainedModel:
-    """The MHA model that computes what `latent` computes: W_k = up_k @ down, W_v = up_v @ down, and W_q likewise."""
-    if not is_latent(latent.config):
-        raise ValueError(f"the model has no latent attention ({latent.config.model_type}): there is nothing to undo")
-    family = family_of(latent.config)
-    model = _twin(family.standard_model, family.to_standard(latent.config), latent)
-    replaced = model.load_state_dict(latent.state_dict(), strict=False)
-    _check_replaced(replaced.unexpected_keys, replaced.missing_keys)
-    with torch.no_grad():
-        parts = getattr(latent.config, "latent_parts", None)
-        for ours, theirs in zip(attention_modules(model, parts), latent_modules(latent), strict=True):
-            factors, our, query = factors_of(theirs.latent_kv), projections(ours), projections(theirs).query
-            our.key.weight.copy_(factors.key_weight)
-            our.value.weight.copy_(factors.value_weight)
-            if our.key.bias is not None:  # else nothing is lost: softmax cancels it
-                our.key.bias.copy_(factors.key_bias)
-            if our.value.bias is not None:
-                our.value.bias.copy_(factors.value_bias)
-            elif factors.value_bias.any():
-                raise ValueError(
-                    f"this {latent.config.model_type} has values with a bias, but its standard attention has none "
-                    "(attention_bias: false): keep the latent model"
-                )
-            if isinstance(query, LatentQuery):
-                our.query.weight.copy_(query.up.weight.double() @ query.down.weight.double())
-                our.query.bias.copy_(query.up.bias)
-    return model.eval()
-
-
-def factors_of(layer: LatentKV) -> Factors:
-    """The factors a latent layer holds, float64."""
-    joint = layer.layout == "joint"
-    down_k, down_v = (layer.down, layer.down) if joint else (layer.down_k, layer.down_v)
-    weights = (down_k.weight, down_v.weight, layer.up_k.weight, layer.up_v.weight)
-    biases = (layer.up_k.bias, layer.up_v.bias)
-    return Factors(*(tensor.detach().double().cpu() for tensor in (*weights, *biases)))
-
-
-def _one_a_layer(latent_dim, cache_cut: float | None, width: int, layers: int) -> list[int]:
+def _asked(latent_dim, cache_cut: float | None, width: int, latents: list[list[int]]) -> tuple[list[int], int]:
+    """(the latent width of each layer that shares the numbers alike, the numbers of all latents together)"""
     if (latent_dim is None) == (cache_cut is None):
         raise ValueError("give latent_dim (a width) or cache_cut (a share to save), one of the two")
+    layers, budget = sum(map(len, latents)), None
     if cache_cut is not None:
         latent_dim = latent_dim_for(cache_cut, width)
+        if layers > len(latents):  # what is kept once may be wider, and is exact at the width of the model
+            budget = min(latent_dim * layers, width * len(latents))
+            latent_dim = budget // len(latents)
     ranks = list(latent_dim) if isinstance(latent_dim, Sequence) else [latent_dim] * layers
     if not all(isinstance(rank, Integral) for rank in ranks):
         raise ValueError(f"latent_dim is {latent_dim!r}: it must be a whole number, or one a layer")
     ranks = [int(rank) for rank in ranks]  # numpy's integers too
     if len(ranks) != layers:
         raise ValueError(f"latent_dim has {len(ranks)} widths for {layers} layers: give one number, or one a layer")
-    return ranks
-
-
-def _check_replaced(latent_keys: list[str], standard_keys: list[str]) -> None:
-    """Raises ValueError unless the two state dicts differ in keys, values and latent queries alone: any other
-    difference would leave random weights."""
-    replaced = [f".{name}." for _, key, value, _ in NAMES for name in (key, value)]
-    if any(".linear_q.down." in key for key in latent_keys):
-        replaced.append(".linear_q.")
-    strangers = [key for key in latent_keys if ".latent_kv." not in key and ".linear_q." not in key]
-    strangers += [key for key in standard_keys if not any(name in key for name in replaced)]
-    if strangers:
-        raise ValueError(f"the two models differ in more than keys and values: {', '.join(strangers[:5])}")
+    return ranks, budget or sum(ranks[first] for first, *_ in latents)
 
 
 @torch.no_grad()
-def _fill_best(attention, candidates: Candidates, statistics: LayerStatistics | None) -> None:
-    """Gives `attention` the candidate whose output on calibration speech has the smallest error."""
-    ranks, errors = attention.latent_kv.ranks, []
-    for candidate in candidates if len(candidates) > 1 else ():
-        _fill(attention.latent_kv, candidate.cut(*ranks, draft=True))
-        errors.append(statistics.sample.error(attention))
-    best = candidates[errors.index(min(errors))] if errors else candidates[0]
-    _fill(attention.latent_kv, best.cut(*ranks))
-
-
-@torch.no_grad()
-def _fill(layer: LatentKV, factors: Factors) -> None:
-    if layer.layout == "joint":
-        layer.down.weight.copy_(factors.down_k)
-    else:
-        layer.down_k.weight.copy_(factors.down_k)
-        layer.down_v.weight.copy_(factors.down_v)
-    layer.up_k.weight.copy_(factors.up_k)
-    layer.up_v.weight.copy_(factors.up_v)
-    # Softmax cancels b_k, which shifts all scores of a row alike. It stays so that keys remain comparable.
-    layer.up_k.bias.copy_(factors.key_bias)
-    layer.up_v.bias.copy_(factors.value_bias)
+def _fill_best(
+    attentions: list[nn.Module], candidates: list[Candidates], statistics: list[LayerStatistics | None]
+) -> None:
+    """Gives the layers of one latent the candidates whose outputs on calibration speech have the smallest error, the
+    sum of the layers' squared relative errors."""
+    choices, errors = list(zip(*candidates, strict=True)), []
+    for choice in choices if len(choices) > 1 else ():
+        error = 0.0
+        for attention, candidate, layer in zip(attentions, choice, statistics, strict=True):
+            fill(attention.latent_kv, candidate.cut(*attention.latent_kv.ranks, draft=True))
+            error += (layer.sample.error(attention) / layer.sample.size) ** 2
+        errors.append(error)
+    best = choices[errors.index(min(errors))] if errors else choices[0]
+    for attention, candidate in zip(attentions, best, strict=True):
+        fill(attention.latent_kv, candidate.cut(*attention.latent_kv.ranks))

@@ -1,9 +1,11 @@
 """Decompositions of attention layers by the name of a method."""
 
+from collections.abc import Sequence
+
 import torch
 
 from asrlib.conversion.factorize import Decomposition, LayerWeights, Moments, decompose_objective, decompose_together
-from asrlib.conversion.methods import Method, check_method, latent_methods, sharing_methods
+from asrlib.conversion.methods import Method, check_method, latent_methods
 
 
 def decompose_layer(
@@ -16,20 +18,21 @@ def decompose_layer(
     chosen = check_method(method, latent_methods())
     _check_given(chosen, weights, moments)
     if chosen.decompose:
-        return chosen.decompose(weights, layout, moments, balance)
+        return chosen.decompose([(weights, moments)], layout, balance)[0]
     return decompose_objective(chosen.objective(weights, moments), layout, balance)
 
 
 def decompose_shared(
-    layers: list[LayerWeights], method: str, moments: list[Moments | None], balance: float = 1.0
+    layers: Sequence[LayerWeights], method: str, moments: Sequence[Moments | None], balance: float = 1.0
 ) -> list[Decomposition]:
     """The directions of one joint latent that all `layers` share, which read the same input. See `decompose_layer`."""
-    chosen = check_method(method, sharing_methods())
-    objectives = []
-    for weights, layer_moments in zip(layers, moments, strict=True):
-        _check_given(chosen, weights, layer_moments)
-        objectives.append(chosen.objective(weights, layer_moments))
-    return decompose_together(objectives, balance)
+    chosen = check_method(method, latent_methods())
+    pairs = list(zip(layers, moments, strict=True))
+    for pair in pairs:
+        _check_given(chosen, *pair)
+    if chosen.decompose:
+        return chosen.decompose(pairs, "joint", balance)
+    return decompose_together([chosen.objective(*pair) for pair in pairs], balance)
 
 
 def _check_given(method: Method, weights: LayerWeights, moments: Moments | None) -> None:

@@ -15,8 +15,9 @@ class Method:
 
     `objective(weights, moments)` returns what to minimise in one layer, a `factorize.Objective`. Its minimum has a
     closed form: for one layer, for a latent that layers share, and for heads in groups.
-    `decompose(weights, layout, moments, balance)` is for a method without a closed form. It returns an object with
-    `layout`, `directions` and `cut(rank_k, rank_v)`, like `factorize.Decomposition`.
+    `decompose(layers, layout, balance)` is for a method without a closed form: of pairs of weights and moments, of one
+    layer or of all that share a joint latent. It returns for each an object with `layout`, `directions` and
+    `cut(rank_k, rank_v, draft)`, like `factorize.Decomposition`.
     `group(weights, kv_heads)` returns the `factorize.Factors` of heads in groups, for a method that only groups.
     """
 
@@ -39,11 +40,6 @@ class Method:
     @property
     def makes_latents(self) -> bool:
         return bool(self.objective or self.decompose)
-
-    @property
-    def shares_latents(self) -> bool:
-        """Whether it can make one latent for several layers."""
-        return bool(self.objective)
 
     @property
     def groups_heads(self) -> bool:
@@ -98,10 +94,6 @@ def latent_methods() -> list[str]:
 
 def grouping_methods() -> list[str]:
     return [method.name for method in METHODS.values() if method.groups_heads]
-
-
-def sharing_methods() -> list[str]:
-    return [method.name for method in METHODS.values() if method.shares_latents]
 
 
 def check_method(name: str, choices: Iterable[str]) -> Method:

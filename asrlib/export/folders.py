@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, ProcessorMixin
 
 from asrlib.attention.kinds import KINDS
-from asrlib.conversion.convert import to_standard_attention
+from asrlib.conversion.twins import to_standard_attention
 from asrlib.export.loading import generation_settings, loading
 from asrlib.export.modules import flat_name, self_contained
 from asrlib.models.registry import family_of, is_latent

@@ -11,13 +11,19 @@ import pytest
 import torch
 from descent import descend
 
-from asrlib.conversion.attended import Term, decompose_attended
+from asrlib.conversion.attended import Term
+from asrlib.conversion.attended import decompose_attended as decompose_layers
 from asrlib.conversion.factorize import Factors, InputMoments, LayerWeights, Moments
 from asrlib.conversion.layers import decompose_layer
 
 WIDTH, HEADS, FRAMES, UTTERANCES = 12, 3, 12, 4
 SIZE = WIDTH // HEADS
 generator = torch.Generator().manual_seed(3)
+
+
+def decompose_attended(weights: LayerWeights, layout: str, moments: Moments, balance: float = 1.0):
+    """Of one layer."""
+    return decompose_layers([(weights, moments)], layout, balance)[0]
 
 
 def random(*shape: int) -> torch.Tensor:

@@ -6,7 +6,8 @@ import tiny
 import torch
 
 from asrlib import collect_statistics, convert, to_standard_attention
-from asrlib.conversion.convert import decompose, factors_of, latent_dim_for
+from asrlib.conversion.convert import decompose, latent_dim_for
+from asrlib.conversion.twins import factors_of
 from asrlib.models.registry import attention_modules
 from asrlib.models.scratch import new_processor
 

@@ -9,9 +9,10 @@ import torch
 from transformers import AutoModelForCTC
 
 import asrlib
-from asrlib.conversion.convert import convert, factors_of
+from asrlib.conversion.convert import convert
 from asrlib.conversion.grouped import group_heads
 from asrlib.conversion.methods import grouping_methods
+from asrlib.conversion.twins import factors_of
 from asrlib.models.registry import attention_modules
 from asrlib.models.scratch import new_processor
 

@@ -8,11 +8,12 @@ import torch
 from alone import run_alone
 
 from asrlib import collect_statistics, convert
-from asrlib.conversion.convert import decompose, factors_of
+from asrlib.conversion.convert import decompose
 from asrlib.conversion.factorize import LayerWeights, Moments
 from asrlib.conversion.layers import decompose_layer
 from asrlib.conversion.sequential import convert_in_sequence
 from asrlib.conversion.statistics import InputSums
+from asrlib.conversion.twins import factors_of
 from asrlib.models.registry import attention_modules, family_of
 from asrlib.models.scratch import new_processor
 

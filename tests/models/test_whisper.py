@@ -10,7 +10,7 @@ from family_models import HEADS, LAYERS, WIDTH, processor_of
 from transformers import AutoConfig, AutoModelForSpeechSeq2Seq
 
 import asrlib
-from asrlib.attention.cache import held_bytes
+from asrlib.attention.cache import cached_numbers, held_bytes
 from asrlib.conversion.convert import convert, decompose, measure_sensitivity
 from asrlib.conversion.quality import analyze_compression_quality, summarise_quality
 from asrlib.conversion.statistics import observed
@@ -18,6 +18,7 @@ from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.measuring.methods import benchmark
 from asrlib.measuring.recipes import RECIPES, Recipe
 from asrlib.models.families.whisper import CACHED, PARTS, generate_and_keep
+from asrlib.models.inference import spoken_logits
 from asrlib.models.registry import attention_modules, attention_parts, latent_modules
 
 FRAMES = 50  # of the encoder
@@ -297,7 +298,7 @@ def test_it_is_saved_and_loaded_back(model, layout, tmp_path):
 # ---- one latent for all layers -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["svd", "whitened", "two_sided"])
+@pytest.mark.parametrize("method", ["svd", "whitened", "two_sided", "attended"])
 def test_as_wide_as_the_model_one_latent_for_all_layers_is_exact(model, statistics, method):
     how = dict(statistics=statistics, method=method, shared=True)
     for parts in (["cross"], list(CACHED), list(PARTS)):
@@ -322,11 +323,11 @@ def test_one_copy_of_a_shared_latent_is_kept(model, beams):
 
 def test_a_shared_latent_is_chosen_by_what_all_layers_lose(model, statistics):
     batch, errors = batch_of(), {}
-    for method in ("svd", "whitened", "two_sided"):
+    for method in ("svd", "whitened", "two_sided", "attended"):
         latent = convert(model, 6, method=method, statistics=statistics, parts=["cross"], shared=True)
         errors[method] = summarise_quality(analyze_compression_quality(model, latent, batch))["output_error"]
     alone = convert(model, 6, method="two_sided", statistics=statistics, parts=["cross"])
-    assert errors["two_sided"] < errors["svd"]
+    assert errors["attended"] < errors["two_sided"] < errors["svd"]
     assert summarise_quality(analyze_compression_quality(model, alone, batch))["output_error"] < errors["two_sided"]
 
 
@@ -341,14 +342,42 @@ def test_a_shared_latent_is_saved_once_and_loaded_back(model, tmp_path):
     assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in latent.parameters())
 
 
+@pytest.mark.parametrize("ranks", ["uniform", "energy", "sensitivity"])
+def test_what_is_kept_once_counts_once(model, statistics, ranks):
+    how = dict(method="attended", statistics=statistics, ranks=ranks, shared=True)
+    for cut, budget in ((0.75, WIDTH // 2 * 2 * LAYERS), (0.5, WIDTH * (LAYERS + 1))):  # the second is exact
+        latent = convert(model, cache_cut=cut, **how)
+        assert budget - LAYERS <= sum(cached_numbers(latent.config, 1, 1)) <= budget
+        cross = attention_parts(latent)["cross"]
+        assert len({module.latent_kv.ranks for module in cross}) == 1 and len(latent_modules(latent)) == 2 * LAYERS
+    torch.testing.assert_close(said(latent, batch_of()), said(model, batch_of()), atol=2e-3, rtol=1e-3)
+
+
+def test_the_sensitivity_of_a_shared_latent_is_that_of_all_its_layers_cut_together(model, statistics):
+    decomposition = decompose(model, "joint", "two_sided", statistics, shared=True)
+    costs = measure_sensitivity(model, "joint", statistics, decomposition, shared=True)
+    assert len(costs) == LAYERS + 1
+    rank = sorted(costs[-1])[1]
+    whole = [WIDTH] * LAYERS + [rank] * LAYERS
+    middle = [(candidates[2],) for candidates in decomposition]
+    latent = convert(model, whole, method="two_sided", statistics=statistics, decomposition=middle, shared=True)
+    inputs = statistics.inputs
+    ours, wanted = (torch.cat(spoken_logits(each, inputs)).log_softmax(-1) for each in (latent, model))
+    cost = torch.nn.functional.kl_div(ours, wanted, log_target=True, reduction="batchmean").item()
+    assert costs[-1][rank] == pytest.approx(cost, rel=1e-2, abs=1e-6)
+
+
+def test_a_decomposition_of_each_layer_alone_is_not_shared(model, statistics):
+    alone = decompose(model, "joint", "two_sided", statistics)
+    with pytest.raises(ValueError, match="each layer has its latent"):
+        convert(model, 6, method="two_sided", statistics=statistics, decomposition=alone, shared=True)
+
+
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
         (dict(latent_dim=6, parts=["decoder"]), "joint latent of cross-attention, not a joint latent of decoder"),
         (dict(latent_dim=12, layout="split"), "not a split latent of decoder, cross"),
-        (dict(latent_dim=6, method="attended"), "fits the latent of one layer"),
-        (dict(latent_dim=6, method="two_sided", ranks="energy"), "neither cache_cut nor ranks"),
-        (dict(cache_cut=0.5), "neither cache_cut nor ranks"),
         (dict(latent_dim=[6, 6, 6, 5]), "give cross-attention the same in all"),
     ],
 )
