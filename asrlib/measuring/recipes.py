@@ -12,6 +12,7 @@ from asrlib.conversion.grouped import group_heads
 from asrlib.conversion.methods import latent_methods
 from asrlib.conversion.sequential import check_one_stack
 from asrlib.conversion.statistics import Statistics
+from asrlib.models.families.whisper import check_shared
 from asrlib.models.registry import family_of, is_latent
 from asrlib.runs import nearest
 
@@ -31,6 +32,7 @@ class Recipe:
     ranks: str = "uniform"
     sequential: bool = False
     batch_norm: bool = False
+    shared: bool = False  # one latent for the cross-attention of all layers
 
     def obstacle(self, config, cut: float) -> str | None:
         """Why the cache of a model of this config cannot be cut by `cut`, or None."""
@@ -40,6 +42,8 @@ class Recipe:
             check_latent_dim(latent_dim_for(cut, width), width, self.layout)
             if self.sequential or self.batch_norm:
                 check_one_stack(config)
+            if self.shared:
+                check_shared(family_of(config).cached_parts, self.layout)
         except ValueError as error:
             return str(error)
         return None
@@ -49,9 +53,9 @@ class Recipe:
         parts = list(statistics.parts)  # those with statistics are to be converted
         decomposition = sensitivities = None
         if not self.sequential or self.ranks != "uniform":  # else each layer is decomposed after those before it
-            decomposition = decompose(model, self.layout, self.method, statistics, parts)
+            decomposition = decompose(model, self.layout, self.method, statistics, parts, self.shared)
         if self.ranks == "sensitivity":
-            sensitivities = measure_sensitivity(model, self.layout, statistics, decomposition, parts)
+            sensitivities = measure_sensitivity(model, self.layout, statistics, decomposition, parts, self.shared)
         return lambda cut: convert(
             model,
             cache_cut=cut,
@@ -64,6 +68,7 @@ class Recipe:
             reestimate_batch_norm=self.batch_norm,
             sensitivities=sensitivities,
             parts=parts,
+            shared=self.shared,
         )
 
 
@@ -95,6 +100,8 @@ def all_recipes() -> dict[str, Recipe | GroupedRecipe]:
         Recipe("two_sided, sensitivity", method="two_sided", ranks="sensitivity"),
         Recipe("attended, energy", method="attended", ranks="energy"),
         Recipe("attended, sensitivity", method="attended", ranks="sensitivity"),
+        Recipe("two_sided, shared", method="two_sided", shared=True),
+        Recipe("attended, sensitivity, shared", method="attended", ranks="sensitivity", shared=True),
         Recipe("attended, sensitivity, sequential", method="attended", ranks="sensitivity", sequential=True),
         Recipe("attended, sensitivity, BatchNorm", method="attended", ranks="sensitivity", batch_norm=True),
         Recipe("split attended, sensitivity", layout="split", method="attended", ranks="sensitivity"),

@@ -217,6 +217,7 @@ def check_model(values: Mapping[str, Any], steps: Iterable[str]) -> None:
 def _check_conversion(values: Mapping[str, Any], config, named: str) -> None:
     from asrlib.conversion.sequential import check_one_stack
     from asrlib.conversion.statistics import check_calibration
+    from asrlib.models.families.whisper import check_shared
     from asrlib.models.registry import chosen_parts, family_of
 
     family = family_of(config)
@@ -225,7 +226,9 @@ def _check_conversion(values: Mapping[str, Any], config, named: str) -> None:
     if values.get("convert_to") == "gqa" and family.to_grouped is None:
         raise BadParameter(f"'convert_to' is gqa, which a {config.model_type} cannot be made: use mla")
     family.check_layout(config, values.get("layout", "joint"))
-    chosen_parts(config, values.get("parts"))
+    parts = chosen_parts(config, values.get("parts"))
+    if values.get("shared"):
+        check_shared(parts, values.get("layout", "joint"))
     if values.get("sequential") or values.get("reestimate_batch_norm"):
         check_one_stack(config)
     watches = METHODS[values.get("method", "svd")].needs_statistics or values.get("ranks") == "sensitivity"
