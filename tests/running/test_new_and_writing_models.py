@@ -79,7 +79,7 @@ def test_a_whisper_goes_through_all_steps(writes):
     assert asrlib.load(writes / "models" / "control")[0].config.model_type == "whisper"
     converted = read_json(writes / "metrics" / "convert.json")
     assert converted["attention"] == "MLA" and sum(converted["latent_dim"][:3]) == 4 * 3, "the last two are one"
-    assert converted["cache_cut"] == 1 - 4 / (2 * family_models.WIDTH)
+    assert converted["cache_cut"] == 1 - 3 * 4 / (2 * family_models.WIDTH * 4)
     (cut,) = (row for row in read_json(writes / "metrics" / "analyze.json")["cost_of_cut"] if row["recipe"] == "svd")
     assert cut["cut_reached"] == 0.5
 
