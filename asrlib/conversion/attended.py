@@ -72,7 +72,7 @@ class AttendedDecomposition:
     moments: Moments
     balance: float
     sharing: tuple[tuple[LayerWeights, Moments], ...]  # the layers of a joint latent, this one among them
-    found: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)  # down of all of them, by (R, steps)
+    found: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)  # what several share, by (R, steps)
 
     @property
     def layout(self) -> str:
@@ -110,7 +110,10 @@ class AttendedDecomposition:
             for layer in self.sharing:
                 keys, values = _terms(*layer)
                 terms += [*_scaled(keys, 1.0), *_scaled(values, self.balance**2)]
-            self.found[len(down), iterations] = self._search(down, terms, 0, iterations)
+            searched = self._search(down, terms, 0, iterations)
+            if len(self.sharing) == 1:
+                return searched
+            self.found[len(down), iterations] = searched
         return self.found[len(down), iterations]
 
     def _search(self, down: torch.Tensor, terms: list[Term], which: int, iterations: int) -> torch.Tensor:
@@ -151,15 +154,22 @@ def search(
     root = symmetric_root(covariance)
     inverse = torch.linalg.inv(root)
     terms = [Term(inverse @ t.covariance @ inverse, inverse @ t.pull, t.weight) for t in terms]
-    lengths = (values / values[0]).clamp(min=SHORTEST_ROW)
+    lengths = (values / values[0].clamp(min=torch.finfo(values.dtype).tiny)).clamp(min=SHORTEST_ROW)
     start = torch.linalg.qr((down @ root).T)[0].T * lengths[:, None]
     try:
         rounded = [Term(t.covariance.float(), t.pull.float(), t.weight) for t in terms]
         rows = _descend(start.float(), rounded, iterations).double()
-    except torch.linalg.LinAlgError:  # a covariance that float32 cannot tell from a singular one
+        better = _explained(rows, terms) >= _explained(start, terms)  # not so where it is not finite
+    except torch.linalg.LinAlgError:
+        better = False
+    if not better:  # covariances that float32 cannot tell from singular ones
         rows = _descend(start, terms, iterations)
     rows = torch.linalg.qr(rows.T)[0].T  # the same directions
     return rows @ inverse
+
+
+def _explained(rows: torch.Tensor, terms: list[Term]) -> float:
+    return sum(term.explained(rows)[0].item() for term in terms)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""MHA → MLA and back, on any model family. The given model stays unchanged."""
+"""MHA → MLA, on any model family. The given model stays unchanged."""
 
 from collections.abc import Sequence
 from numbers import Integral
@@ -61,6 +61,8 @@ def decompose(
     """
     _check_convertible(model, layout, method)
     parts = chosen_parts(model.config, parts)
+    if shared:
+        check_shared(parts, layout)
     modules = attention_modules(model, parts)
     of_modules = _by_module(statistics, parts, len(modules))
     alone = _latents(model, parts, shared)[-1][0] if shared else len(modules)
@@ -261,7 +263,8 @@ def measure_sensitivity(
     """
     width = encoder_config(model.config).hidden_size
     exact = exact_latent_dim(model.config, layout)
-    probe = convert(model, exact, layout=layout, statistics=statistics, decomposition=decomposition, parts=parts)
+    settings = {"layout": layout, "statistics": statistics, "parts": parts, "shared": shared}
+    probe = convert(model, exact, decomposition=decomposition, **settings)
     name = model.main_input_name
     inputs = statistics.inputs | {name: statistics.inputs[name].to(model.dtype)}
 
@@ -338,7 +341,7 @@ def _fill_best(
         error = 0.0
         for attention, candidate, layer in zip(attentions, choice, statistics, strict=True):
             fill(attention.latent_kv, candidate.cut(*attention.latent_kv.ranks, draft=True))
-            error += (layer.sample.error(attention) / layer.sample.size) ** 2
+            error += (layer.sample.error(attention) / (layer.sample.size or 1.0)) ** 2  # 0: a layer that does nothing
         errors.append(error)
     best = choices[errors.index(min(errors))] if errors else choices[0]
     for attention, candidate in zip(attentions, best, strict=True):

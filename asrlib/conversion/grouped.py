@@ -80,8 +80,8 @@ class GroupedHeads:
     statistics: LayerStatistics | None
     layout: str = "split"
 
-    def cut(self, rank_k: int, rank_v: int) -> Factors:
-        """The factors, float64. Both ranks are G·d_h; they are parameters because a `Decomposition` has them."""
+    def cut(self, rank_k: int, rank_v: int, draft: bool = False) -> Factors:
+        """The factors, float64. Both ranks are G·d_h; the parameters are those of `Decomposition.cut`."""
         weights = LayerWeights.of(self.attention)
         if METHODS[self.method].group:
             return METHODS[self.method].group(weights, self.kv_heads)

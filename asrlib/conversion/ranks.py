@@ -1,7 +1,7 @@
 """One cache budget for the whole model, spent over groups of numbers.
 
-A group has one rank: a layer of a joint latent, or the keys or the values of a layer of a split latent. The budget
-counts the cached numbers per frame of all groups together, layers × latent_dim. It is never exceeded.
+A group has one rank: a joint latent, of one layer or of several that share it, or the keys or the values of a layer of
+a split latent. The budget counts the cached numbers per frame of all groups together. It is never exceeded.
 
     uniform      the same rank for every group
     energy       the largest singular values of all groups first, each group's relative to its own total. This reads

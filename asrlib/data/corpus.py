@@ -156,8 +156,9 @@ class Corpus(Sequence[Utterance]):
                 file.write(_valid_unicode(json.dumps(vars(row), ensure_ascii=False)) + "\n")
 
     def fingerprint(self) -> str:
-        """sha256 over ids, texts and durations, in order."""
-        return _digest("\n".join(json.dumps([u.id, u.text, round(u.seconds, 3)]) for u in self))
+        """sha256 over ids, texts, durations and, where they are told, languages, in order."""
+        rows = ([u.id, u.text, round(u.seconds, 3)] + ([u.language] if u.language else []) for u in self)
+        return _digest("\n".join(map(json.dumps, rows)))
 
 
 # ---- from rows to a corpus ---------------------------------------------------------------------------------

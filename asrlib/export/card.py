@@ -135,7 +135,10 @@ def _made(metrics: dict[str, dict], system: str, provenance: dict[str, str], con
             f"{percent(convert['cache_cut'], 2)} of the cache cut"
         )
         if convert.get("latent_dim"):
-            widths = ", ".join(map(str, convert["latent_dim"]))
+            widths = [str(width) for width in convert["latent_dim"]]
+            if getattr(config, "latent_shared", False):
+                widths[-config.decoder_layers :] = [f"{widths[-1]}, once for all layers,"]
+            widths = ", ".join(widths)
             unit = "a frame, layer by layer"
             if parts := getattr(config, "latent_parts", None):
                 unit = f"a token or a frame, layer by layer of {', then '.join(parts)}"

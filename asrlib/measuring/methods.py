@@ -64,6 +64,7 @@ ROOMS = ("attention", "conversion", "models")  # the code that decides a row's n
 def errors_by_width(model, batch: Mapping, recipe: Recipe, statistics: Statistics, parts=None) -> pd.DataFrame:
     """`analyze_compression_quality` of `recipe` on `batch`, at widths from d/32 to d, one row a layer and width."""
     settings = {"layout": recipe.layout, "method": recipe.method, "statistics": statistics, "parts": parts}
+    settings |= {"shared": recipe.shared}
     decomposition = decompose(model, **settings)
     width = encoder_config(model.config).hidden_size
     tables = []
@@ -98,10 +99,11 @@ def benchmark(
     Raises ValueError before the first measurement where no recipe reaches a cut, where the calibration speech is unfit
     (see `collect_statistics`), or where `out` holds rows of another model, other speech or other settings.
     """
-    plan = reachable(model.config, recipes, cuts)
+    parts = list(statistics.parts) if statistics else chosen_parts(model.config, parts)
+    plan = reachable(model.config, recipes, cuts, parts)
     for recipe, reached in plan.items():
         if missing := [cut for cut in sorted(cuts) if cut not in reached]:
-            reason = recipe.obstacle(model.config, missing[0])
+            reason = recipe.obstacle(model.config, missing[0], parts)
             warnings.warn(f"no row for {recipe.name!r} at a cut of {percents(missing)}: {reason}", stacklevel=2)
     rows: dict[tuple[str, float, str], Row] = {}
     if out is not None:
@@ -111,7 +113,7 @@ def benchmark(
             "weights of the model": weights_fingerprint(model),
             "calibration speech": f"{calibration.split} {calibration.fingerprint()}",
             "calibration_seconds": calibration_seconds,
-            "parts": ", ".join(statistics.parts if statistics else chosen_parts(model.config, parts)),
+            "parts": ", ".join(parts),
             "device": choose_device(device, model).type,
             "code of asrlib": _code_fingerprint(),
         }

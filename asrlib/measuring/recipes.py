@@ -13,7 +13,7 @@ from asrlib.conversion.methods import latent_methods
 from asrlib.conversion.sequential import check_one_stack
 from asrlib.conversion.statistics import Statistics
 from asrlib.models.families.whisper import check_shared
-from asrlib.models.registry import family_of, is_latent
+from asrlib.models.registry import chosen_parts, family_of, is_latent
 from asrlib.runs import nearest
 
 Converter = Callable[[float], PreTrainedModel]  # cut → latent model
@@ -34,8 +34,8 @@ class Recipe:
     batch_norm: bool = False
     shared: bool = False  # one latent for the cross-attention of all layers
 
-    def obstacle(self, config, cut: float) -> str | None:
-        """Why the cache of a model of this config cannot be cut by `cut`, or None."""
+    def obstacle(self, config, cut: float, parts: Sequence[str] | None = None) -> str | None:
+        """Why the cache of a model of this config cannot be cut by `cut` in these `parts`, or None."""
         try:
             family_of(config).check_layout(config, self.layout)
             width = encoder_config(config).hidden_size
@@ -43,7 +43,7 @@ class Recipe:
             if self.sequential or self.batch_norm:
                 check_one_stack(config)
             if self.shared:
-                check_shared(family_of(config).cached_parts, self.layout)
+                check_shared(chosen_parts(config, parts), self.layout)
         except ValueError as error:
             return str(error)
         return None
@@ -79,7 +79,9 @@ class GroupedRecipe:
     name: str
     method: str = "mean"
 
-    def obstacle(self, config, cut: float) -> str | None:
+    def obstacle(self, config, cut: float, parts: Sequence[str] | None = None) -> str | None:
+        if parts is not None and list(parts) != chosen_parts(config, None):
+            return f"heads are grouped in all parts that keep a cache, not in {', '.join(parts)}"
         heads = encoder_config(config).num_attention_heads
         kept = (1 - cut) * heads
         if abs(kept - round(kept)) > 1e-9 or not round(kept) or heads % round(kept):
@@ -114,7 +116,9 @@ def all_recipes() -> dict[str, Recipe | GroupedRecipe]:
 RECIPES = all_recipes()
 
 
-def reachable(config, recipes: Iterable[Recipe], cuts: Sequence[float]) -> dict[Recipe, list[float]]:
+def reachable(
+    config, recipes: Iterable[Recipe], cuts: Sequence[float], parts: Sequence[str] | None = None
+) -> dict[Recipe, list[float]]:
     """The cuts that each recipe can reach, ascending. Raises ValueError where no recipe reaches a cut."""
     if is_latent(config):
         raise ValueError(f"the model is latent already ({config.model_type}): give the model it came from")
@@ -125,12 +129,13 @@ def reachable(config, recipes: Iterable[Recipe], cuts: Sequence[float]) -> dict[
     names = [recipe.name for recipe in recipes]
     if len(set(names)) < len(names):
         raise ValueError(f"two recipes have the same name, of {', '.join(names)}: give each its own")
-    plan = {recipe: [cut for cut in sorted(set(cuts)) if not recipe.obstacle(config, cut)] for recipe in recipes}
+    plan = {recipe: [cut for cut in sorted(set(cuts)) if not recipe.obstacle(config, cut, parts)] for recipe in recipes}
     if not plan or not cuts:
         raise ValueError("nothing to measure: give at least one recipe and one cut")
     for cut in cuts:
         if not any(cut in reached for reached in plan.values()):
-            raise ValueError(f"no recipe reaches a cut of {percents([cut])}: {next(iter(plan)).obstacle(config, cut)}")
+            obstacle = next(iter(plan)).obstacle(config, cut, parts)
+            raise ValueError(f"no recipe reaches a cut of {percents([cut])}: {obstacle}")
     return plan
 
 

@@ -21,6 +21,7 @@ from asrlib.models.transducer import transducer_loss
 # utterances has 6.0 a second. Other scripts take several tokens for a letter.
 ENGLISH_TOKENS_PER_SECOND, TOKENS_PER_SECOND = 10, 30
 FEATURES_PER_SECOND = 100
+TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>, behind the token for none
 
 Batch = dict[str, torch.Tensor]  # of the collator, on the device of the model
 
@@ -236,7 +237,8 @@ def suppressed_tokens(model) -> list[int] | None:
     config = model.generation_config
     if (before := getattr(config, "no_timestamps_token_id", None)) is None:
         return config.suppress_tokens
-    return [*(config.suppress_tokens or ()), *range(before + 1, model.config.vocab_size)] or None
+    timestamps = range(before + 1, min(before + 1 + TIMESTAMPS, model.config.vocab_size))
+    return [*(config.suppress_tokens or ()), *timestamps] or None
 
 
 def _kept(states_BTD: torch.Tensor, frames_B: torch.Tensor) -> torch.Tensor:

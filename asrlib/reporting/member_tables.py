@@ -3,7 +3,7 @@
 Everything is computed from a `Comparison`. There error rates are fractions; shown, per cent and points.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from urllib.parse import quote
 
@@ -164,20 +164,21 @@ def seed_table(sweep: Comparison, groups: Sequence[Sequence[str]]) -> pd.DataFra
     for group, split in product(groups, sweep.splits):
         of_member = [entries[name].all_scores() for name in group]
         rates = pd.DataFrame([{s: by[split]["wer"] for s, by in scores.items() if split in by} for scores in of_member])
-        rates = rates.dropna(axis=1)
+        last = rates.columns[-1]
         for system, column in rates.items():
-            more = rates.iloc[:, -1] - column
-            rows.append(
-                {
-                    "members": ", ".join(group),
-                    "split": split,
-                    "system": SYSTEMS[system],
-                    "seeds": len(rates),
-                    "WER": f"{percent(column.mean())} ({rate_interval((column.min(), column.max()))})",
-                    f"{SYSTEMS[rates.columns[-1]]}, points more": tested_points(more.mean(), (more.min(), more.max())),
-                }
-            )
-    return pd.DataFrame(rows)
+            row = {"members": ", ".join(group), "split": split, "system": SYSTEMS[system].partition(" (")[0]}
+            row |= {"seeds": column.count(), "WER": f"{percent(column.mean())} ({_range(column, rate_interval)})"}
+            if system != last:
+                more = rates[last] - column
+                row[f"{SYSTEMS[last].partition(' (')[0]}, points more"] = (
+                    f"{points(more.mean())} ({_range(more, points_interval)})"
+                )
+            rows.append(row)
+    return pd.DataFrame(rows).fillna("")
+
+
+def _range(column: pd.Series, in_words: Callable) -> str:
+    return in_words((column.min(), column.max()))
 
 
 def tests_in_words(sweep: Comparison) -> pd.DataFrame:

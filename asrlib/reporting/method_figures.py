@@ -276,7 +276,11 @@ def error_against_wer(frame: pd.DataFrame, limits: Sequence[float]) -> "Figure":
 
 
 def by_width(frame: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
-    """Word error rates where the joint latent has a simple share of the width d, and the cut claimed for it."""
+    """Word error rates where the joint latent of each layer has a simple share of the width d, and the cut claimed for
+    it."""
+    from asrlib.measuring.recipes import RECIPES
+
+    methods = [name for name in methods if not getattr(RECIPES.get(name), "shared", False)]  # their widths are others
     table = frame[frame["cut"].isin(WIDTHS)].pivot_table(index="recipe", columns="cut", values="wer")
     table = table.loc[[name for name in methods if name in table.index], ::-1].map(lambda wer: cell(wer, percent))
     table.loc["claimed"] = [CLAIMED_CUTS.get(WIDTHS[cut], "–") for cut in table]

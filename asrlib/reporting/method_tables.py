@@ -119,7 +119,7 @@ def _asked_for(args: argparse.Namespace) -> Iterator[Row]:
     check_splits(args.corpus, [args.calibration, *splits])
     model, processor = asrlib.load(args.model)
     parts = chosen_parts(model.config, [part.strip() for part in args.parts.split(",")] if args.parts else None)
-    reachable(model.config, recipes, cuts)  # before the speech is decoded, which may take long
+    reachable(model.config, recipes, cuts, parts)  # before the speech is decoded, which may take long
     usable = functools.partial(open_usable, args.corpus, processor=processor, frames=frames_of(model), seed=args.seed)
     calibration = usable(split=args.calibration, seconds=args.calibration_seconds)
     corpora = {split: usable(split=split, samples=args.samples) for split in splits}

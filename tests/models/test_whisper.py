@@ -12,8 +12,10 @@ from transformers import AutoConfig, AutoModelForSpeechSeq2Seq
 import asrlib
 from asrlib.attention.cache import cached_numbers, held_bytes
 from asrlib.conversion.convert import convert, decompose, measure_sensitivity
+from asrlib.conversion.factorize import LayerWeights
 from asrlib.conversion.quality import analyze_compression_quality, summarise_quality
 from asrlib.conversion.statistics import observed
+from asrlib.conversion.twins import factors_of
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.measuring.methods import benchmark
 from asrlib.measuring.recipes import RECIPES, Recipe
@@ -331,6 +333,16 @@ def test_a_shared_latent_is_chosen_by_what_all_layers_lose(model, statistics):
     assert summarise_quality(analyze_compression_quality(model, alone, batch))["output_error"] < errors["two_sided"]
 
 
+def test_of_a_shared_latent_each_layer_has_its_regression(model, statistics):
+    latent = convert(model, 6, method="attended", statistics=statistics, parts=["cross"], shared=True)
+    for module, layer in zip(attention_parts(latent)["cross"], statistics.of(["cross"]), strict=True):
+        factors, moments = factors_of(module.latent_kv), layer.moments()
+        seen = factors.down_k @ moments.attended_key.covariance
+        weights = LayerWeights.of(attention_parts(model)["cross"][module.layer_idx])
+        up = torch.linalg.solve(seen @ factors.down_k.T, seen @ weights.key.T).T
+        torch.testing.assert_close(factors.up_k, up, atol=1e-5, rtol=1e-4)
+
+
 def test_a_shared_latent_is_saved_once_and_loaded_back(model, tmp_path):
     latent, batch = convert(model, 9, parts=["cross"], shared=True), batch_of()
     latent.save_pretrained(tmp_path)
@@ -378,6 +390,7 @@ def test_a_decomposition_of_each_layer_alone_is_not_shared(model, statistics):
     [
         (dict(latent_dim=6, parts=["decoder"]), "joint latent of cross-attention, not a joint latent of decoder"),
         (dict(latent_dim=12, layout="split"), "not a split latent of decoder, cross"),
+        (dict(cache_cut=0.5, parts=["decoder"], ranks="energy"), "not a joint latent of decoder"),
         (dict(latent_dim=[6, 6, 6, 5]), "give cross-attention the same in all"),
     ],
 )
