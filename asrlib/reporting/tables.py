@@ -207,3 +207,13 @@ def sizes_shown(models: Mapping[str, Any], numbers: Mapping[str, float], title: 
     columns = ["cached numbers per frame and layer", "cache of 1000 frames, float32, KiB", "parameters, M"]
     table = pd.DataFrame(dict(zip(columns, (numbers, caches, parameters), strict=True)))
     return table, title, dict(zip(columns, (",.0f", ",.0f", ".2f"), strict=True))
+
+
+def exactness(before, after) -> tuple[float, str]:
+    """(largest difference, a sentence that tells it) of logits [N, V] before and after a conversion at full width."""
+    difference, largest = (values.abs().max().item() for values in (before - after, before))
+    same = (before.argmax(-1) == after.argmax(-1)).float().mean().item()
+    return difference, (
+        f"the logits differ by at most **{difference:.1e}**, beside values up to {largest:.0f}; {same:.2%} of them "
+        "have the same best symbol."
+    )

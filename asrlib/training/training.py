@@ -393,8 +393,7 @@ def _arguments(
 
 def _word_error_rate(prediction, processor, head) -> float:
     pad = processor.tokenizer.pad_token_id
-    ids = np.where(prediction.predictions == -100, pad, prediction.predictions)
-    labels = np.where(prediction.label_ids == -100, pad, prediction.label_ids)
+    ids, labels = (np.where(given == -100, pad, given) for given in (prediction.predictions, prediction.label_ids))
     texts = head.references(processor, labels), head.texts(processor, ids)
     forms = [normaliser_of(processor, language) for language in languages_told(labels, processor)]
     rows = ([{"text": t, "normaliser": form} for t, form in zip(side, forms, strict=True)] for side in texts)
