@@ -17,7 +17,7 @@ from asrlib.conversion.quality import analyze_compression_quality, summarise_qua
 from asrlib.conversion.statistics import observed
 from asrlib.conversion.twins import factors_of
 from asrlib.data.batches import SpeechCollator, SpeechDataset
-from asrlib.measuring.methods import benchmark
+from asrlib.measuring.methods import benchmark, errors_by_width
 from asrlib.measuring.recipes import RECIPES, Recipe
 from asrlib.models.families.whisper import CACHED, PARTS, generate_and_keep
 from asrlib.models.inference import spoken_logits
@@ -414,6 +414,22 @@ def test_rows_count_what_is_kept_of_tokens_and_of_frames(model):
         left = (standard,) * (2 * LAYERS - latents)  # of the decoder's
         assert kept.pop("svd") == (left + (WIDTH,) * latents, len(parts) / 4)
         assert sorted(kept.values()) == [((0,) * 2 * LAYERS, 1.0), ((standard,) * 2 * LAYERS, 0.0)]
+
+
+def test_a_recipe_of_a_shared_latent_gives_a_row_and_refuses_other_parts(model):
+    processor, speech = processor_of("whisper"), tiny.corpus(4)
+    statistics = asrlib.collect_statistics(model, processor, tiny.corpus(24), attention=True)
+    names = ["two_sided, shared", "attended, sensitivity, shared"]
+    given = [0.75], [RECIPES[name] for name in names]
+    rows = list(benchmark(model, processor, speech, {"test": speech}, *given, statistics=statistics))[2:]
+    assert [row.recipe for row in rows] == names
+    for row in rows:
+        assert row.cut_reached == pytest.approx(0.75, abs=0.05) and row.latent_dim[LAYERS + 1 :] == (0,) * (LAYERS - 1)
+    for recipe in (RECIPES[names[0]], RECIPES["GQA, mean of heads"]):
+        assert recipe.obstacle(model.config, 0.5, ["decoder"])
+    errors = errors_by_width(model, batch_of(), RECIPES[names[0]], statistics)
+    alone = errors_by_width(model, batch_of(), RECIPES["two_sided"], statistics)
+    assert not errors["output_error"].equals(alone["output_error"])
 
 
 def test_a_recipe_for_one_stack_of_layers_is_out_of_reach(model):
