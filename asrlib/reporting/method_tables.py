@@ -36,7 +36,8 @@ def as_table(rows: Iterable[Row]) -> pd.DataFrame:
     """The rows to read, in the order of `in_order`; `cached` counts the numbers per frame and layer."""
     table = []
     for row in in_order(rows):
-        low, high = min(row.latent_dim), max(row.latent_dim)
+        kept = [width for width in row.latent_dim if width] or [0]  # layers that share a latent keep none of their own
+        low, high = min(kept), max(kept)
         compared, made = row.recipe != BASELINE, row.recipe not in (BASELINE, ZEROED)
         values = {
             "split": row.split,
