@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +35,7 @@ from asrlib.reporting.numbers import change, duration, size
 from asrlib.running import cost_measurements as measure
 from asrlib.running.pipeline import pending, seconds_before
 from asrlib.running.sweeps import Member
+from asrlib.training.rates import SHARE
 from asrlib.training.training import TrainingSettings
 
 CACHE_FRAMES = 1000
@@ -85,6 +87,9 @@ class Workload:
             yield self._training(step, self.converted, settings, p.train_samples, teacher)
             if p.control:
                 yield self._training(step, self.baseline, settings, p.train_samples, teacher)
+            if p.learning_rates:
+                tried = replace(settings, epochs=SHARE * settings.epochs * len(p.learning_rates))
+                yield self._training(step, self.converted, tried, p.train_samples, teacher)
         elif step == "04_evaluate":
             yield self._passes("the test splits, converted and fine-tuned", self.converted, 2, *self._tests())
             if p.stream_chunks_ms:

@@ -31,10 +31,13 @@ def name_in(choices: Collection[str]) -> AfterValidator:
 
 
 def numbers(above: float, below: float = math.inf, null: bool = False, empty: bool = True) -> AfterValidator:
-    """Every item of a list is a number between the two or, with `null`, nothing; with `empty` there may be no item."""
+    """Every item of a list is a number between the two or, with `null`, nothing; with `empty`, the list may be so. There
+    may be no list where the parameter's type says it."""
     limit = f"numbers above {above:g}" + f" and below {below:g}" * (below < math.inf) + " or null" * null
 
-    def check(values: list) -> list:
+    def check(values: list | None) -> list | None:
+        if values is None:
+            return None
         if not values and not empty:
             raise ValueError(f"should hold {limit}")
         for value in values:
@@ -108,6 +111,8 @@ LIMITS: dict[str, Any] = {
     "encoder_memory": Field(ge=0),
     "scheduler": SCHEDULER,
     "precision": PRECISION,
+    "chosen_by": one_of("wer", "divergence"),
+    "learning_rates": numbers(0, empty=False),
     "training_strategy": one_of("ddp", "fsdp"),
     "device": AfterValidator(check_device),
 }

@@ -25,8 +25,9 @@ from asrlib.data.corpus import Corpus
 from asrlib.data.opening import open_corpus
 from asrlib.models.loading import load
 from asrlib.runs import atomic_folder, read_json, write_json
+from asrlib.training.checkpoints import checkpoint_folder
 from asrlib.training.distributed import process_index
-from asrlib.training.training import TrainingResult, TrainingSettings, checkpoint_folder, train
+from asrlib.training.training import TrainingResult, TrainingSettings, train
 
 STEPS_SECONDS = 5.0  # a step without a log entry is in the history if the last entry is at least this old
 

@@ -1,9 +1,7 @@
 """Training and fine-tuning on transformers' Trainer."""
 
 import random
-import shutil
-import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,15 +23,15 @@ from asrlib.models.heard_once import KEPT, keep_encoder_states
 from asrlib.models.inference import inference, padding_silenced
 from asrlib.models.out_of_memory import in_words, out_of_memory_explained
 from asrlib.models.registry import family_of, frame_counts, layer_frame_counts
-from asrlib.runs import read_json, resolve, write_json
-from asrlib.training.distributed import average_batch_norm, process_count, rows_of_all, strategy_arguments, wait_for_all
+from asrlib.runs import read_json, resolve
+from asrlib.training.checkpoints import CHECKPOINT_MARKER, CheckpointMarker, checkpoint_folder, last_checkpoint
+from asrlib.training.distributed import average_batch_norm, process_count, rows_of_all, strategy_arguments
 from asrlib.training.losses import posterior_divergence, relative_squared_error
 from asrlib.training.modes import every_layer, frozen_batch_norm, own_precision, select_trainable, updated_once
 
 # The scheduler reduce_lr_on_plateau halves the learning rate at the second evaluation in a row without a new lowest
 # WER. EarlyStoppingCallback keeps counting, so `patience` should be larger.
 PLATEAU = {"factor": 0.5, "patience": 1}
-CHECKPOINT_MARKER = ".completed.json"  # Trainer writes a checkpoint file by file; the marker says that it is complete
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,8 @@ class TrainingSettings:
     gradient_accumulation: int = 1  # batches per step
     gradient_checkpointing: bool = False
     evaluations_per_epoch: int = 1  # each is followed by a checkpoint
-    patience: int = 3  # evaluations without a lower WER before stopping
+    chosen_by: str = "wer"  # wer | divergence: what the kept weights have least of, on validation
+    patience: int = 3  # evaluations without less of that before stopping
     ctc_weight: float = 1.0  # of the head's loss on the transcripts (CTC or another); 0: a teacher alone
     kl_weight: float = 0.0  # of the KL divergence from a teacher's posteriors, nats per frame (or token)
     hidden_weight: float = 0.0  # of the squared error of each layer's output, relative to the teacher's
@@ -122,22 +121,35 @@ class SpeechTrainer(Trainer):
         if on_policy:
             with inference(self.model, device=self.args.device, precision=self.settings.precision):
                 inputs = inputs | {"labels": self.head.own_labels(self.model, self.processor, inputs)}
-        unlabelled = inputs if self.head.reads_labels else {k: v for k, v in inputs.items() if k != "labels"}
         layers = {"output_hidden_states": True} if self.settings.hidden_weight else {}
-        with inference(self.teacher, device=self.args.device, precision=self.settings.precision):
-            theirs = self.head.forward(self.teacher, unlabelled, **layers)
-        ours = self.head.forward(model, inputs, **layers)
-        frames_B = frame_counts(self.teacher, inputs["attention_mask"].sum(-1))
-        layer_frames_B = layer_frame_counts(self.teacher, inputs["attention_mask"].sum(-1))
-        logits, wanted = (torch.cat(self.head.spoken(inputs, output, frames_B)) for output in (ours, theirs))
+        ours, theirs, divergence = self._compare(model, inputs, **layers)
         settings = self.settings
         loss = settings.ctc_weight * ours.loss * (not on_policy)  # its own words are no truth
-        loss = loss + settings.kl_weight * posterior_divergence(logits, wanted)
+        loss = loss + settings.kl_weight * divergence
         if layers:
-            states = (self.head.layers(inputs, output, layer_frames_B) for output in (ours, theirs))
+            frames_B = layer_frame_counts(self.teacher, inputs["attention_mask"].sum(-1))
+            states = (self.head.layers(inputs, output, frames_B) for output in (ours, theirs))
             errors = [relative_squared_error(*pair) for pair in zip(*states, strict=True)]
             loss = loss + settings.hidden_weight * sum(errors) / len(errors)
         return (loss, ours) if return_outputs else loss
+
+    def _compare(self, model, inputs, **how) -> tuple:
+        """The outputs of the model and of its teacher, and how far their posteriors are apart."""
+        unlabelled = inputs if self.head.reads_labels else {k: v for k, v in inputs.items() if k != "labels"}
+        with inference(self.teacher, device=self.args.device, precision=self.settings.precision):
+            theirs = self.head.forward(self.teacher, unlabelled, **how)
+        ours = self.head.forward(model, inputs, **how)
+        frames_B = frame_counts(self.teacher, inputs["attention_mask"].sum(-1))
+        logits, wanted = (torch.cat(self.head.spoken(inputs, output, frames_B)) for output in (ours, theirs))
+        return ours, theirs, posterior_divergence(logits, wanted)
+
+    def _divergence(self, model, inputs) -> torch.Tensor:
+        """From the teacher: of a decoder, on what the teacher writes, since the references may be spelt otherwise."""
+        if attends_across(self.model.config):
+            with inference(self.teacher, device=self.args.device, precision=self.settings.precision):
+                inputs = inputs | {"labels": self.head.own_labels(self.teacher, self.processor, inputs)}
+        with padding_silenced(self.teacher, layer_frame_counts(self.teacher, inputs["attention_mask"].sum(-1))):
+            return self._compare(model, inputs)[-1]
 
     def autocast_smart_context_manager(self, cache_enabled=True):
         if self.is_fsdp_enabled and self.settings.precision == "bf16":
@@ -176,7 +188,8 @@ class SpeechTrainer(Trainer):
         with explained, torch.no_grad(), self.compute_loss_context_manager(), padding_silenced(model, layer_frames_B):
             output = self.head.forward(model, inputs)
             ids_BK = self.head.recognised(self.model, self.processor, inputs, output, frames_B)
-        return output.loss.detach(), ids_BK, inputs["labels"]
+            loss = self._divergence(model, inputs) if self.settings.chosen_by == "divergence" else output.loss
+        return loss.detach(), ids_BK, inputs["labels"]
 
 
 class Progress(ProgressCallback):
@@ -184,57 +197,6 @@ class Progress(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         pass
-
-
-class CheckpointMarker(TrainerCallback):
-    """Marks a checkpoint as complete once all its files are written, with the seconds spent so far.
-
-    Only then removes the earlier ones, except the best: a kill leaves a complete checkpoint at any moment.
-    """
-
-    def __init__(self, seconds_before: float):
-        self.start = time.perf_counter() - seconds_before
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if control.should_save:  # a checkpoint does not hold the loss since the last log
-            control.should_log = True
-        return control
-
-    def on_save(self, args, state, control, **kwargs):
-        wait_for_all()  # each process writes the state of its own random numbers
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir)
-            facts = {"step": state.global_step, "seconds": self.seconds, "finished": control.should_training_stop}
-            facts["processes"] = args.world_size
-            write_json(checkpoint_folder(folder, state.global_step) / CHECKPOINT_MARKER, facts)
-            kept = {checkpoint_folder(folder, step) for step in (state.global_step, state.best_global_step)}
-            remove_checkpoints(folder, kept)
-
-
-def checkpoint_folder(folder: Path, step: int) -> Path:
-    return folder / f"checkpoint-{step}"
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint below `folder`, or None."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{CHECKPOINT_MARKER}")]
-    return max(complete, key=_step_of, default=None)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
-
-
-def remove_checkpoints(folder: Path, kept: Collection[Path] = ()) -> None:
-    """Removes the checkpoints below `folder` (weights and optimizer states); the TensorBoard logs stay."""
-    removed = set(folder.glob("checkpoint-*")) - set(kept)
-    for checkpoint in sorted(removed, key=_step_of, reverse=True):  # a later one may refer to an earlier best one
-        (checkpoint / CHECKPOINT_MARKER).unlink(missing_ok=True)  # first, since a half-removed one is not complete
-        shutil.rmtree(checkpoint)
 
 
 def train(
@@ -247,8 +209,9 @@ def train(
     teacher=None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
-    """Trains `model` in place on the loss of its head and leaves it with the weights of the lowest validation WER:
-    those of an evaluation, or those that it came with (step 0), if their WER or, at equal WERs, their loss is lower.
+    """Trains `model` in place on the loss of its head and leaves it with the weights of the lowest validation WER, or
+    of the lowest KL divergence from the teacher (`chosen_by`): those of an evaluation, or those that it came with (step
+    0), unless training has brought less; between equals, the loss or the WER decides.
 
     Checkpoints and TensorBoard logs go to `folder`. Called again with the same folder, training resumes after the last
     complete checkpoint and, on the CPU, ends with the same weights as an undisturbed run. A relative `folder` starts at
@@ -270,6 +233,8 @@ def train(
         teacher = None
     elif teacher is None:
         raise ValueError("kl_weight and hidden_weight are the weights of a teacher's losses, and no teacher was given")
+    if settings.chosen_by == "divergence" and not (teacher and settings.kl_weight):
+        raise ValueError("chosen_by is divergence, that from a teacher: give kl_weight, or choose by wer")
     head = family_of(model.config).head
     if settings.on_policy and (teacher is None or not attends_across(model.config)):
         raise ValueError("on_policy is for a model with a decoder and a teacher: give kl_weight, or leave it out")
@@ -326,10 +291,11 @@ def train(
     if use_cache is not None:
         model.config.use_cache = use_cache
     model.eval()
-    best_step, best_wer = state.best_global_step or state.global_step, state.best_metric
     evaluations = {row["step"]: (row["eval_wer"], row["eval_loss"]) for row in state.log_history if "eval_wer" in row}
-    if 0 in evaluations and evaluations[0] <= evaluations.get(best_step, evaluations[0]):  # the loss decides a tie
-        best_step, best_wer = 0, evaluations[0][0]
+    order = (lambda row: row[::-1]) if settings.chosen_by == "divergence" else tuple  # the other decides a tie
+    best_step = state.best_global_step or state.global_step
+    if 0 in evaluations and order(evaluations[0]) <= order(evaluations.get(best_step, evaluations[0])):
+        best_step = 0
         if settings.training_strategy != "fsdp":
             model.load_state_dict(start)
     return TrainingResult(
@@ -337,7 +303,7 @@ def train(
         seconds=marker.seconds,
         steps=state.global_step,
         best_step=best_step,
-        best_wer=best_wer,
+        best_wer=evaluations[best_step][0],
         stopped_early=state.global_step < state.max_steps,
         trainable_parameters=trainable_parameters,
         settings=settings,
@@ -376,7 +342,7 @@ def _arguments(
         save_total_limit=None,  # CheckpointMarker removes them
         restore_callback_states_from_checkpoint=True,  # how much patience is left
         load_best_model_at_end=True,
-        metric_for_best_model="wer",
+        metric_for_best_model={"wer": "wer", "divergence": "loss"}[settings.chosen_by],
         greater_is_better=False,
         logging_steps=max(1, every // 10),
         logging_nan_inf_filter=False,

@@ -31,7 +31,8 @@ from asrlib.models.heads import Decoder, Transducer, suppressed_tokens
 from asrlib.models.inference import attention_of, spoken_logits, zero_attention
 from asrlib.models.registry import attention_modules, attention_parts, family_of, frames_of
 from asrlib.training import training
-from asrlib.training.training import SpeechTrainer, TrainingSettings, last_checkpoint, train
+from asrlib.training.checkpoints import last_checkpoint
+from asrlib.training.training import SpeechTrainer, TrainingSettings, train
 
 HEADS = {"whisper": Decoder, "nemotron": Transducer, "parakeet_rnnt": Transducer}
 TRANSDUCERS = [name for name, head in HEADS.items() if head is Transducer]

@@ -41,10 +41,16 @@ def encoded(model, heard: dict[str, torch.Tensor], **asked) -> torch.Tensor:
         return model(**heard, **asked).encoder_last_hidden_state
 
 
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor, atol: float = 1e-5) -> None:
+    """But for the last bits: two passes over the same numbers may differ in them, by where memory begins."""
+    assert torch.allclose(ours, theirs, rtol=0, atol=atol)
+
+
 def test_a_second_pass_and_a_converted_model_read_what_the_first_computed(whisper, kept):
-    wanted = whisper.model.encoder(batch()["input_features"]).last_hidden_state
-    assert torch.equal(encoded(whisper, batch()), wanted) and (kept.computed, kept.read) == (3, 0)
-    assert torch.equal(encoded(asrlib.convert(whisper, 4), batch()), wanted) and (kept.computed, kept.read) == (3, 3)
+    first = encoded(whisper, batch())
+    assert_same(first, whisper.model.encoder(batch()["input_features"]).last_hidden_state)
+    assert (kept.computed, kept.read) == (3, 0)
+    assert torch.equal(encoded(asrlib.convert(whisper, 4), batch()), first) and (kept.computed, kept.read) == (3, 3)
     assert kept.bytes == 3 * ONE
 
 
@@ -52,7 +58,7 @@ def test_of_a_batch_only_what_is_new_is_computed(whisper, kept):
     encoded(whisper, batch(2))
     both = batch(4)
     wanted = whisper.model.encoder(both["input_features"]).last_hidden_state
-    assert torch.allclose(encoded(whisper, both), wanted, rtol=0, atol=1e-6)
+    assert_same(encoded(whisper, both), wanted)
     assert (kept.computed, kept.read) == (4, 2)
 
 
@@ -72,7 +78,8 @@ def test_what_changes_the_states_is_computed_again(whisper, kept, change):
     with inference(model, device=CPU, precision=precision):
         ours = model(**batch()).encoder_last_hidden_state
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        assert torch.equal(ours, model.model.encoder(batch()["input_features"]).last_hidden_state)
+        wanted = model.model.encoder(batch()["input_features"]).last_hidden_state
+    assert_same(ours, wanted, atol=0.03 if precision == "bf16" else 1e-5)
     assert (kept.computed, kept.read) == (6, 0)
 
 
@@ -110,7 +117,7 @@ def test_a_fused_optimizer_is_noticed(whisper, kept):
     optimizer = torch.optim.AdamW(whisper.model.encoder.parameters(), lr=0.1, fused=True)
     whisper(**batch()).loss.backward()
     optimizer.step()
-    assert torch.equal(encoded(whisper, batch()), whisper.model.encoder(batch()["input_features"]).last_hidden_state)
+    assert_same(encoded(whisper, batch()), whisper.model.encoder(batch()["input_features"]).last_hidden_state)
     assert kept.computed == 6
 
 

@@ -1,11 +1,16 @@
 """A teacher's word counts as its settings say, on unpadded frames alone."""
 
+import family_models
 import pytest
 import tiny
 import torch
 
 from asrlib import convert
+from asrlib.data.batches import SpeechCollator, SpeechDataset
+from asrlib.models.registry import family_of
 from asrlib.models.scratch import new_processor
+from asrlib.training.checkpoints import last_checkpoint
+from asrlib.training.rates import try_learning_rates
 from asrlib.training.training import (
     SpeechTrainer,
     TrainingSettings,
@@ -103,8 +108,72 @@ def test_a_student_comes_nearer_to_its_teacher_and_leaves_it_as_it_is(tmp_path):
         ({"kl_weight": 1.0}, "no teacher was given"),
         ({"hidden_weight": 1.0}, "no teacher was given"),
         ({"ctc_weight": 0.0}, "nothing to learn from"),
+        ({"chosen_by": "divergence"}, "that from a teacher"),
     ],
 )
 def test_weights_that_cannot_be_are_refused(tmp_path, weights, said):
     with pytest.raises(ValueError, match=said):
         train(tiny.conformer(), new_processor(), tiny.corpus(), tiny.corpus(), tmp_path, settings(**weights))
+
+
+# ---- what is kept, and at which learning rate --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["conformer", "whisper"])
+def test_the_weights_nearest_to_the_teacher_are_kept(tmp_path, name):
+    processor = family_models.processor_of("whisper") if name == "whisper" else new_processor()
+    teacher = family_models.whisper() if name == "whisper" else tiny.conformer(**QUIET)
+    student, speech = convert(teacher, 3), tiny.corpus(3, "validation")
+    collate, heard = SpeechCollator(processor), SpeechDataset(speech, processor)
+    batches = [collate([heard[i]]) for i in range(len(speech))]  # without padding
+    if name == "whisper":  # on its own words, not on the references
+        head = family_of(teacher.config).head
+        for batch in batches:
+            batch["labels"] = head.own_labels(teacher.eval(), processor, batch)
+
+    def divergence() -> float:
+        with torch.no_grad():
+            logits = [[model.eval()(**batch).logits[0] for batch in batches] for model in (student, teacher)]
+        ours, theirs = (torch.cat(each).double().log_softmax(-1) for each in logits)
+        return (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
+
+    before = divergence()
+    chosen = settings(kl_weight=1.0, ctc_weight=0.0, chosen_by="divergence", batch_seconds=100.0, epochs=4)
+    result = train(student, processor, tiny.corpus(), speech, tmp_path, chosen, teacher)
+    seen = {row["step"]: row["eval_loss"] for row in result.history if "eval_loss" in row}
+    assert seen[0] == pytest.approx(before, rel=1e-3)
+    assert result.best_step == min(seen, key=seen.get) > 0
+    assert seen[result.best_step] == pytest.approx(divergence(), rel=1e-3) and divergence() < before
+
+
+def test_of_learning_rates_the_best_comes_first_and_nothing_is_left_in_the_model(tmp_path):
+    teacher = tiny.conformer(**QUIET)
+    student = convert(teacher, 3)
+    before = {name: values.clone() for name, values in student.state_dict().items()}
+    chosen = settings(kl_weight=1.0, ctc_weight=0.0, chosen_by="divergence", epochs=20)
+    speech = new_processor(), tiny.corpus(), tiny.corpus(2, "validation"), tmp_path, chosen, teacher
+    rates = [1e-7, 5e-3, 1e-5]
+    tried = try_learning_rates(rates, student, *speech, corpus="noise")
+    assert [row["learning_rate"] for row in tried] == [5e-3, 1e-5, 1e-7]
+    assert tried[0]["eval_loss"] < tried[1]["eval_loss"] < tried[2]["eval_loss"]
+    assert all(torch.equal(values, before[name]) for name, values in student.state_dict().items())
+    written = [last_checkpoint(tmp_path / f"rate-{rate:g}") for rate in rates]
+    at = [folder.stat().st_mtime_ns for folder in written]
+    again = try_learning_rates(rates, student, *speech, corpus="noise")
+    assert again == tried and [folder.stat().st_mtime_ns for folder in written] == at
+
+
+def test_a_rate_that_breaks_training_comes_last(tmp_path, monkeypatch):
+    original = SpeechTrainer.training_step
+
+    def breaks(self, *args, **kwargs):
+        if self.settings.learning_rate > 1:
+            raise FloatingPointError("the loss is nan")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(SpeechTrainer, "training_step", breaks)
+    speech = new_processor(), tiny.corpus(), tiny.corpus(2, "validation"), tmp_path, settings(epochs=1)
+    tried = try_learning_rates([2.0, 1e-3], tiny.conformer(**QUIET), *speech, corpus="noise")
+    assert [row["learning_rate"] for row in tried] == [1e-3, 2.0] and tried[1]["eval_wer"] != tried[1]["eval_wer"]
+    with pytest.raises(FloatingPointError, match="any of"):
+        try_learning_rates([2.0], tiny.conformer(**QUIET), *speech, corpus="noise")

@@ -32,6 +32,7 @@ from asrlib.reporting import figures
 from asrlib.running.preflight import check_surroundings
 from asrlib.runs import BadParameter, read_json, write_json
 from asrlib.training import distributed, training
+from asrlib.training.checkpoints import checkpoint_folder, last_checkpoint
 from asrlib.training.job import main
 from asrlib.training.launching import (
     TrainingFailed,
@@ -41,7 +42,7 @@ from asrlib.training.launching import (
     train_in_processes,
     write_job,
 )
-from asrlib.training.training import SpeechTrainer, TrainingSettings, checkpoint_folder, last_checkpoint, train
+from asrlib.training.training import SpeechTrainer, TrainingSettings, train
 
 BATCH_SECONDS = 3.0
 UNSHAKEN = dict(  # by dropout and masks

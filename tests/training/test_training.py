@@ -27,14 +27,12 @@ from asrlib.models.heads import CTC
 from asrlib.models.scratch import new_processor
 from asrlib.runs import read_json, resolve, write_json
 from asrlib.training import training
+from asrlib.training.checkpoints import CHECKPOINT_MARKER, last_checkpoint, remove_checkpoints
 from asrlib.training.modes import select_trainable
 from asrlib.training.training import (
-    CHECKPOINT_MARKER,
     SpeechTrainer,
     TrainingResult,
     TrainingSettings,
-    last_checkpoint,
-    remove_checkpoints,
     train,
 )
 
