@@ -31,8 +31,8 @@ def name_in(choices: Collection[str]) -> AfterValidator:
 
 
 def numbers(above: float, below: float = math.inf, null: bool = False, empty: bool = True) -> AfterValidator:
-    """Items between the two or, with `null`, nothing; with `empty`, perhaps none. The list itself may be missing, if its
-    type says so."""
+    """Items between the two or, with `null`, nothing; with `empty`, perhaps none. There may be no list if its type says
+    so."""
     limit = f"numbers above {above:g}" + f" and below {below:g}" * (below < math.inf) + " or null" * null
 
     def check(values: list | None) -> list | None:
