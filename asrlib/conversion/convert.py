@@ -12,7 +12,7 @@ from asrlib.attention.names import encoder_config
 from asrlib.attention.widths import check_latent_dim
 from asrlib.conversion.factorize import Decomposition, Factors, LayerWeights
 from asrlib.conversion.layers import decompose_layer, decompose_shared
-from asrlib.conversion.methods import METHODS, check_method, latent_methods
+from asrlib.conversion.methods import METHODS, check_layout_of, check_method, latent_methods
 from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity, smallest_rank
 from asrlib.conversion.sequential import check_one_stack, convert_in_sequence
 from asrlib.conversion.statistics import LayerStatistics, Statistics
@@ -106,6 +106,7 @@ def _check_convertible(model: PreTrainedModel, layout: str, method: str) -> None
             "to_standard_attention first"
         )
     check_method(method, latent_methods())
+    check_layout_of(method, layout)
     family_of(model.config).check_layout(model.config, layout)
 
 

@@ -40,6 +40,7 @@ class LayerWeights:
     key_bias: torch.Tensor
     value_bias: torch.Tensor
     heads: int
+    query: torch.Tensor | None = None  # [D, D]
 
     @classmethod
     def of(cls, attention: torch.nn.Module) -> "LayerWeights":
@@ -50,7 +51,7 @@ class LayerWeights:
             weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach().double().cpu()
             for linear, weight in zip((linears.key, linears.value), weights[:2], strict=True)
         ]
-        return cls(*weights, *biases, linears.heads)
+        return cls(*weights, *biases, linears.heads, linears.query.weight.detach().double().cpu())
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ class Method:
     decompose: Callable | None = None
     group: Callable | None = None
     needs: Literal["nothing", "inputs", "attention"] = "nothing"  # the statistics of calibration speech
+    layouts: tuple[str, ...] = ("joint", "split")
     balanced: bool = False  # whether a joint latent chooses the weight of the values' error against the keys'
 
     @property
@@ -76,6 +77,24 @@ def _attended(*given):
     return decompose_attended(*given)
 
 
+def _clover(*given):
+    from asrlib.conversion.by_head import decompose_clover
+
+    return decompose_clover(*given)
+
+
+def _kq_svd(*given):
+    from asrlib.conversion.by_head import decompose_kq_svd
+
+    return decompose_kq_svd(*given)
+
+
+def _palu(*given):
+    from asrlib.conversion.by_head import decompose_palu
+
+    return decompose_palu(*given)
+
+
 METHODS = {
     method.name: method
     for method in (
@@ -84,6 +103,9 @@ METHODS = {
         Method("whitened", _whitened, needs="inputs"),
         Method("two_sided", _two_sided, needs="inputs", balanced=True),
         Method("attended", decompose=_attended, needs="attention", balanced=True),
+        Method("clover", decompose=_clover, layouts=("split",)),
+        Method("kq_svd", decompose=_kq_svd, needs="inputs", layouts=("split",)),
+        Method("palu", decompose=_palu, needs="inputs", layouts=("split",)),
     )
 }
 
@@ -102,3 +124,9 @@ def check_method(name: str, choices: Iterable[str]) -> Method:
     if name not in choices:
         raise ValueError(f"method is {name!r}: choose one of {', '.join(choices)}")
     return METHODS[name]
+
+
+def check_layout_of(name: str, layout: str) -> None:
+    """Raises ValueError where the method does not make latents of that layout."""
+    if layout not in METHODS[name].layouts:
+        raise ValueError(f"method {name!r} keeps keys and values apart: give layout={METHODS[name].layouts[0]}")

@@ -9,7 +9,7 @@ from asrlib.attention.names import encoder_config
 from asrlib.attention.widths import check_latent_dim
 from asrlib.conversion.convert import convert, decompose, latent_dim_for, measure_sensitivity
 from asrlib.conversion.grouped import group_heads
-from asrlib.conversion.methods import latent_methods
+from asrlib.conversion.methods import METHODS, latent_methods
 from asrlib.conversion.sequential import check_one_stack
 from asrlib.conversion.statistics import Statistics
 from asrlib.models.families.whisper import check_shared
@@ -97,7 +97,8 @@ def all_recipes() -> dict[str, Recipe | GroupedRecipe]:
     """By name: each method that makes latents, with the other arguments at their defaults, and further combinations."""
     recipes = (
         Recipe("split svd", layout="split"),
-        *(Recipe(name, method=name) for name in latent_methods()),
+        *(Recipe(name, METHODS[name].layouts[0], name) for name in latent_methods()),
+        Recipe("split two_sided", layout="split", method="two_sided"),  # as LatentLLM, but around the mean
         Recipe("two_sided, energy", method="two_sided", ranks="energy"),
         Recipe("two_sided, sensitivity", method="two_sided", ranks="sensitivity"),
         Recipe("attended, energy", method="attended", ranks="energy"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from asrlib.attention.widths import check_latent_dim
-from asrlib.conversion.methods import METHODS, grouping_methods, latent_methods
+from asrlib.conversion.methods import METHODS, check_layout_of, grouping_methods, latent_methods
 from asrlib.running.parameters import Schema, known_step
 from asrlib.runs import BadParameter, nearest, read_json, resolve
 
@@ -142,6 +142,9 @@ def check_surroundings(values: dict[str, Any]) -> None:
     method, convert_to = values.get("method"), values.get("convert_to", "mla")
     if method is not None and method not in (grouping_methods() if convert_to == "gqa" else latent_methods()):
         raise BadParameter(f"'method' is {method}, which cannot convert to {convert_to}")
+    if method is not None and convert_to == "mla":
+        with refused():
+            check_layout_of(method, values.get("layout", "joint"))
     for name in values.get("analysis_methods", []):
         if name not in RECIPES:
             choices = nearest(str(name), RECIPES) or f": choose from {'; '.join(RECIPES)}"

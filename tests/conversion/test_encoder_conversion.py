@@ -18,7 +18,7 @@ from asrlib import (
 from asrlib.attention.kinds import KINDS
 from asrlib.conversion.convert import decompose, measure_sensitivity
 from asrlib.conversion.grouped import group_heads, to_grouped_attention
-from asrlib.conversion.methods import grouping_methods, latent_methods
+from asrlib.conversion.methods import METHODS, grouping_methods, latent_methods
 from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.data.features import feature_statistics
 from asrlib.measuring.transcribing import transcribe
@@ -148,13 +148,17 @@ def test_statistics_are_those_of_every_utterance_alone(model, statistics):
 @pytest.mark.parametrize("layout", EXACT)
 @pytest.mark.parametrize("method", latent_methods())
 def test_every_method_converts_and_calibration_helps(model, statistics, method, layout):
+    if layout not in METHODS[method].layouts:
+        with pytest.raises(ValueError, match="keys and values apart"):
+            convert(model, 6, layout=layout, method=method, statistics=statistics)
+        return
     narrow = convert(model, 6, layout=layout, method=method, statistics=statistics)
     wide = convert(model, 14, layout=layout, method=method, statistics=statistics)
     tables = [analyze_compression_quality(model, one, heard()) for one in (narrow, wide)]
     assert all(len(table) == LAYERS and table.notna().all(axis=None) for table in tables)
     assert (tables[0].output_error > 1e-3).all()
     assert (tables[1].output_error < tables[0].output_error).all()
-    if method != "svd":
+    if method != "svd" and "joint" in METHODS[method].layouts:  # a latent of one head is too narrow for that
         svd = analyze_compression_quality(model, convert(model, 6, layout=layout), heard())
         felt = ["key_error", "value_error"] if method == "whitened" else ["score_error", "output_error"]
         assert tables[0][felt].mean().sum() < svd[felt].mean().sum()
