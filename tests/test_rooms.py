@@ -18,11 +18,11 @@ LINES = 400
 CODE_LINES = 120  # of a notebook, its parameters included, without blank lines and comments
 REACH = {  # files of asrlib that a notebook may depend on
     "00_baseline": 71,
-    "01_convert": 67,
-    "02_analyze_svd_error": 75,
+    "01_convert": 68,
+    "02_analyze_svd_error": 76,
     "03_finetune": 65,
     "04_evaluate": 63,
-    "05_benchmark": 80,
+    "05_benchmark": 81,
     "06_compare": 33,
 }
 

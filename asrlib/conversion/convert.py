@@ -1,6 +1,7 @@
 """MHA → MLA, on any model family. The given model stays unchanged."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from numbers import Integral
 
 import torch
@@ -15,7 +16,8 @@ from asrlib.conversion.layers import decompose_layer, decompose_shared
 from asrlib.conversion.methods import METHODS, check_layout_of, check_method, latent_methods
 from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity, smallest_rank
 from asrlib.conversion.sequential import check_one_stack, convert_in_sequence
-from asrlib.conversion.statistics import LayerStatistics, Statistics
+from asrlib.conversion.statistics import Statistics
+from asrlib.conversion.sums import LayerStatistics
 from asrlib.conversion.twins import check_replaced, fill, twin
 from asrlib.models.families.whisper import check_shared
 from asrlib.models.inference import inference, on_cpu, spoken_logits
@@ -50,9 +52,9 @@ def decompose(
     statistics: Statistics | None = None,
     parts: Sequence[str] | None = None,
     shared: bool = False,
-) -> list[Candidates]:
+) -> Sequence[Candidates]:
     """The decompositions of every layer's key and value projections, first layer first. `parts`, `shared`: see
-    `convert`.
+    `convert`. Where the statistics are on disk, each is computed when it is asked for, and only the last one is kept.
 
     Computed once, they can be cut at many widths (`convert(..., decomposition=...)`). A layer has one decomposition,
     except for a balanced method with a joint latent: then it has one for each of BALANCES, and `convert` takes the best
@@ -65,16 +67,35 @@ def decompose(
         check_shared(parts, layout)
     modules = attention_modules(model, parts)
     of_modules = _by_module(statistics, parts, len(modules))
-    alone = _latents(model, parts, shared)[-1][0] if shared else len(modules)
-    pairs = list(zip(modules[:alone], of_modules[:alone], strict=True))
-    progress = tqdm(pairs, desc="decomposing", unit="layer", leave=False)
-    candidates = [_candidates(*pair, layout, method) for pair in progress]
-    if shared:
-        weights = [LayerWeights.of(module) for module in modules[alone:]]
-        moments = [of_module and of_module.moments() for of_module in of_modules[alone:]]
+
+    def of_latent(places: list[int]) -> list[Candidates]:
+        if len(places) == 1:
+            return [_candidates(modules[places[0]], of_modules[places[0]], layout, method)]
+        weights = [LayerWeights.of(modules[place]) for place in places]
+        moments = [of_modules[place] and of_modules[place].moments() for place in places]
         each = [decompose_shared(weights, method, moments, balance) for balance in _balances(layout, method)]
-        candidates += zip(*each, strict=True)
-    return candidates
+        return list(zip(*each, strict=True))
+
+    latents = _latents(model, parts, shared)
+    if statistics and statistics.passes > 1:
+        return OnDemand(of_latent, latents)
+    progress = tqdm(latents, desc="decomposing", unit="latent", leave=False)
+    return [candidates for places in progress for candidates in of_latent(places)]
+
+
+class OnDemand(Sequence):
+    """Candidates that are computed when they are asked for. Those of the last latent are kept."""
+
+    def __init__(self, of_latent: Callable[[list[int]], list[Candidates]], latents: list[list[int]]):
+        self._where = {place: (number, i) for number, places in enumerate(latents) for i, place in enumerate(places)}
+        self._computed = functools.lru_cache(1)(lambda number: of_latent(latents[number]))
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def __getitem__(self, place: int) -> Candidates:
+        number, i = self._where[range(len(self))[place]]
+        return self._computed(number)[i]
 
 
 def _by_module(statistics: Statistics | None, parts: Sequence[str], modules: int) -> list[LayerStatistics | None]:
@@ -119,7 +140,7 @@ def convert(
     ranks: str = "uniform",
     rank_multiple: int = 1,
     statistics: Statistics | None = None,
-    decomposition: list[Candidates] | None = None,
+    decomposition: Sequence[Candidates] | None = None,
     sequential: bool = False,
     reestimate_batch_norm: bool = False,
     sensitivities: list[dict[int, float]] | None = None,
@@ -154,7 +175,7 @@ def convert(
         raise ValueError(f"method {method!r} looks at weights alone: sequential has nothing to change, leave it out")
     family, width = family_of(model.config), encoder_config(model.config).hidden_size
     of_modules = _by_module(statistics, parts, len(modules))
-    if decomposition and any(candidate.layout != layout for layer in decomposition for candidate in layer):
+    if decomposition and decomposition[0][0].layout != layout:
         raise ValueError(f"layout is {layout}, but the decomposition was made for the other one: decompose again")
     if ranks not in RANKS:
         raise ValueError(f"ranks is {ranks!r}: choose one of {', '.join(RANKS)}")
@@ -168,7 +189,7 @@ def convert(
     widths, budget = _asked(latent_dim, cache_cut, width, latents)
     for latent_width in widths:
         check_latent_dim(latent_width, width, layout)
-    if decomposition and statistics is None and any(len(candidates) > 1 for candidates in decomposition):
+    if decomposition and statistics is None and len(decomposition[0]) > 1:
         raise ValueError("this decomposition leaves a choice, and no statistics were given to choose by: give both")
     with on_cpu(model):
         if ranks == "uniform":
@@ -226,12 +247,11 @@ def _spend(
     if ranks == "sensitivity" and statistics is None:
         raise ValueError("ranks='sensitivity' needs statistics of calibration speech: see asrlib.collect_statistics")
     latents = _latents(model, parts, shared)
-    middles = [_middle(decomposition[first]) for first, *_ in latents]
-    groups = [directions.values for middle in middles for directions in middle.directions]
-    group_widths = [len(values) for values in groups]
+    group_widths = [encoder_config(model.config).hidden_size] * len(latents) * (1 if layout == "joint" else 2)
     smallest_rank(budget, group_widths, multiple)  # refuses before anything is measured
     if ranks == "energy":
-        spent = energy(groups, budget, multiple)
+        middles = (_middle(decomposition[first]) for first, *_ in latents)
+        spent = energy([directions.values for middle in middles for directions in middle.directions], budget, multiple)
     else:
         costs = sensitivities or measure_sensitivity(model, layout, statistics, decomposition, parts, shared)
         spent = sensitivity(costs, budget, group_widths, multiple)
@@ -252,7 +272,7 @@ def measure_sensitivity(
     model: PreTrainedModel,
     layout: str,
     statistics: Statistics,
-    decomposition: list[Candidates],
+    decomposition: Sequence[Candidates],
     parts: Sequence[str] | None = None,
     shared: bool = False,
 ) -> list[dict[int, float]]:
@@ -264,8 +284,7 @@ def measure_sensitivity(
     """
     width = encoder_config(model.config).hidden_size
     exact = exact_latent_dim(model.config, layout)
-    settings = {"layout": layout, "statistics": statistics, "parts": parts, "shared": shared}
-    probe = convert(model, exact, decomposition=decomposition, **settings)
+    probe = convert(model, exact, layout=layout, parts=parts, shared=shared)
     name = model.main_input_name
     inputs = statistics.inputs | {name: statistics.inputs[name].to(model.dtype)}
 

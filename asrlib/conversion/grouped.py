@@ -36,7 +36,8 @@ from asrlib.conversion.convert import convert
 from asrlib.conversion.factorize import Factors, LayerWeights, Moments
 from asrlib.conversion.layers import decompose_layer
 from asrlib.conversion.methods import METHODS, check_method, grouping_methods
-from asrlib.conversion.statistics import LayerStatistics, Statistics
+from asrlib.conversion.statistics import Statistics
+from asrlib.conversion.sums import LayerStatistics
 from asrlib.models.registry import attention_modules, chosen_parts, family_of, is_latent
 
 

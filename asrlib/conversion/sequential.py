@@ -18,7 +18,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from asrlib.attention.names import attends_across
-from asrlib.conversion.statistics import CalibrationSpeech, Kept, LayerStatistics, Reading, observed, unpadded
+from asrlib.conversion.statistics import CalibrationSpeech, observed, unpadded
+from asrlib.conversion.sums import Kept, LayerStatistics, Reading
 from asrlib.models.inference import attention_weights, inference
 from asrlib.models.registry import family_of, layer_frame_counts, run
 

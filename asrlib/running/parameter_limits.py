@@ -127,6 +127,7 @@ AT_LEAST_ONE = (
 POSITIVE = (
     "benchmark_pass_seconds", "benchmark_stream_gib", "frame_shift_ms", "baseline_epochs", "baseline_learning_rate",
     "baseline_batch_seconds", "calibration_seconds", "epochs", "learning_rate", "batch_seconds",
+    "statistics_memory",
 )
 NOT_NEGATIVE = (
     "stream_lookahead_ms", "largest_chunk", "time_masks", "frequency_masks", "ctc_weight", "kl_weight",

@@ -12,7 +12,7 @@ from asrlib.conversion.convert import decompose
 from asrlib.conversion.factorize import LayerWeights, Moments
 from asrlib.conversion.layers import decompose_layer
 from asrlib.conversion.sequential import convert_in_sequence
-from asrlib.conversion.statistics import InputSums
+from asrlib.conversion.sums import InputSums
 from asrlib.conversion.twins import factors_of
 from asrlib.models.registry import attention_modules, family_of
 from asrlib.models.scratch import new_processor

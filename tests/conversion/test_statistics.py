@@ -1,17 +1,22 @@
 """Statistics are those of unpadded frames alone, whatever the batches."""
 
+import gc
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
+import family_models
 import pytest
 import tiny
 import torch
 from alone import run_alone
 
 from asrlib import collect_statistics, convert
+from asrlib.conversion.convert import decompose
+from asrlib.conversion.factorize import InputMoments
 from asrlib.conversion.methods import METHODS, latent_methods
 from asrlib.conversion.quality import analyze_compression_quality
-from asrlib.conversion.statistics import InputSums
+from asrlib.conversion.sums import InputSums, LayerStatistics
 from asrlib.data.audio import UnusableAudio
 from asrlib.models.registry import attention_modules
 from asrlib.models.scratch import new_processor
@@ -203,7 +208,7 @@ def test_the_size_of_a_batch_changes_nothing(model, statistics):
 
 
 def test_more_speech_takes_no_more_memory(monkeypatch):
-    monkeypatch.setattr("asrlib.conversion.statistics.SAMPLE_FRAMES", 100)
+    monkeypatch.setattr("asrlib.conversion.sums.SAMPLE_FRAMES", 100)
     few, many = (collected(tiny.conformer(), count, attention=True) for count in (6, 24))
     for less, more in zip(few.layers, many.layers, strict=True):
         assert more.frames > 3 * less.frames
@@ -215,7 +220,7 @@ def test_more_speech_takes_no_more_memory(monkeypatch):
 
 @pytest.mark.parametrize("sample_frames", [1, 100, 1000])
 def test_the_sample_tells_how_far_an_output_is_off_over_unpadded_frames(monkeypatch, model, seen, sample_frames):
-    monkeypatch.setattr("asrlib.conversion.statistics.SAMPLE_FRAMES", sample_frames)
+    monkeypatch.setattr("asrlib.conversion.sums.SAMPLE_FRAMES", sample_frames)
     for batch_seconds in (1.9, 4.0):  # two utterances a batch, and more
         statistics = collected(model, batch_seconds=batch_seconds)
         longest_first = sorted(range(COUNT), key=lambda i: -tiny.corpus(COUNT)[i].seconds)
@@ -319,3 +324,53 @@ def test_every_method_is_exact_at_full_rank(model, statistics, method):
         for layout, width in widths.items():
             latent = convert(model, width, layout=layout, method=method, statistics=statistics)
             torch.testing.assert_close(latent(**batch).logits, wanted, atol=1e-4, rtol=0)
+
+
+# ---- bounded memory ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["conformer", "rotary", "whisper"])
+def test_layers_take_turns_where_memory_is_short(kind):
+    whisper = kind == "whisper"
+    model = family_models.whisper() if whisper else tiny.conformer("rotary" if kind == "rotary" else "relative")
+    processor = family_models.processor_of("whisper") if whisper else new_processor()
+    how = dict(batch_seconds=4.0, attention=True)
+    whole = collect_statistics(model, processor, tiny.corpus(COUNT), **how)
+    parted = collect_statistics(model, processor, tiny.corpus(COUNT), **how, memory=1e-9)
+    sizes = [LayerStatistics.size(module, True) for module in attention_modules(model, parted.parts)]
+    assert (whole.passes, parted.passes) == (1, len(whole.layers)) and whole.folder is None
+    assert parted.frames == whole.frames and parted.parts.keys() == whole.parts.keys()
+    for ours, theirs, size in zip(parted.layers, whole.layers, sizes, strict=True):
+        for one, other in zip(inputs_of(ours), inputs_of(theirs), strict=True):
+            assert torch.equal(one.mean, other.mean) and torch.equal(one.covariance, other.covariance)
+        assert size == sum(one.covariance.numel() * 8 for one in inputs_of(theirs))
+    half = collect_statistics(model, processor, tiny.corpus(COUNT), **how, memory=2.5 * sizes[0] / 2**30)
+    assert half.passes == -(-len(sizes) // 2)
+    layout = "split" if kind == "rotary" else "joint"
+    settings = dict(cache_cut=0.75, layout=layout, method="attended", ranks="sensitivity")
+    ours, theirs = (convert(model, statistics=each, **settings).state_dict() for each in (parted, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    folder = Path(parted.folder.name)
+    assert len(list(folder.iterdir())) == len(sizes)
+    del parted
+    gc.collect()
+    assert not folder.exists()
+
+
+def inputs_of(layer) -> list[InputMoments]:
+    moments = layer.moments()
+    apart = [] if layer.value is layer.key else [moments.value]
+    return [moments.key, *apart, moments.attended_key, *moments.attended_values]
+
+
+def test_decompositions_on_demand_are_those_at_once():
+    model, processor = family_models.whisper(), family_models.processor_of("whisper")
+    parts = ["decoder", "cross"]
+    how = dict(batch_seconds=4.0, attention=True, parts=parts)
+    whole, parted = (collect_statistics(model, processor, tiny.corpus(COUNT), **how, memory=m) for m in (None, 1e-9))
+    settings = dict(cache_cut=0.75, method="attended", ranks="energy", parts=parts, shared=True)
+    ours, theirs = (convert(model, statistics=each, **settings).state_dict() for each in (parted, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    asked = decompose(model, "joint", "two_sided", parted, parts, shared=True)
+    assert len(asked) == len(parted.layers) and asked[-1][0].directions[0] is asked[-2][0].directions[0]
+    assert asked[0] is asked[0] and asked[0] is not asked[len(asked) - 1]
