@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 import torch
 
 from asrlib.conversion.factorize import (
+    DRAFT,
     Decomposition,
     Directions,
     Factors,
@@ -39,7 +40,6 @@ from asrlib.conversion.factorize import (
 )
 
 ITERATIONS = 60  # of L-BFGS
-DRAFT = 10  # of them tell which balance will be best, and which layer needs more numbers
 SHORTEST_ROW = 1e-3  # of the longest: a direction of no importance keeps a row
 SMALL = 512  # below this width, one thread multiplies faster than several, above all on a busy machine
 
@@ -72,7 +72,7 @@ class AttendedDecomposition:
     moments: Moments
     balance: float
     sharing: tuple[tuple[LayerWeights, Moments], ...]  # the layers of a joint latent, this one among them
-    found: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)  # what several share, by (R, steps)
+    found: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)  # by (which, R, steps)
 
     @property
     def layout(self) -> str:
@@ -82,43 +82,47 @@ class AttendedDecomposition:
     def directions(self) -> tuple[Directions, ...]:
         return self.start.directions
 
-    def cut(self, rank_k: int, rank_v: int, draft: bool = False) -> Factors:
-        """See `Decomposition.cut`."""
-        width, iterations = len(self.weights.key_bias), DRAFT if draft else ITERATIONS
+    def cut(self, rank_k: int, rank_v: int, steps: int | None = None) -> Factors:
+        """See `Decomposition.cut`; without steps it is that of `two_sided`."""
+        width, steps = len(self.weights.key_bias), ITERATIONS if steps is None else steps
         plain = self.start.cut(rank_k, rank_v)
-        if min(rank_k, rank_v) >= width:
-            return plain  # exact
+        if min(rank_k, rank_v) >= width or not steps:
+            return plain  # exact, or the start
         with _threads(1 if width < SMALL else torch.get_num_threads()):
             if self.layout == "joint":
-                down_k = down_v = self._together(plain.down_k, iterations)
+                down_k = down_v = self._searched(plain.down_k, 0, steps)
             else:
                 down_k, down_v = plain.down_k, plain.down_v
-                keys, values = _terms(self.weights, self.moments)
                 if rank_k < width:
-                    down_k = self._search(down_k, keys, 0, iterations)
+                    down_k = self._searched(down_k, 0, steps)
                 if rank_v < width:
-                    down_v = self._search(down_v, values, -1, iterations)
+                    down_v = self._searched(down_v, -1, steps)
         key, *values = _targets(self.weights, self.moments)
         up_k, key_bias = _regressed(key, self.moments.attended_key, down_k)
         heads = [_regressed(*head, down_v) for head in zip(values, self.moments.attended_values, strict=True)]
         up_v, value_bias = (torch.cat(of_heads) for of_heads in zip(*heads, strict=True))
         return Factors(down_k, down_v, up_k, up_v, key_bias, value_bias)
 
-    def _together(self, down: torch.Tensor, iterations: int) -> torch.Tensor:
-        if (len(down), iterations) not in self.found:
-            terms = []
-            for layer in self.sharing:
-                keys, values = _terms(*layer)
-                terms += [*_scaled(keys, 1.0), *_scaled(values, self.balance**2)]
-            searched = self._search(down, terms, 0, iterations)
-            if len(self.sharing) == 1:
-                return searched
-            self.found[len(down), iterations] = searched
-        return self.found[len(down), iterations]
+    def _searched(self, down: torch.Tensor, which: int, steps: int) -> torch.Tensor:
+        """The rows after so many steps, which continue those of a draft. `which`: 0 keys, or all; −1 values."""
+        if (which, len(down), steps) not in self.found:
+            if steps > DRAFT:
+                down, left = self._searched(down, which, DRAFT), steps - DRAFT
+            else:
+                left = steps
+            inputs, values = (self.moments.key, self.moments.value)[which], self.directions[which].values[: len(down)]
+            found = search(down, values, self._terms(which), inputs.covariance, left)
+            self.found[which, len(down), steps] = found
+        return self.found[which, len(down), steps]
 
-    def _search(self, down: torch.Tensor, terms: list[Term], which: int, iterations: int) -> torch.Tensor:
-        inputs = (self.moments.key, self.moments.value)[which]
-        return search(down, self.directions[which].values[: len(down)], terms, inputs.covariance, iterations)
+    def _terms(self, which: int) -> list[Term]:
+        if self.layout == "split":
+            return _terms(self.weights, self.moments)[which]
+        terms = []
+        for layer in self.sharing:
+            keys, values = _terms(*layer)
+            terms += [*_scaled(keys, 1.0), *_scaled(values, self.balance**2)]
+        return terms
 
 
 def decompose_attended(
@@ -150,15 +154,16 @@ def search(
     iterations: int = ITERATIONS,
 ) -> torch.Tensor:
     """The `down` [R, D] with the least error, found from a first guess whose directions have the singular values
-    `values` [R], in coordinates that make `covariance` the identity."""
+    `values` [R], in coordinates that make `covariance` the identity. The steps are taken on the GPU if there is one."""
     root = symmetric_root(covariance)
     inverse = torch.linalg.inv(root)
     terms = [Term(inverse @ t.covariance @ inverse, inverse @ t.pull, t.weight) for t in terms]
     lengths = (values / values[0].clamp(min=torch.finfo(values.dtype).tiny)).clamp(min=SHORTEST_ROW)
     start = torch.linalg.qr((down @ root).T)[0].T * lengths[:, None]
     try:
-        rounded = [Term(t.covariance.float(), t.pull.float(), t.weight) for t in terms]
-        rows = _descend(start.float(), rounded, iterations).double()
+        there = {"dtype": torch.float32, "device": "cuda" if torch.cuda.is_available() else "cpu"}
+        rounded = [Term(t.covariance.to(**there), t.pull.to(**there), t.weight) for t in terms]
+        rows = _descend(start.to(**there), rounded, iterations).to(start)
         better = _explained(rows, terms) >= _explained(start, terms)  # not so where it is not finite
     except torch.linalg.LinAlgError:
         better = False

@@ -82,7 +82,7 @@ class HeadsDecomposition:
         each = (torch.cat([group.values for group in groups]) for groups in (self.keys, self.values))
         return tuple(SortedValues(values.sort(descending=True).values) for values in each)
 
-    def cut(self, rank_k: int, rank_v: int, draft: bool = False) -> Factors:
+    def cut(self, rank_k: int, rank_v: int, steps: int | None = None) -> Factors:
         """See `Decomposition.cut`. The first groups have one number more where a rank does not divide."""
         down_k, up_k, key_bias = _together(self.keys, rank_k)
         down_v, up_v, value_bias = _together(self.values, rank_v)

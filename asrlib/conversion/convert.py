@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from asrlib.attention.names import encoder_config
 from asrlib.attention.widths import check_latent_dim
-from asrlib.conversion.factorize import Decomposition, Factors, LayerWeights
+from asrlib.conversion.factorize import DRAFT, Decomposition, Factors, LayerWeights
 from asrlib.conversion.layers import decompose_layer, decompose_shared
 from asrlib.conversion.methods import METHODS, check_layout_of, check_method, latent_methods
 from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity, smallest_rank
@@ -25,6 +25,7 @@ from asrlib.models.loading import check_loaded
 from asrlib.models.registry import attention_modules, chosen_parts, family_of, is_latent, latent_modules
 
 Candidates = tuple[Decomposition, ...]  # of one layer
+DRAFTED = 2  # of the candidates of a latent
 BALANCES = (0.25, 0.5, 1.0, 2.0, 4.0)  # weights of the values' error against the keys'; each latent chooses one
 
 
@@ -304,7 +305,7 @@ def measure_sensitivity(
             for rank in probed:
                 ranks = (rank if cut_keys else width, rank if cut_values else width)
                 for layer, middle in of_places:
-                    fill(layer, _widened(middle.cut(*ranks, draft=True), width))
+                    fill(layer, _widened(middle.cut(*ranks, DRAFT), width))
                 ours = log_posteriors(probe)
                 cost[rank] = torch.nn.functional.kl_div(ours, wanted, log_target=True, reduction="batchmean").item()
             costs.append(cost)
@@ -355,14 +356,19 @@ def _fill_best(
     attentions: list[nn.Module], candidates: list[Candidates], statistics: list[LayerStatistics | None]
 ) -> None:
     """Gives the layers of one latent the candidates whose outputs on calibration speech have the smallest error, the
-    sum of the layers' squared relative errors."""
-    choices, errors = list(zip(*candidates, strict=True)), []
-    for choice in choices if len(choices) > 1 else ():
-        error = 0.0
+    sum of the layers' squared relative errors. Those that are found by a search are told apart by drafts of the
+    `DRAFTED` that begin with the smallest error."""
+    choices = list(zip(*candidates, strict=True))
+
+    def error(choice: tuple, steps: int) -> float:
+        total = 0.0
         for attention, candidate, layer in zip(attentions, choice, statistics, strict=True):
-            fill(attention.latent_kv, candidate.cut(*attention.latent_kv.ranks, draft=True))
-            error += (layer.sample.error(attention) / (layer.sample.size or 1.0)) ** 2  # 0: a layer that does nothing
-        errors.append(error)
-    best = choices[errors.index(min(errors))] if errors else choices[0]
-    for attention, candidate in zip(attentions, best, strict=True):
+            fill(attention.latent_kv, candidate.cut(*attention.latent_kv.ranks, steps))
+            total += (layer.sample.error(attention) / (layer.sample.size or 1.0)) ** 2  # 0: a layer that does nothing
+        return total
+
+    if len(choices) > 1:
+        choices = sorted(choices, key=lambda choice: error(choice, 0))[:DRAFTED]
+        choices = sorted(choices, key=lambda choice: error(choice, DRAFT))
+    for attention, candidate in zip(attentions, choices[0], strict=True):
         fill(attention.latent_kv, candidate.cut(*attention.latent_kv.ranks))

@@ -29,6 +29,8 @@ import torch
 
 from asrlib.attention.names import projections
 
+DRAFT = 10  # steps of a search that tell which balance will be best, and which layer needs more numbers
+
 
 @dataclass(frozen=True)
 class LayerWeights:
@@ -153,9 +155,9 @@ class Decomposition:
     key: Target
     value: Target
 
-    def cut(self, rank_k: int, rank_v: int, draft: bool = False) -> Factors:
-        """The factors at these ranks; a joint latent has one rank, given twice. `draft`: where they are found by a
-        search, after its first steps."""
+    def cut(self, rank_k: int, rank_v: int, steps: int | None = None) -> Factors:
+        """The factors at these ranks; a joint latent has one rank, given twice. `steps`: where they are found by a
+        search, after so many (None: all)."""
         down_k, up_k = self.directions[0].cut(self.key.weight, rank_k)
         down_v, up_v = self.directions[-1].cut(self.value.weight, rank_v)
         key_bias = self.key.bias - up_k @ (down_k @ self.key.mean)

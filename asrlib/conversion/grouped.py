@@ -81,7 +81,7 @@ class GroupedHeads:
     statistics: LayerStatistics | None
     layout: str = "split"
 
-    def cut(self, rank_k: int, rank_v: int, draft: bool = False) -> Factors:
+    def cut(self, rank_k: int, rank_v: int, steps: int | None = None) -> Factors:
         """The factors, float64. Both ranks are G·d_h; the parameters are those of `Decomposition.cut`."""
         weights = LayerWeights.of(self.attention)
         if METHODS[self.method].group:

@@ -17,7 +17,7 @@ class Method:
     closed form: for one layer, for a latent that layers share, and for heads in groups.
     `decompose(layers, layout, balance)` is for a method without a closed form: of pairs of weights and moments, of one
     layer or of all that share a joint latent. It returns for each an object with `layout`, `directions` and
-    `cut(rank_k, rank_v, draft)`, like `factorize.Decomposition`.
+    `cut(rank_k, rank_v, steps)`, like `factorize.Decomposition`.
     `group(weights, kv_heads)` returns the `factorize.Factors` of heads in groups, for a method that only groups.
     """
 

@@ -13,7 +13,7 @@ from descent import descend
 
 from asrlib.conversion.attended import Term
 from asrlib.conversion.attended import decompose_attended as decompose_layers
-from asrlib.conversion.factorize import Factors, InputMoments, LayerWeights, Moments
+from asrlib.conversion.factorize import DRAFT, Factors, InputMoments, LayerWeights, Moments
 from asrlib.conversion.layers import decompose_layer
 
 WIDTH, HEADS, FRAMES, UTTERANCES = 12, 3, 12, 4
@@ -265,7 +265,7 @@ def test_the_gradient_is_that_of_what_is_explained():
 def test_a_draft_is_on_the_way(weights, seen, moments):
     error, decomposition = joint_error(weights, moments.query, 1.0, seen), decompose_attended(weights, "joint", moments)
     start = decomposition.start.cut(5, 5)
-    cuts = (start, decomposition.cut(5, 5, draft=True), decomposition.cut(5, 5))
+    cuts = (start, decomposition.cut(5, 5, DRAFT), decomposition.cut(5, 5))
     errors = [error(factors.up_k, factors.up_v, factors.down_k) for factors in cuts]
     assert errors[0] > errors[1] > errors[2]
 
