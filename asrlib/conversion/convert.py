@@ -1,6 +1,7 @@
 """MHA → MLA, on any model family. The given model stays unchanged."""
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from numbers import Integral
 
@@ -13,7 +14,7 @@ from asrlib.attention.names import encoder_config
 from asrlib.attention.widths import check_latent_dim
 from asrlib.conversion.factorize import DRAFT, Decomposition, Factors, LayerWeights
 from asrlib.conversion.layers import decompose_layer, decompose_shared
-from asrlib.conversion.methods import METHODS, check_layout_of, check_method, latent_methods
+from asrlib.conversion.methods import METHODS, best_method, check_layout_of, check_method, latent_methods
 from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity, smallest_rank
 from asrlib.conversion.sequential import check_one_stack, convert_in_sequence
 from asrlib.conversion.statistics import Statistics
@@ -49,7 +50,7 @@ def latent_dim_for(cache_cut: float, hidden_size: int) -> int:
 def decompose(
     model: PreTrainedModel,
     layout: str = "joint",
-    method: str = "svd",
+    method: str | None = None,
     statistics: Statistics | None = None,
     parts: Sequence[str] | None = None,
     shared: bool = False,
@@ -62,6 +63,7 @@ def decompose(
     at its width, the same for all layers that share a latent. Raises ValueError where the layout or the method is
     impossible.
     """
+    method = method or best_method(statistics)
     _check_convertible(model, layout, method)
     parts = chosen_parts(model.config, parts)
     if shared:
@@ -137,8 +139,8 @@ def convert(
     latent_dim: int | Sequence[int] | None = None,
     cache_cut: float | None = None,
     layout: str = "joint",
-    method: str = "svd",
-    ranks: str = "uniform",
+    method: str | None = None,
+    ranks: str | None = None,
     rank_multiple: int = 1,
     statistics: Statistics | None = None,
     decomposition: Sequence[Candidates] | None = None,
@@ -156,7 +158,9 @@ def convert(
     ranks. A joint latent as wide as the model is exact, and so is a split one of twice that width.
 
     `method` says what to minimise (see methods.py and factorize.py), with `statistics` of `collect_statistics` where it
-    needs them. `sequential` fits each layer to the input that arrives through the layers already converted, and
+    needs them. By default it is the best that they allow, and `ranks` is sensitivity where there are statistics and
+    `cache_cut` is given, otherwise uniform. Without statistics the weights alone decide, and a warning says so.
+    `sequential` fits each layer to the input that arrives through the layers already converted, and
     `reestimate_batch_norm` corrects the moments of BatchNorm likewise: see sequential.py. `decomposition` and
     `sensitivities` (of `decompose` and `measure_sensitivity`) are computed if they are needed and not given.
 
@@ -165,6 +169,9 @@ def convert(
     serves cross-attention of all layers, and one copy of it is cached; as wide as the model it is exact.
     Raises ValueError where the width, the layout, the method or a part is impossible.
     """
+    by_weights_alone = method is None and statistics is None and not decomposition
+    method = method or best_method(statistics)
+    ranks = ranks or ("sensitivity" if statistics and cache_cut is not None else "uniform")
     _check_convertible(model, layout, method)
     parts = chosen_parts(model.config, parts)
     modules = attention_modules(model, parts)
@@ -190,6 +197,12 @@ def convert(
     widths, budget = _asked(latent_dim, cache_cut, width, latents)
     for latent_width in widths:
         check_latent_dim(latent_width, width, layout)
+    if by_weights_alone and min(widths) < exact_latent_dim(model.config, layout):
+        warnings.warn(
+            "converted by the weights alone (svd), which can ruin a recogniser where calibrated latents as narrow lose "
+            "nothing: give statistics of collect_statistics(..., attention=True)",
+            stacklevel=2,
+        )
     if decomposition and statistics is None and len(decomposition[0]) > 1:
         raise ValueError("this decomposition leaves a choice, and no statistics were given to choose by: give both")
     with on_cpu(model):
@@ -285,7 +298,7 @@ def measure_sensitivity(
     """
     width = encoder_config(model.config).hidden_size
     exact = exact_latent_dim(model.config, layout)
-    probe = convert(model, exact, layout=layout, parts=parts, shared=shared)
+    probe = convert(model, exact, layout=layout, method="svd", parts=parts, shared=shared)
     name = model.main_input_name
     inputs = statistics.inputs | {name: statistics.inputs[name].to(model.dtype)}
 

@@ -126,6 +126,13 @@ def check_method(name: str, choices: Iterable[str]) -> Method:
     return METHODS[name]
 
 
+def best_method(statistics) -> str:
+    """The best that the statistics allow; None: those of `collect_statistics` are missing."""
+    if statistics is None:
+        return "svd"
+    return "attended" if statistics.with_attention else "two_sided"
+
+
 def check_layout_of(name: str, layout: str) -> None:
     """Raises ValueError where the method does not make latents of that layout."""
     if layout not in METHODS[name].layouts:

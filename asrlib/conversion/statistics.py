@@ -88,6 +88,10 @@ class Statistics:
         return [layer for layers in self.parts.values() for layer in layers]
 
     @property
+    def with_attention(self) -> bool:
+        return self.layers[0].attention is not None
+
+    @property
     def frames(self) -> int:
         return self.layers[0].frames
 

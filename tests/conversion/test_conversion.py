@@ -285,3 +285,32 @@ def test_there_and_back_again_with_unequal_ranks():
     batch = tiny.padded_batch(torch.float64)
     with torch.no_grad():
         assert torch.allclose(back(**batch).logits, mla(**batch).logits, rtol=0, atol=1e-10)
+
+
+# ---- defaults ----------------------------------------------------------------------------------------------
+
+
+def test_the_default_is_the_best_that_the_statistics_allow(tiny_model):
+    speech = new_processor(), tiny.corpus()
+    plain, watched = (collect_statistics(tiny_model, *speech, attention=attention) for attention in (False, True))
+    with pytest.warns(UserWarning, match="by the weights alone"):
+        ours = [convert(tiny_model, cache_cut=0.75)]
+    ours += [convert(tiny_model, cache_cut=0.75, statistics=statistics) for statistics in (plain, watched)]
+    named = [("svd", "uniform", None), ("two_sided", "sensitivity", plain), ("attended", "sensitivity", watched)]
+    for latent, (method, ranks, statistics) in zip(ours, named, strict=True):
+        named = convert(tiny_model, cache_cut=0.75, method=method, ranks=ranks, statistics=statistics)
+        assert_same_weights(latent, named)
+    by_width = convert(tiny_model, 5, statistics=watched)
+    assert_same_weights(by_width, convert(tiny_model, 5, method="attended", ranks="uniform", statistics=watched))
+
+
+@pytest.mark.parametrize("how", [{"latent_dim": tiny.WIDTH}, {"latent_dim": 5, "method": "svd"}])
+def test_nobody_is_warned_who_loses_nothing_or_chose_it(tiny_model, how, recwarn):
+    convert(tiny_model, **how)
+    assert not [warning for warning in recwarn if "by the weights alone" in str(warning.message)]
+
+
+def assert_same_weights(ours, theirs) -> None:
+    assert ours.config.latent_dim == theirs.config.latent_dim
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

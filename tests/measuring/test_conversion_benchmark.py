@@ -52,7 +52,7 @@ def rows(model):
 @pytest.fixture(scope="module")
 def converted(model):
     statistics = collect_statistics(model, new_processor(), CALIBRATION)
-    return convert(model, cache_cut=0.75, method="two_sided", statistics=statistics)
+    return convert(model, cache_cut=0.75, method="two_sided", ranks="uniform", statistics=statistics)
 
 
 @pytest.fixture
