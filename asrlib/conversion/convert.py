@@ -26,7 +26,6 @@ from asrlib.models.loading import check_loaded
 from asrlib.models.registry import attention_modules, chosen_parts, family_of, is_latent, latent_modules
 
 Candidates = tuple[Decomposition, ...]  # of one layer
-DRAFTED = 2  # of the candidates of a latent
 BALANCES = (0.25, 0.5, 1.0, 2.0, 4.0)  # weights of the values' error against the keys'; each latent chooses one
 
 
@@ -369,8 +368,8 @@ def _fill_best(
     attentions: list[nn.Module], candidates: list[Candidates], statistics: list[LayerStatistics | None]
 ) -> None:
     """Gives the layers of one latent the candidates whose outputs on calibration speech have the smallest error, the
-    sum of the layers' squared relative errors. Those that are found by a search are told apart by drafts of the
-    `DRAFTED` that begin with the smallest error."""
+    sum of the layers' squared relative errors. Candidates are in the order of their balance. The one with the smallest
+    error without a search and its neighbours are drafted, and so on towards the better neighbour."""
     choices = list(zip(*candidates, strict=True))
 
     def error(choice: tuple, steps: int) -> float:
@@ -380,8 +379,13 @@ def _fill_best(
             total += (layer.sample.error(attention) / (layer.sample.size or 1.0)) ** 2  # 0: a layer that does nothing
         return total
 
+    best = 0
     if len(choices) > 1:
-        choices = sorted(choices, key=lambda choice: error(choice, 0))[:DRAFTED]
-        choices = sorted(choices, key=lambda choice: error(choice, DRAFT))
-    for attention, candidate in zip(attentions, choices[0], strict=True):
+        best = min(range(len(choices)), key=lambda place: error(choices[place], 0))
+        drafted = functools.cache(lambda place: error(choices[place], DRAFT))
+        before = None
+        while best != before:
+            near, before = range(max(0, best - 1), min(len(choices), best + 2)), best
+            best = min(near, key=drafted)
+    for attention, candidate in zip(attentions, choices[best], strict=True):
         fill(attention.latent_kv, candidate.cut(*attention.latent_kv.ranks))
