@@ -111,7 +111,9 @@ class AttendedDecomposition:
             else:
                 left = steps
             inputs, values = (self.moments.key, self.moments.value)[which], self.directions[which].values[: len(down)]
-            found = search(down, values, self._terms(which), inputs.covariance, left)
+            found = search(down, values, self._terms(which), inputs.covariance, left, self.moments.device)
+            if steps > DRAFT and len(self.sharing) == 1:
+                return found  # nobody asks again
             self.found[which, len(down), steps] = found
         return self.found[which, len(down), steps]
 
@@ -152,18 +154,21 @@ def search(
     terms: list[Term],
     covariance: torch.Tensor,
     iterations: int = ITERATIONS,
+    device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """The `down` [R, D] with the least error, found from a first guess whose directions have the singular values
-    `values` [R], in coordinates that make `covariance` the identity. The steps are taken on the GPU if there is one."""
+    `values` [R], in coordinates that make `covariance` the identity. The steps are taken on `device`,
+    or on the CPU where that has no room."""
     root = symmetric_root(covariance)
     inverse = torch.linalg.inv(root)
     terms = [Term(inverse @ t.covariance @ inverse, inverse @ t.pull, t.weight) for t in terms]
     lengths = (values / values[0].clamp(min=torch.finfo(values.dtype).tiny)).clamp(min=SHORTEST_ROW)
     start = torch.linalg.qr((down @ root).T)[0].T * lengths[:, None]
     try:
-        there = {"dtype": torch.float32, "device": "cuda" if torch.cuda.is_available() else "cpu"}
-        rounded = [Term(t.covariance.to(**there), t.pull.to(**there), t.weight) for t in terms]
-        rows = _descend(start.to(**there), rounded, iterations).to(start)
+        try:
+            rows = _rounded(start, terms, iterations, device)
+        except torch.OutOfMemoryError:
+            rows = _rounded(start, terms, iterations, "cpu")
         better = _explained(rows, terms) >= _explained(start, terms)  # not so where it is not finite
     except torch.linalg.LinAlgError:
         better = False
@@ -171,6 +176,13 @@ def search(
         rows = _descend(start, terms, iterations)
     rows = torch.linalg.qr(rows.T)[0].T  # the same directions
     return rows @ inverse
+
+
+def _rounded(start: torch.Tensor, terms: list[Term], iterations: int, device: torch.device | str) -> torch.Tensor:
+    """The rows after steps in float32."""
+    there = {"dtype": torch.float32, "device": device}
+    rounded = [Term(t.covariance.to(**there), t.pull.to(**there), t.weight) for t in terms]
+    return _descend(start.to(**there), rounded, iterations).to(start)
 
 
 def _explained(rows: torch.Tensor, terms: list[Term]) -> float:

@@ -15,7 +15,8 @@ same R, give or take one. So at the same cache a group of one of H heads has an 
 
 clover (Meng et al., ICML 2025) reads weights alone: the pairs W_qᵀ W_k and W_o W_v, cut by their singular values.
 kq_svd (Lesens et al., AISTATS 2026) makes ‖K Qᵀ − K̂ Q̂ᵀ‖_F of each head as small as any rank R can over the calibration
-speech. palu (Chang et al., ICLR 2025) whitens groups of heads; with all heads in one group it is `whitened`.
+speech. palu (Chang et al., ICLR 2025) whitens groups of heads; with all heads in one group it is `whitened`. Published,
+it whitens around zero, and does not correct the mean: that is ours, and makes it better.
 
 Names: D width, H heads, d_h = D / H, n rows of a group. All float64, split latents only.
 """
@@ -63,10 +64,16 @@ class Group:
 
 
 @dataclass(frozen=True)
-class SortedValues:
-    """Stands in for the `Directions` of keys or of values where only their importance is asked for."""
+class Dealt:
+    """Stands in for the `Directions` of keys or of values where only their importance is asked for: the groups take
+    turns, and the mean of a turn is that of each of its numbers."""
 
     values: torch.Tensor  # [D], descending
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> "Dealt":
+        turns = torch.stack([group.values for group in groups]).square().mean(0).sqrt()
+        return cls(turns.repeat_interleave(len(groups)))
 
 
 @dataclass(frozen=True)
@@ -78,9 +85,8 @@ class HeadsDecomposition:
     layout: str = "split"
 
     @property
-    def directions(self) -> tuple[SortedValues, ...]:
-        each = (torch.cat([group.values for group in groups]) for groups in (self.keys, self.values))
-        return tuple(SortedValues(values.sort(descending=True).values) for values in each)
+    def directions(self) -> "tuple[Dealt, ...]":
+        return tuple(Dealt.of(groups) for groups in (self.keys, self.values))
 
     def cut(self, rank_k: int, rank_v: int, steps: int | None = None) -> Factors:
         """See `Decomposition.cut`. The first groups have one number more where a rank does not divide."""
@@ -140,9 +146,7 @@ def _groups(
     inputs: InputMoments | None = None,
     centred: bool = False,
 ) -> tuple[Group, ...]:
-    """The groups of the keys or of the values, as many as `metrics`. Raises ValueError behind converted layers."""
-    if inputs is not None and inputs.cross is not None:
-        raise ValueError("this method does not look at what converted layers change: leave out sequential")
+    """The groups of the keys or of the values, as many as `metrics`."""
     groups = []
     for w, b, metric in zip(weight.chunk(len(metrics)), bias.chunk(len(metrics)), metrics, strict=True):
         if inputs is None:

@@ -14,7 +14,7 @@ from asrlib.attention.names import encoder_config
 from asrlib.attention.widths import check_latent_dim
 from asrlib.conversion.factorize import DRAFT, Decomposition, Factors, LayerWeights
 from asrlib.conversion.layers import decompose_layer, decompose_shared
-from asrlib.conversion.methods import METHODS, best_method, check_layout_of, check_method, latent_methods
+from asrlib.conversion.methods import METHODS, best_method, check_follows, check_layout_of, check_method, latent_methods
 from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity, smallest_rank
 from asrlib.conversion.sequential import check_one_stack, convert_in_sequence
 from asrlib.conversion.statistics import Statistics
@@ -95,7 +95,9 @@ class OnDemand(Sequence):
     def __len__(self) -> int:
         return len(self._where)
 
-    def __getitem__(self, place: int) -> Candidates:
+    def __getitem__(self, place: int | slice) -> Candidates | list[Candidates]:
+        if isinstance(place, slice):
+            return [self[each] for each in range(len(self))[place]]
         number, i = self._where[range(len(self))[place]]
         return self._computed(number)[i]
 
@@ -106,7 +108,7 @@ def _by_module(statistics: Statistics | None, parts: Sequence[str], modules: int
 
 def _candidates(attention: nn.Module, statistics: LayerStatistics | None, layout: str, method: str) -> Candidates:
     weights = LayerWeights.of(attention)
-    moments = statistics.moments() if statistics else None
+    moments = statistics.moments() if statistics and METHODS[method].needs_statistics else None
     return tuple(decompose_layer(weights, layout, method, moments, balance) for balance in _balances(layout, method))
 
 
@@ -129,8 +131,8 @@ def _check_convertible(model: PreTrainedModel, layout: str, method: str) -> None
             "to_standard_attention first"
         )
     check_method(method, latent_methods())
-    check_layout_of(method, layout)
     family_of(model.config).check_layout(model.config, layout)
+    check_layout_of(method, layout)
 
 
 def convert(
@@ -157,8 +159,8 @@ def convert(
     ranks. A joint latent as wide as the model is exact, and so is a split one of twice that width.
 
     `method` says what to minimise (see methods.py and factorize.py), with `statistics` of `collect_statistics` where it
-    needs them. By default it is the best that they allow, and `ranks` is sensitivity where there are statistics and
-    `cache_cut` is given, otherwise uniform. Without statistics the weights alone decide, and a warning says so.
+    needs them. By default it is the best that they allow, and then `ranks` is sensitivity by default where
+    `cache_cut` is given; otherwise uniform. Without statistics the weights alone decide, and a warning says so.
     `sequential` fits each layer to the input that arrives through the layers already converted, and
     `reestimate_batch_norm` corrects the moments of BatchNorm likewise: see sequential.py. `decomposition` and
     `sensitivities` (of `decompose` and `measure_sensitivity`) are computed if they are needed and not given.
@@ -169,8 +171,9 @@ def convert(
     Raises ValueError where the width, the layout, the method or a part is impossible.
     """
     by_weights_alone = method is None and statistics is None and not decomposition
-    method = method or best_method(statistics)
-    ranks = ranks or ("sensitivity" if statistics and cache_cut is not None else "uniform")
+    if method is None and ranks is None and statistics and cache_cut is not None:
+        ranks = "sensitivity"
+    method, ranks = method or best_method(statistics), ranks or "uniform"
     _check_convertible(model, layout, method)
     parts = chosen_parts(model.config, parts)
     modules = attention_modules(model, parts)
@@ -178,8 +181,8 @@ def convert(
         check_one_stack(model.config)
     if (sequential or reestimate_batch_norm) and statistics is None:
         raise ValueError("sequential and reestimate_batch_norm need calibration speech: see asrlib.collect_statistics")
-    if sequential and not METHODS[method].needs_statistics:
-        raise ValueError(f"method {method!r} looks at weights alone: sequential has nothing to change, leave it out")
+    if sequential:
+        check_follows(method)
     family, width = family_of(model.config), encoder_config(model.config).hidden_size
     of_modules = _by_module(statistics, parts, len(modules))
     if decomposition and decomposition[0][0].layout != layout:

@@ -80,6 +80,7 @@ class Moments:
     query: torch.Tensor  # Q_h [H, d_h, d_h], around zero, of q_h + u
     attended_key: InputMoments | None = None  # of the keys' input, weighed by attention: see attended.py
     attended_values: tuple[InputMoments, ...] | None = None  # for each head, of the mean inputs under attention
+    device: torch.device | str = "cpu"  # where the speech was heard, and where a search may run
 
 
 @dataclass(frozen=True)

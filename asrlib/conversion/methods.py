@@ -27,6 +27,7 @@ class Method:
     group: Callable | None = None
     needs: Literal["nothing", "inputs", "attention"] = "nothing"  # the statistics of calibration speech
     layouts: tuple[str, ...] = ("joint", "split")
+    follows: bool = False  # whether it fits a layer to the input that arrives through converted ones
     balanced: bool = False  # whether a joint latent chooses the weight of the values' error against the keys'
 
     @property
@@ -100,9 +101,9 @@ METHODS = {
     for method in (
         Method("mean", group=_average),
         Method("svd", _svd),
-        Method("whitened", _whitened, needs="inputs"),
-        Method("two_sided", _two_sided, needs="inputs", balanced=True),
-        Method("attended", decompose=_attended, needs="attention", balanced=True),
+        Method("whitened", _whitened, needs="inputs", follows=True),
+        Method("two_sided", _two_sided, needs="inputs", follows=True, balanced=True),
+        Method("attended", decompose=_attended, needs="attention", follows=True, balanced=True),
         Method("clover", decompose=_clover, layouts=("split",)),
         Method("kq_svd", decompose=_kq_svd, needs="inputs", layouts=("split",)),
         Method("palu", decompose=_palu, needs="inputs", layouts=("split",)),
@@ -126,6 +127,12 @@ def check_method(name: str, choices: Iterable[str]) -> Method:
     return METHODS[name]
 
 
+def check_follows(name: str) -> None:
+    """Raises ValueError where the method has no use for what converted layers change."""
+    if not METHODS[name].follows:
+        raise ValueError(f"method {name!r} does not look at what converted layers change: leave out sequential")
+
+
 def best_method(statistics) -> str:
     """The best that the statistics allow; None: those of `collect_statistics` are missing."""
     if statistics is None:
@@ -135,5 +142,5 @@ def best_method(statistics) -> str:
 
 def check_layout_of(name: str, layout: str) -> None:
     """Raises ValueError where the method does not make latents of that layout."""
-    if layout not in METHODS[name].layouts:
-        raise ValueError(f"method {name!r} keeps keys and values apart: give layout={METHODS[name].layouts[0]}")
+    if layout == "joint" and layout not in METHODS[name].layouts:
+        raise ValueError(f"method {name!r} keeps keys and values apart: give layout=split")

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
@@ -81,7 +79,6 @@ class Statistics:
     speech: CalibrationSpeech = field(repr=False)
     inputs: dict[str, torch.Tensor] = field(repr=False)  # a few utterances of it, on the CPU
     passes: int = 1  # over the speech; after several, the sums are on disk
-    folder: TemporaryDirectory | None = field(default=None, repr=False)  # where; it goes when nobody reads it
 
     @property
     def layers(self) -> list[LayerStatistics]:
@@ -158,7 +155,7 @@ def collect_statistics(
     `models.inference.choose_device`; the model ends on the device where it was. `attention`: also the statistics under
     attention that the method `attended` needs. 24 layers of width 1024 take 0.3 GB, and with attention of 16 heads
     3.6 GB. `memory` bounds this, in GiB: layers then take turns, each group with a pass of its own over the speech, and
-    sums of groups before are on disk. One layer is always held. `parts`: see `convert`.
+    sums of groups before are on disk, where TMPDIR says. One layer is always held. `parts`: see `convert`.
     """
     check_loaded(model, processor)
     check_corpus(corpus)
@@ -174,7 +171,6 @@ def collect_statistics(
     modules = {part: attention_parts(model)[part] for part in chosen_parts(model.config, parts)}
     named = [(part, module) for part, of_part in modules.items() for module in of_part]
     groups = _groups([LayerStatistics.size(module, attention) for _, module in named], memory)
-    folder = TemporaryDirectory(prefix="asrlib-statistics-") if len(groups) > 1 else None
     layers: dict[str, list[LayerStatistics]] = {part: [] for part in modules}
     inputs: dict[str, torch.Tensor] = {}
 
@@ -195,18 +191,16 @@ def collect_statistics(
             for places in groups:
                 group = [(*named[place], LayerStatistics.of(named[place][1], attention)) for place in places]
                 one_pass(group)
-                for place, (part, _, layer) in zip(places, group, strict=True):
+                for part, _, layer in group:
                     layers[part].append(layer)
-                    if folder:
-                        where = Path(folder.name, str(place))
-                        where.mkdir()
-                        layer.to_disk(where)
+                    if len(groups) > 1:
+                        layer.to_disk()
     finally:
         model.to(home)
     for part, (first, *_) in layers.items():
         rate = first.frames / corpus.seconds if attends_across(model.config) else frames_per_second(model.config)
         _check_amount(first, "tokens" if part == "decoder" else "frames", rate)
-    return Statistics(layers, speech, inputs, len(groups), folder)
+    return Statistics(layers, speech, inputs, len(groups))
 
 
 def _groups(sizes: Sequence[int], memory: float | None) -> list[list[int]]:

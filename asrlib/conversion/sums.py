@@ -6,7 +6,7 @@ and S frames. An encoder-decoder is given the transcript's tokens.
 """
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import torch
 from torch import nn
@@ -49,11 +49,13 @@ class InputSums:
         self.wanted_total: torch.Tensor | None = None  # Σ wanted [D]
         self.cross: torch.Tensor | None = None  # Σ wanted xᵀ [D, D]
 
-    def to_disk(self, path: Path) -> None:
-        """Keeps Σ x xᵀ in a file, of which memory holds what is read just now."""
-        matrix = self.products
-        self.products = torch.from_file(str(path), shared=True, size=matrix.numel(), dtype=matrix.dtype).view_as(matrix)
-        self.products.copy_(matrix)
+    def to_disk(self) -> None:
+        """Keeps Σ x xᵀ in a temporary file, of which memory holds what is read just now. Raises OSError where the disk
+        is full. The file has no name, so that nothing is left of it when this process ends, however it does."""
+        with NamedTemporaryFile(prefix="asrlib-sums-") as file:
+            self.products.numpy().tofile(file.name)
+            kept = torch.from_file(file.name, shared=True, size=self.products.numel(), dtype=self.products.dtype)
+        self.products = kept.view_as(self.products)
 
     def add(self, x_ND: torch.Tensor, wanted_ND: torch.Tensor | None = None) -> None:
         x_ND = x_ND.double()
@@ -133,6 +135,7 @@ class LayerStatistics:
     queries_seen: int = 0
     attention: "AttentionSums | None" = None
     sample: Sample | None = field(default=None, repr=False)
+    device: torch.device | str = "cpu"  # of what was read; the sums are on the CPU
 
     @classmethod
     def of(cls, attention: nn.Module, weights: bool = False) -> "LayerStatistics":
@@ -151,11 +154,11 @@ class LayerStatistics:
         matrices = 1 + is_rotary(attention) + weights * (1 + linears.heads)
         return 8 * matrices * linears.query.in_features**2
 
-    def to_disk(self, folder: Path) -> None:
-        """Keeps the largest sums in files of `folder`."""
+    def to_disk(self) -> None:
+        """Keeps the largest sums in files."""
         attended = [self.attention.key, *self.attention.values] if self.attention else []
-        for number, sums in enumerate([self.key, *([] if self.value is self.key else [self.value]), *attended]):
-            sums.to_disk(folder / f"{number}.sums")
+        for sums in (self.key, *([] if self.value is self.key else [self.value]), *attended):
+            sums.to_disk()
 
     @property
     def frames(self) -> int:
@@ -163,7 +166,7 @@ class LayerStatistics:
 
     def add(self, reading: Reading, kept: Kept, wanted: Reading | None = None) -> None:
         """Adds a call. Behind converted layers, `wanted` is the same call in the unconverted model."""
-        keys_BS = kept.keys_BS
+        keys_BS, self.device = kept.keys_BS, reading.key_input.device
         self.key.add(reading.key_input[keys_BS], wanted and wanted.key_input[keys_BS])
         if self.value is not self.key:
             self.value.add(reading.value_input[keys_BS], wanted and wanted.value_input[keys_BS])
@@ -181,10 +184,11 @@ class LayerStatistics:
         value = key if self.value is self.key else self.value.moments()
         query = self.queries / self.queries_seen
         if self.attention is None:
-            return Moments(key, value, query)
+            return Moments(key, value, query, device=self.device)
         # Softmax cancels the mean of the keys; the mean over all frames keeps them comparable.
         attended_key = replace(self.attention.key.moments(), mean=key.mean, wanted_mean=key.wanted_mean)
-        return Moments(key, value, query, attended_key, tuple(sums.moments() for sums in self.attention.values))
+        values = tuple(sums.moments() for sums in self.attention.values)
+        return Moments(key, value, query, attended_key, values, self.device)
 
 
 class AttentionSums:

@@ -139,11 +139,12 @@ class Schema:
         except ValidationError as errors:
             lines = [self._explain(error, values, origin) for error in errors.errors(include_url=False)]
             raise BadParameter("\n".join(dict.fromkeys(lines))) from None
-        if checked.get("latent_dim") is not None and checked.get("cache_cut") is not None:
-            raise BadParameter(
-                f"'latent_dim' (in {origin['latent_dim']}) and 'cache_cut' (in {origin['cache_cut']}) say "
-                "the same thing twice: give one and set the other to null"
-            )
+        for one, other in (("latent_dim", "cache_cut"), ("learning_rate", "learning_rates")):
+            if checked.get(one) is not None and checked.get(other) is not None:
+                raise BadParameter(
+                    f"{one!r} (in {origin[one]}) and {other!r} (in {origin[other]}) say the same thing twice: give one "
+                    "and set the other to null"
+                )
         return checked
 
     def _explain(self, error: Any, values: Mapping[str, Any], origin: Mapping[str, str]) -> str:

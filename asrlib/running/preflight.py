@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from asrlib.attention.widths import check_latent_dim
-from asrlib.conversion.methods import METHODS, check_layout_of, grouping_methods, latent_methods
+from asrlib.conversion.methods import METHODS, check_follows, check_layout_of, grouping_methods, latent_methods
 from asrlib.running.parameters import Schema, known_step
 from asrlib.runs import BadParameter, nearest, read_json, resolve
 
@@ -145,6 +145,8 @@ def check_surroundings(values: dict[str, Any]) -> None:
     if method is not None and convert_to == "mla":
         with refused():
             check_layout_of(method, values.get("layout", "joint"))
+            if values.get("sequential"):
+                check_follows(method)
     for name in values.get("analysis_methods", []):
         if name not in RECIPES:
             choices = nearest(str(name), RECIPES) or f": choose from {'; '.join(RECIPES)}"
@@ -154,6 +156,8 @@ def check_surroundings(values: dict[str, Any]) -> None:
         raise BadParameter("'ctc_weight', 'kl_weight' and 'hidden_weight' are all 0: there is nothing to learn from")
     if values.get("control") and values.get("trainable") == "latent":
         raise BadParameter("'control' trains the unconverted model, which has no latent: use trainable: attention")
+    if values.get("chosen_by") == "divergence" and weights[1] == 0:
+        raise BadParameter("'chosen_by' is divergence, that from a teacher: give 'kl_weight', or choose by wer")
     if values.get("on_policy") and not any(weights[1:]):
         raise BadParameter("'on_policy' asks a teacher about what the model writes: give 'kl_weight' too")
 

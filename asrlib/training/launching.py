@@ -27,7 +27,12 @@ Show = Callable[[list[dict]], None]  # takes the history so far
 
 
 class TrainingFailed(RuntimeError):
-    """A training ended without a result. The message is that of its first error."""
+    """A training ended without a result. The message is that of its first error; `kind` is that error's class by name,
+    if it is known."""
+
+    def __init__(self, message: str, kind: str | None = None):
+        super().__init__(message)
+        self.kind = kind
 
 
 def train_in_processes(
@@ -130,7 +135,7 @@ def launch(job: Path, command: list[str], follow: Callable[[list[dict]], None] =
     finally:
         _end(process)
     if process.returncode != 0 or not result.is_file():
-        raise TrainingFailed(_first_failure(folder, log) or _last_words(log, process.returncode))
+        raise _first_failure(folder, log) or TrainingFailed(_last_words(log, process.returncode))
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -148,12 +153,13 @@ def read_history(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _first_failure(folder: Path, log: Path) -> str | None:
+def _first_failure(folder: Path, log: Path) -> TrainingFailed | None:
     failures = [read_json(path) for path in folder.glob("failures/*.json")]
     if not failures:
         return None
     first = min(failures, key=lambda failure: failure["time"])  # it makes the others fail
-    return f"{first['message']} ({first['error']} in process {first['process']}; {log} has the rest)"
+    told = f"{first['message']} ({first['error']} in process {first['process']}; {log} has the rest)"
+    return TrainingFailed(told, first["error"])
 
 
 def _last_words(log: Path, status: int) -> str:

@@ -30,6 +30,17 @@ def frozen_batch_norm(model) -> Iterator[None]:
 
 
 @contextmanager
+def use_cache_kept(model) -> Iterator[None]:
+    """Trainer switches the cache of a decoder off in the config, which is saved."""
+    before = getattr(model.config, "use_cache", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            model.config.use_cache = before
+
+
+@contextmanager
 def own_precision(model, trainer: Trainer) -> Iterator[None]:
     """Afterwards `model` computes in its own precision again, whatever the precision of the training.
 

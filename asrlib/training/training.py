@@ -27,7 +27,14 @@ from asrlib.runs import read_json, resolve
 from asrlib.training.checkpoints import CHECKPOINT_MARKER, CheckpointMarker, checkpoint_folder, last_checkpoint
 from asrlib.training.distributed import average_batch_norm, process_count, rows_of_all, strategy_arguments
 from asrlib.training.losses import posterior_divergence, relative_squared_error
-from asrlib.training.modes import every_layer, frozen_batch_norm, own_precision, select_trainable, updated_once
+from asrlib.training.modes import (
+    every_layer,
+    frozen_batch_norm,
+    own_precision,
+    select_trainable,
+    updated_once,
+    use_cache_kept,
+)
 
 # The scheduler reduce_lr_on_plateau halves the learning rate at the second evaluation in a row without a new lowest
 # WER. EarlyStoppingCallback keeps counting, so `patience` should be larger.
@@ -224,7 +231,11 @@ def train(
     Raises ValueError where settings contradict each other, the device or the checkpoints, and FloatingPointError where
     the loss is not finite.
     """
-    folder = resolve(folder)
+    with use_cache_kept(model):
+        return _train(model, processor, training, validation, resolve(folder), settings, teacher, callbacks)
+
+
+def _train(model, processor, training, validation, folder, settings, teacher, callbacks) -> TrainingResult:
     if settings.encoder_memory:
         keep_encoder_states(settings.encoder_memory)
     if not (settings.ctc_weight or settings.kl_weight or settings.hidden_weight):
@@ -242,7 +253,6 @@ def train(
     model.config.ctc_loss_reduction = "mean"  # a sum would tie the learning rate to the batch size
     if tied := getattr(model, "_tied_weights_keys", None):
         model._keys_to_ignore_on_save = set(tied)  # otherwise Trainer warns that checkpoints lack the tied copies
-    use_cache = getattr(model.config, "use_cache", None)  # Trainer switches it off in the config, which is saved
     start = {name: values.detach().cpu().clone() for name, values in model.state_dict().items()}
     trainable_parameters = select_trainable(model, settings.trainable, settings.parts)
     checkpoint = last_checkpoint(folder)
@@ -288,8 +298,6 @@ def train(
                 around.enter_context(updated_once(model))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.state
-    if use_cache is not None:
-        model.config.use_cache = use_cache
     model.eval()
     evaluations = {row["step"]: (row["eval_wer"], row["eval_loss"]) for row in state.log_history if "eval_wer" in row}
     order = (lambda row: row[::-1]) if settings.chosen_by == "divergence" else tuple  # the other decides a tie

@@ -11,6 +11,7 @@ import pytest
 import torch
 from descent import descend
 
+from asrlib.conversion import attended
 from asrlib.conversion.attended import Term
 from asrlib.conversion.attended import decompose_attended as decompose_layers
 from asrlib.conversion.factorize import DRAFT, Factors, InputMoments, LayerWeights, Moments
@@ -283,6 +284,22 @@ def test_what_float32_cannot_hold_is_searched_in_float64(weights, seen, moments,
     factors = decompose_attended(weights, "joint", moments).cut(4, 4)
     torch.testing.assert_close(factors.key_weight, wanted.key_weight, atol=1e-2, rtol=1e-2)
     assert not torch.equal(factors.key_weight, wanted.key_weight)
+
+
+def test_a_full_gpu_leaves_the_steps_to_the_cpu(weights, moments, monkeypatch):
+    wanted = decompose_attended(weights, "joint", moments).cut(4, 4)
+    original, tried = attended._descend, []
+
+    def full(rows, terms, iterations):
+        tried.append(rows.device.type)
+        if rows.is_meta:
+            raise torch.OutOfMemoryError
+        return original(rows, terms, iterations)
+
+    monkeypatch.setattr(attended, "_descend", full)
+    there = replace(moments, device=torch.device("meta"))  # in place of a GPU
+    factors = decompose_attended(weights, "joint", there).cut(4, 4)
+    assert tried == ["meta", "cpu"] * 2 and torch.equal(factors.down_k, wanted.down_k)
 
 
 # ---- biases and the whole width ----------------------------------------------------------------------------

@@ -6,9 +6,10 @@ import pytest
 import tiny
 import torch
 
-from asrlib import convert
+from asrlib import collect_statistics, convert
 from asrlib.conversion.factorize import InputMoments, LayerWeights, Moments
 from asrlib.conversion.layers import decompose_layer
+from asrlib.models.scratch import new_processor
 from asrlib.running.preflight import check_surroundings
 from asrlib.runs import BadParameter
 
@@ -111,14 +112,28 @@ def test_palu_has_groups_of_four_heads_at_most(layer):
 
 
 @pytest.mark.parametrize("method", [*PER_HEAD, "palu"])
-def test_what_they_cannot_do_is_refused(layer, method):
-    weights, x_ND = layer
+def test_what_they_cannot_do_is_refused(method):
     with pytest.raises(ValueError, match="keeps keys and values apart: give layout=split"):
         convert(tiny.conformer(), 6, method=method)
     with pytest.raises(BadParameter, match="keys and values apart"):
         check_surroundings({"method": method, "convert_to": "mla", "device": "cpu"})
-    behind = moments_of(weights, x_ND)
-    behind = replace(behind, key=replace(behind.key, cross=torch.eye(WIDTH)), value=behind.key)
-    if method != "clover":  # which reads weights alone
-        with pytest.raises(ValueError, match="leave out sequential"):
-            decompose_layer(weights, "split", method, behind)
+    with pytest.raises(ValueError, match="leave out sequential"):
+        convert(tiny.conformer(), 6, layout="split", method=method, sequential=True, statistics=tiny_statistics())
+    with pytest.raises(BadParameter, match="leave out sequential"):
+        check_surroundings({"method": method, "layout": "split", "sequential": True, "device": "cpu"})
+
+
+def tiny_statistics():
+    return collect_statistics(tiny.conformer(), new_processor(), tiny.corpus())
+
+
+@pytest.mark.parametrize("method", ["kq_svd", "palu"])
+def test_their_importance_is_that_of_the_numbers_in_the_order_of_the_cut(layer, method):
+    weights, x_ND = layer
+    decomposition = decompose_layer(weights, "split", method, moments_of(weights, x_ND))
+    for groups, directions in zip((decomposition.keys, decomposition.values), decomposition.directions, strict=True):
+        assert len(directions.values) == WIDTH and (directions.values.diff() <= 0).all()
+        each = len(groups)
+        for turn in range(1, WIDTH // each):
+            explained = sum(group.values[:turn].square().sum() for group in groups)
+            torch.testing.assert_close(directions.values[: turn * each].square().sum(), explained)

@@ -300,5 +300,5 @@ def test_what_has_nothing_to_go_by_is_refused(relative):
     for option in ("sequential", "reestimate_batch_norm"):
         with pytest.raises(ValueError, match="need calibration speech"):
             convert(model, 4, method="svd", **{option: True})
-    with pytest.raises(ValueError, match="'svd' looks at weights alone: sequential has nothing to change"):
+    with pytest.raises(ValueError, match="'svd' does not look at what converted layers change: leave out sequential"):
         convert(model, 4, method="svd", statistics=statistics, sequential=True)

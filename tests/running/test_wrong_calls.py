@@ -164,7 +164,7 @@ SET = {  # of the params file `finished`: assignments → what is said
     "benchmark_seconds=[10,0]": "should hold numbers above 0, not 0",
     "analysis_cuts=[0.5,75]": "should hold numbers above 0 and below 1, not 75",
     "layout=splt": "is 'splt', should be one of joint, split: did you mean 'split'?",
-    "method=svdd": "should be one of mean, svd, whitened, two_sided, attended: did you mean 'svd'?",
+    "method=svdd": "clover, kq_svd, palu: did you mean 'svd'?",
     "ranks=best": "is 'best', should be one of uniform, energy, sensitivity",
     "attention=mhla": "attention is 'mhla': choose one of mha, mla",
     "architecture=conformr baseline_epochs=1": "architecture is 'conformr': choose one of wav2vec2-conformer",

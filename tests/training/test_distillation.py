@@ -10,6 +10,7 @@ from asrlib.data.batches import SpeechCollator, SpeechDataset
 from asrlib.models.registry import family_of
 from asrlib.models.scratch import new_processor
 from asrlib.training.checkpoints import last_checkpoint
+from asrlib.training.launching import TrainingFailed
 from asrlib.training.rates import try_learning_rates
 from asrlib.training.training import (
     SpeechTrainer,
@@ -174,6 +175,23 @@ def test_a_rate_that_breaks_training_comes_last(tmp_path, monkeypatch):
     monkeypatch.setattr(SpeechTrainer, "training_step", breaks)
     speech = new_processor(), tiny.corpus(), tiny.corpus(2, "validation"), tmp_path, settings(epochs=1)
     tried = try_learning_rates([2.0, 1e-3], tiny.conformer(**QUIET), *speech, corpus="noise")
-    assert [row["learning_rate"] for row in tried] == [1e-3, 2.0] and tried[1]["eval_wer"] != tried[1]["eval_wer"]
+    assert [row["learning_rate"] for row in tried] == [1e-3, 2.0] and tried[1]["eval_wer"] is None
+    model = family_models.whisper()
+    heard = family_models.processor_of("whisper"), *speech[1:3], tmp_path / "whisper", settings(epochs=1)
+    try_learning_rates([2.0, 1e-3], model, *heard, corpus="noise")
+    assert model.config.use_cache  # Trainer switches it off
     with pytest.raises(FloatingPointError, match="any of"):
         try_learning_rates([2.0], tiny.conformer(**QUIET), *speech, corpus="noise")
+
+
+def test_a_rate_that_breaks_several_processes_comes_last_and_another_failure_is_told(tmp_path, monkeypatch):
+    kinds = iter(["FloatingPointError", "OSError"])
+
+    def fails(*args, **how):
+        raise TrainingFailed("it says why", next(kinds))
+
+    monkeypatch.setattr("asrlib.training.rates.train_in_processes", fails)
+    model = tiny.conformer(**QUIET)
+    with pytest.raises(TrainingFailed, match="it says why"):
+        try_learning_rates([2.0, 1.0], model, None, None, None, tmp_path, settings(), processes=2)
+    assert next(kinds, None) is None

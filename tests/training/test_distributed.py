@@ -430,8 +430,11 @@ def test_the_first_error_of_any_process_ends_all_and_is_told(tmp_path, config):
     (tmp_path / "config.yaml").write_text(config or "")
     *several, _, module = launch_command(2, config and str(tmp_path / "config.yaml"))
     assert module == "asrlib.training.job"
-    with pytest.raises(TrainingFailed, match=r"^the loss is nan \(FloatingPointError in process 1; .*training.log"):
+    with pytest.raises(
+        TrainingFailed, match=r"^the loss is nan \(FloatingPointError in process 1; .*training.log"
+    ) as told:
         launch(tmp_path / "job.json", [*several, str(tmp_path / "failing.py")])
+    assert told.value.kind == "FloatingPointError"
     assert not processes_of(tmp_path / "job.json")
 
 
