@@ -63,26 +63,31 @@ def test_readme_on_human_speech(row, split):
     assert f"| trained on 5 hours, {row} | {per_cent(systems['baseline'][split]['wer'])} | {rest} |" in README
 
 
-def test_published_whisper():
+PUBLISHED = {"whisper_tiny_en": "tiny.en", "whisper_base": "base"}
+
+
+@pytest.mark.parametrize("run", PUBLISHED)
+def test_published_whisper(run):
     split = "dev-4-speakers"
-    systems, change = of_a_run("whisper_tiny_en", split, "finetuned")
+    systems, change = of_a_run(run, split, "finetuned")
     standard, rest = per_cent(systems["baseline"][split]["wer"]), f"{rates(systems, split)} | {change} |"
-    assert f"| OpenAI's Whisper tiny.en, LibriSpeech (6,793) | {standard} | {rest}" in README
+    assert f"| OpenAI's Whisper {PUBLISHED[run]}, LibriSpeech (6,793) | {standard} | {rest}" in README
     for name, row in {"baseline": "MHA", "converted": "converted", "finetuned": "fine-tuned"}.items():
         result = systems[name][split]
         wrong = ", ".join(str(result[kind]) for kind in ("substitutions", "deletions", "insertions"))
-        change = "" if name == "baseline" else of_a_run("whisper_tiny_en", split, name)[1] + " "
+        change = "" if name == "baseline" else of_a_run(run, split, name)[1] + " "
         assert f"| {row} | {with_interval(result)} | {change}| {wrong} | {result['loops']} |" in RESULTS
-    held = {row["system"]: row for row in metrics("whisper_tiny_en/metrics/benchmark.json")["writing"]}
+    held = {row["system"]: row for row in metrics(f"{run}/metrics/benchmark.json")["writing"]}
     cells = (
         f"{held['converted'][part] / 1e6:.{digits}f}" for part, digits in (("cross_bytes", 2), ("decoder_bytes", 3))
     )
     assert f"| converted | {' | '.join(cells)} | {held['converted']['ratio']:.1f} |" in RESULTS
 
 
-def test_published_whisper_at_every_cut():
+@pytest.mark.parametrize("run", PUBLISHED)
+def test_published_whisper_at_every_cut(run):
     methods = ["svd", "whitened", "two_sided", "attended, sensitivity", "attended, sensitivity, shared"]
-    rows = metrics("whisper_tiny_en/metrics/analyze.json")["cost_of_cut"]
+    rows = metrics(f"{run}/metrics/analyze.json")["cost_of_cut"]
     of_each = {(row["recipe"], row["cut"]): per_cent(row["wer"]) + "*" * (row["p"] < 0.05) for row in rows}
     for name, cut in CUTS.items():
         assert f"| {name} | {' | '.join(of_each[method, cut] for method in methods)} |" in RESULTS
