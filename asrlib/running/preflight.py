@@ -156,6 +156,8 @@ def check_surroundings(values: dict[str, Any]) -> None:
         raise BadParameter("'ctc_weight', 'kl_weight' and 'hidden_weight' are all 0: there is nothing to learn from")
     if values.get("control") and values.get("trainable") == "latent":
         raise BadParameter("'control' trains the unconverted model, which has no latent: use trainable: attention")
+    if values.get("learning_rate", 1) is None and not values.get("learning_rates"):
+        raise BadParameter("'learning_rate' and 'learning_rates' are both null: give one of them")
     if values.get("chosen_by") == "divergence" and weights[1] == 0:
         raise BadParameter("'chosen_by' is divergence, that from a teacher: give 'kl_weight', or choose by wer")
     if values.get("on_policy") and not any(weights[1:]):
