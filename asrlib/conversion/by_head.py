@@ -16,7 +16,7 @@ same R, give or take one. So at the same cache a group of one of H heads has an 
 clover (Meng et al., ICML 2025) reads weights alone: the pairs W_qᵀ W_k and W_o W_v, cut by their singular values.
 kq_svd (Lesens et al., AISTATS 2026) makes ‖K Qᵀ − K̂ Q̂ᵀ‖_F of each head as small as any rank R can over the calibration
 speech. palu (Chang et al., ICLR 2025) whitens groups of heads; with all heads in one group it is `whitened`. Published,
-it whitens around zero, and does not correct the mean: that is ours, and makes it better.
+it whitens around zero, and does not correct the mean: that is ours, and never adds to this error.
 
 Names: D width, H heads, d_h = D / H, n rows of a group. All float64, split latents only.
 """

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from asrlib.attention.names import encoder_config
 from asrlib.attention.widths import check_latent_dim
-from asrlib.conversion.factorize import DRAFT, Decomposition, Factors, LayerWeights
+from asrlib.conversion.factorize import DRAFT, Decomposition, Factors, LayerWeights, Moments
 from asrlib.conversion.layers import decompose_layer, decompose_shared
 from asrlib.conversion.methods import METHODS, best_method, check_follows, check_layout_of, check_method, latent_methods
 from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity, smallest_rank
@@ -74,7 +74,7 @@ def decompose(
         if len(places) == 1:
             return [_candidates(modules[places[0]], of_modules[places[0]], layout, method)]
         weights = [LayerWeights.of(modules[place]) for place in places]
-        moments = [of_modules[place] and of_modules[place].moments() for place in places]
+        moments = [_moments(of_modules[place], method) for place in places]
         each = [decompose_shared(weights, method, moments, balance) for balance in _balances(layout, method)]
         return list(zip(*each, strict=True))
 
@@ -107,9 +107,12 @@ def _by_module(statistics: Statistics | None, parts: Sequence[str], modules: int
 
 
 def _candidates(attention: nn.Module, statistics: LayerStatistics | None, layout: str, method: str) -> Candidates:
-    weights = LayerWeights.of(attention)
-    moments = statistics.moments() if statistics and METHODS[method].needs_statistics else None
+    weights, moments = LayerWeights.of(attention), _moments(statistics, method)
     return tuple(decompose_layer(weights, layout, method, moments, balance) for balance in _balances(layout, method))
+
+
+def _moments(statistics: LayerStatistics | None, method: str) -> Moments | None:
+    return statistics.moments() if statistics and METHODS[method].needs_statistics else None
 
 
 def _balances(layout: str, method: str) -> tuple[float, ...]:
