@@ -14,12 +14,14 @@ from the directions of `two_sided` to a local minimum. The error depends on the 
 lengths, so lengths may be chosen to make the way short: to tilt direction r towards one that is dropped costs about λ_r
 times the squared angle, and with a row of length √λ_r that is alike for all r.
 
-Names: D width, R latent width, H heads, d_h = D / H. All float64, but the steps of the descent, which are float32.
+Names: D width, R latent width, H heads, d_h = D / H, B inputs that are weighed each in its own way: the keys' one, or
+those of the H heads' values. All float64, but the steps of the descent, which are float32.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 
@@ -31,11 +33,10 @@ from asrlib.conversion.factorize import (
     InputMoments,
     LayerWeights,
     Moments,
+    Objective,
     Target,
-    decompose_objective,
-    decompose_together,
+    decompose_objectives,
     output_metric,
-    symmetric_root,
     two_sided,
 )
 
@@ -46,21 +47,58 @@ SMALL = 512  # below this width, one thread multiplies faster than several, abov
 
 @dataclass(frozen=True)
 class Term:
-    """One error to keep low: E‖F (W x − up·down x)‖² for x of covariance S."""
+    """Errors to keep low: Σ_b E‖F_b (W_b x_b − up_b·down x_b)‖² for x_b of covariance S_b."""
 
-    covariance: torch.Tensor  # S [D, D]
-    pull: torch.Tensor  # S Wᵀ Fᵀ [D, n]
+    covariance: torch.Tensor  # S [B, D, D]
+    pull: torch.Tensor  # S Wᵀ Fᵀ [B, D, n]
     weight: float
 
     def explained(self, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The part of the error that the best `up` removes, for `down` [R, D], and its gradient [R, D].
 
-        With C = down S downᵀ, P the pull and X = C⁻¹ down P they are tr(X Pᵀ downᵀ) and 2 (X Pᵀ − X Xᵀ down S).
+        With C = down S downᵀ, P the pull and X = C⁻¹ down P they are Σ_b tr(X Pᵀ downᵀ) and 2 Σ_b X (Pᵀ − Xᵀ down S).
         """
         seen, read = down @ self.covariance, down @ self.pull
-        best = torch.cholesky_solve(read, torch.linalg.cholesky(seen @ down.T))  # [R, n]
-        gradient = best @ self.pull.T - best @ (best.T @ seen)
+        best = torch.cholesky_solve(read, torch.linalg.cholesky(seen @ down.T))  # X [B, R, n]
+        left = self.pull.mT - best.mT @ seen
+        gradient = best.transpose(0, 1).flatten(1) @ left.flatten(0, 1)  # summed over b
         return self.weight * (best * read).sum(), 2 * self.weight * gradient
+
+    def to(self, **there) -> "Term":
+        return Term(self.covariance.to(**there), self.pull.to(**there), self.weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Aim:
+    """What one latent should keep, at any width and balance: of one layer, or of all that share it."""
+
+    layers: tuple[tuple[LayerWeights, Moments], ...]
+    objectives: tuple[Objective, ...]  # of `two_sided`, where the search begins
+    layout: str
+
+    def terms(self, which: int, inverse: torch.Tensor | None = None, **there) -> tuple[list[Term], list[Term]]:
+        """Of keys, and of values, layer by layer; each layer's errors without a latent sum to one. In a split layout
+        of one of the two (`which`: 0 keys, −1 values). `inverse` [D, D]: of the root of the covariance that shall be
+        the identity. `there`: dtype and device."""
+        keys, values = [], []
+        for weights, moments in self.layers:
+            key, *heads = _targets(weights, moments)
+            if self.layout == "joint" or which == 0:
+                weighed = _weighed(key.weight, moments.query).flatten(0, 1)[None]
+                keys.append(_term(weighed, [moments.attended_key], inverse, **there))
+            if self.layout == "joint" or which == -1:
+                weighed = _weighed(torch.cat([head.weight for head in heads]), output_metric(weights))
+                values.append(_term(weighed, moments.attended_values, inverse, **there))
+        return keys, values
+
+
+@lru_cache(2)  # of the latent at hand; a split one has two inputs
+def _whitened(aim: Aim, which: int) -> tuple[torch.Tensor, torch.Tensor, list[Term], list[Term]]:
+    """The root of the input's covariance, its inverse, and the terms in coordinates that make the covariance the
+    identity."""
+    root = aim.objectives[0].roots[which]
+    inverse = torch.linalg.inv(root)
+    return root, inverse, *aim.terms(which, inverse, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -68,10 +106,9 @@ class AttendedDecomposition:
     """Stands in for a `Decomposition`; each width is a search of its own."""
 
     start: Decomposition  # two_sided
-    weights: LayerWeights
-    moments: Moments
+    aim: Aim
+    place: int  # of the layer, among those of the aim
     balance: float
-    sharing: tuple[tuple[LayerWeights, Moments], ...]  # the layers of a joint latent, this one among them
     found: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)  # by (which, R, steps)
 
     @property
@@ -84,7 +121,8 @@ class AttendedDecomposition:
 
     def cut(self, rank_k: int, rank_v: int, steps: int | None = None) -> Factors:
         """See `Decomposition.cut`; without steps it is that of `two_sided`."""
-        width, steps = len(self.weights.key_bias), ITERATIONS if steps is None else steps
+        weights, moments = self.aim.layers[self.place]
+        width, steps = len(weights.key_bias), ITERATIONS if steps is None else steps
         plain = self.start.cut(rank_k, rank_v)
         if min(rank_k, rank_v) >= width or not steps:
             return plain  # exact, or the start
@@ -97,92 +135,71 @@ class AttendedDecomposition:
                     down_k = self._searched(down_k, 0, steps)
                 if rank_v < width:
                     down_v = self._searched(down_v, -1, steps)
-        key, *values = _targets(self.weights, self.moments)
-        up_k, key_bias = _regressed(key, self.moments.attended_key, down_k)
-        heads = [_regressed(*head, down_v) for head in zip(values, self.moments.attended_values, strict=True)]
+        key, *values = _targets(weights, moments)
+        up_k, key_bias = _regressed(key, moments.attended_key, down_k)
+        heads = [_regressed(*head, down_v) for head in zip(values, moments.attended_values, strict=True)]
         up_v, value_bias = (torch.cat(of_heads) for of_heads in zip(*heads, strict=True))
         return Factors(down_k, down_v, up_k, up_v, key_bias, value_bias)
 
-    def _searched(self, down: torch.Tensor, which: int, steps: int) -> torch.Tensor:
-        """The rows after so many steps, which continue those of a draft. `which`: 0 keys, or all; −1 values."""
-        if (which, len(down), steps) not in self.found:
+    def _searched(self, start: torch.Tensor, which: int, steps: int) -> torch.Tensor:
+        """The rows after so many steps from those of `two_sided`, which continue those of a draft. `which`: 0 keys, or
+        all; −1 values."""
+        if (which, len(start), steps) not in self.found:
             if steps > DRAFT:
-                down, left = self._searched(down, which, DRAFT), steps - DRAFT
+                found = self._search(self._searched(start, which, DRAFT), which, steps - DRAFT)
+                terms = self._balanced(*self.aim.terms(which))
+                if not _explained(found, terms) >= _explained(start, terms):  # float32 cannot tell widths near D apart
+                    found = self._search(start, which, steps, torch.float64)
             else:
-                left = steps
-            inputs, values = (self.moments.key, self.moments.value)[which], self.directions[which].values[: len(down)]
-            found = search(down, values, self._terms(which), inputs.covariance, left, self.moments.device)
-            if steps > DRAFT and len(self.sharing) == 1:
+                found = self._search(start, which, steps)
+            if steps > DRAFT and len(self.aim.layers) == 1:
                 return found  # nobody asks again
-            self.found[which, len(down), steps] = found
-        return self.found[which, len(down), steps]
+            self.found[which, len(start), steps] = found
+        return self.found[which, len(start), steps]
 
-    def _terms(self, which: int) -> list[Term]:
-        if self.layout == "split":
-            return _terms(self.weights, self.moments)[which]
-        terms = []
-        for layer in self.sharing:
-            keys, values = _terms(*layer)
-            terms += [*_scaled(keys, 1.0), *_scaled(values, self.balance**2)]
-        return terms
+    def _search(
+        self, down: torch.Tensor, which: int, iterations: int, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """The `down` [R, D] with less error, after steps where the speech was heard, or on the CPU where that has no
+        room; in float64 where float32 cannot tell the covariances from singular ones."""
+        root, inverse, *terms = _whitened(self.aim, which)
+        if dtype == torch.float64:
+            terms = self.aim.terms(which, inverse)
+        terms = self._balanced(*terms)
+        values = self.directions[which].values[: len(down)]
+        lengths = (values / values[0].clamp(min=torch.finfo(values.dtype).tiny)).clamp(min=SHORTEST_ROW)
+        rows = torch.linalg.qr((down @ root).T)[0].T * lengths[:, None]
+        try:
+            try:
+                there = self.aim.layers[self.place][1].device
+                found = _descend(rows.to(there, dtype), [term.to(device=there) for term in terms], iterations)
+            except torch.OutOfMemoryError:
+                found = _descend(rows.to(dtype), terms, iterations)
+        except torch.linalg.LinAlgError:
+            found = torch.full_like(rows, torch.nan)
+        if dtype == torch.float32 and not found.isfinite().all():
+            return self._search(down, which, iterations, torch.float64)
+        return torch.linalg.qr(found.to(rows).T)[0].T @ inverse  # the same directions
+
+    def _balanced(self, keys: list[Term], values: list[Term]) -> list[Term]:
+        return keys + [replace(term, weight=self.balance**2 * term.weight) for term in values]
 
 
 def decompose_attended(
-    layers: Sequence[tuple[LayerWeights, Moments]], layout: str, balance: float = 1.0
-) -> list[AttendedDecomposition]:
-    """Those of one layer, or of several with one joint latent: see `layers.decompose_layer` and `decompose_shared`.
-
-    Raises ValueError where the statistics were taken without attention.
-    """
+    layers: Sequence[tuple[LayerWeights, Moments]], layout: str, balances: Sequence[float] = (1.0,)
+) -> list[tuple[AttendedDecomposition, ...]]:
+    """See `methods.Method`. Raises ValueError where the statistics were taken without attention."""
     if any(moments.attended_key is None for _, moments in layers):
         raise ValueError("method 'attended' needs statistics of attention: collect_statistics(..., attention=True)")
     objectives = [two_sided(*layer) for layer in layers]
-    if layout == "joint":
-        starts = decompose_together(objectives, balance)
-    else:
-        starts = [decompose_objective(objective, layout, balance) for objective in objectives]
-    found = {}
-    return [
-        AttendedDecomposition(start, *layer, balance, tuple(layers), found)
-        for start, layer in zip(starts, layers, strict=True)
-    ]
-
-
-def search(
-    down: torch.Tensor,
-    values: torch.Tensor,
-    terms: list[Term],
-    covariance: torch.Tensor,
-    iterations: int = ITERATIONS,
-    device: torch.device | str = "cpu",
-) -> torch.Tensor:
-    """The `down` [R, D] with the least error, found from a first guess whose directions have the singular values
-    `values` [R], in coordinates that make `covariance` the identity. The steps are taken on `device`,
-    or on the CPU where that has no room."""
-    root = symmetric_root(covariance)
-    inverse = torch.linalg.inv(root)
-    terms = [Term(inverse @ t.covariance @ inverse, inverse @ t.pull, t.weight) for t in terms]
-    lengths = (values / values[0].clamp(min=torch.finfo(values.dtype).tiny)).clamp(min=SHORTEST_ROW)
-    start = torch.linalg.qr((down @ root).T)[0].T * lengths[:, None]
-    try:
-        try:
-            rows = _rounded(start, terms, iterations, device)
-        except torch.OutOfMemoryError:
-            rows = _rounded(start, terms, iterations, "cpu")
-        better = _explained(rows, terms) >= _explained(start, terms)  # not so where it is not finite
-    except torch.linalg.LinAlgError:
-        better = False
-    if not better:  # covariances that float32 cannot tell from singular ones
-        rows = _descend(start, terms, iterations)
-    rows = torch.linalg.qr(rows.T)[0].T  # the same directions
-    return rows @ inverse
-
-
-def _rounded(start: torch.Tensor, terms: list[Term], iterations: int, device: torch.device | str) -> torch.Tensor:
-    """The rows after steps in float32."""
-    there = {"dtype": torch.float32, "device": device}
-    rounded = [Term(t.covariance.to(**there), t.pull.to(**there), t.weight) for t in terms]
-    return _descend(start.to(**there), rounded, iterations).to(start)
+    aim = Aim(tuple(layers), tuple(objectives), layout)
+    candidates = []
+    for balance in balances:
+        starts, found = decompose_objectives(objectives, layout, balance), {}
+        candidates.append(
+            [AttendedDecomposition(start, aim, place, balance, found) for place, start in enumerate(starts)]
+        )
+    return list(zip(*candidates, strict=True))
 
 
 def _explained(rows: torch.Tensor, terms: list[Term]) -> float:
@@ -220,27 +237,29 @@ def _targets(weights: LayerWeights, moments: Moments) -> list[Target]:
     return [key] + [Target.of(*row, of_head) for row, of_head in zip(rows, moments.attended_values, strict=True)]
 
 
-def _terms(weights: LayerWeights, moments: Moments) -> tuple[list[Term], list[Term]]:
-    """Of the keys, and of each head's values."""
-    key, *values = _targets(weights, moments)
-    heads = zip(values, output_metric(weights)[:, None], moments.attended_values, strict=True)
-    key_term = _term(key.weight, moments.query, moments.attended_key)
-    return [key_term], [_term(target.weight, metric, of_head) for target, metric, of_head in heads]
-
-
-def _term(weight: torch.Tensor, metric: torch.Tensor, moments: InputMoments) -> Term:
-    """The term of a weight [n·d_h, D] and its heads' metrics [n, d_h, d_h]."""
+def _weighed(weight: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
+    """F_h W_h [H, d_h, D] of a weight [D, D] and its heads' metrics Fᵀ F [H, d_h, d_h]."""
     values, vectors = torch.linalg.eigh(metric)
     half = vectors * values.clamp(min=0).sqrt()[:, None]  # metric = half halfᵀ
-    seen = torch.einsum("hij,hid->hjd", half, weight.unflatten(0, (len(metric), -1))).flatten(0, 1)
-    return Term(moments.covariance, moments.covariance @ seen.T, 1.0)
+    return half.mT @ weight.unflatten(0, (len(metric), -1))
 
 
-def _scaled(terms: list[Term], weight: float) -> list[Term]:
-    """The terms, scaled so that their errors without a latent sum to `weight`."""
-    total = sum((term.pull * torch.linalg.solve(term.covariance, term.pull)).sum() for term in terms)
-    scale = weight / max(total.item(), torch.finfo(torch.float64).tiny)
-    return [Term(term.covariance, term.pull, scale) for term in terms]
+def _term(
+    weighed: torch.Tensor,
+    moments: Sequence[InputMoments],
+    inverse: torch.Tensor | None,
+    dtype: torch.dtype = torch.float64,
+) -> Term:
+    """The term of F W [B, n, D] and inputs x_b; without a latent its error is one. `inverse`: see `Aim.terms`."""
+    covariances, pulls, total = [], [], 0.0
+    for rows, inputs in zip(weighed, moments, strict=True):
+        covariance, pull = inputs.covariance, inputs.covariance @ rows.T
+        total += (pull * rows.T).sum().item()
+        if inverse is not None:
+            covariance, pull = inverse @ covariance @ inverse, inverse @ pull
+        covariances.append(covariance.to(dtype))
+        pulls.append(pull.to(dtype))
+    return Term(torch.stack(covariances), torch.stack(pulls), 1 / max(total, torch.finfo(torch.float64).tiny))
 
 
 def _regressed(target: Target, moments: InputMoments, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

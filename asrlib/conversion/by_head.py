@@ -104,29 +104,28 @@ def _together(groups: Sequence[Group], rank: int) -> tuple[torch.Tensor, torch.T
 Layers = Sequence[tuple[LayerWeights, Moments | None]]
 
 
-def decompose_clover(layers: Layers, layout: str, balance: float = 1.0) -> list[HeadsDecomposition]:
+def decompose_clover(layers: Layers, layout: str, balances: Sequence[float]) -> list[tuple[HeadsDecomposition]]:
     """From the weights alone, head by head. See `methods.Method`."""
     decompositions = []
     for weights, _ in layers:
         queries = [query @ query.T for query in weights.query.chunk(weights.heads)]
         keys = _groups(weights.key, weights.key_bias, queries)
-        decompositions.append(
-            HeadsDecomposition(keys, _groups(weights.value, weights.value_bias, output_metric(weights)))
-        )
+        values = _groups(weights.value, weights.value_bias, output_metric(weights))
+        decompositions.append((HeadsDecomposition(keys, values),))
     return decompositions
 
 
-def decompose_kq_svd(layers: Layers, layout: str, balance: float = 1.0) -> list[HeadsDecomposition]:
+def decompose_kq_svd(layers: Layers, layout: str, balances: Sequence[float]) -> list[tuple[HeadsDecomposition]]:
     """The least error of each head's scores, and of its values behind the output projection. See `methods.Method`."""
     decompositions = []
     for weights, moments in layers:
         keys = _groups(weights.key, weights.key_bias, moments.query, moments.key)
         values = _groups(weights.value, weights.value_bias, output_metric(weights), moments.value)
-        decompositions.append(HeadsDecomposition(keys, values))
+        decompositions.append((HeadsDecomposition(keys, values),))
     return decompositions
 
 
-def decompose_palu(layers: Layers, layout: str, balance: float = 1.0) -> list[HeadsDecomposition]:
+def decompose_palu(layers: Layers, layout: str, balances: Sequence[float]) -> list[tuple[HeadsDecomposition]]:
     """The least error of keys and values, in groups of heads. See `methods.Method`."""
     decompositions = []
     for weights, moments in layers:
@@ -135,7 +134,7 @@ def decompose_palu(layers: Layers, layout: str, balance: float = 1.0) -> list[He
         equal = [torch.eye(size, dtype=weights.key.dtype)] * (weights.heads // together)
         keys = _groups(weights.key, weights.key_bias, equal, moments.key, centred=True)
         values = _groups(weights.value, weights.value_bias, equal, moments.value, centred=True)
-        decompositions.append(HeadsDecomposition(keys, values))
+        decompositions.append((HeadsDecomposition(keys, values),))
     return decompositions
 
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from asrlib.attention.names import encoder_config
 from asrlib.attention.widths import check_latent_dim
-from asrlib.conversion.factorize import DRAFT, Decomposition, Factors, LayerWeights, Moments
-from asrlib.conversion.layers import decompose_layer, decompose_shared
+from asrlib.conversion.factorize import DRAFT, Decomposition, Factors, LayerWeights
+from asrlib.conversion.layers import decompose_latent
 from asrlib.conversion.methods import METHODS, best_method, check_follows, check_layout_of, check_method, latent_methods
 from asrlib.conversion.ranks import PROBED_SHARES, RANKS, energy, sensitivity, smallest_rank
 from asrlib.conversion.sequential import check_one_stack, convert_in_sequence
@@ -71,12 +71,7 @@ def decompose(
     of_modules = _by_module(statistics, parts, len(modules))
 
     def of_latent(places: list[int]) -> list[Candidates]:
-        if len(places) == 1:
-            return [_candidates(modules[places[0]], of_modules[places[0]], layout, method)]
-        weights = [LayerWeights.of(modules[place]) for place in places]
-        moments = [_moments(of_modules[place], method) for place in places]
-        each = [decompose_shared(weights, method, moments, balance) for balance in _balances(layout, method)]
-        return list(zip(*each, strict=True))
+        return _candidates([modules[i] for i in places], [of_modules[i] for i in places], layout, method)
 
     latents = _latents(model, parts, shared)
     if statistics and statistics.passes > 1:
@@ -106,17 +101,15 @@ def _by_module(statistics: Statistics | None, parts: Sequence[str], modules: int
     return statistics.of(parts) if statistics else [None] * modules
 
 
-def _candidates(attention: nn.Module, statistics: LayerStatistics | None, layout: str, method: str) -> Candidates:
-    weights, moments = LayerWeights.of(attention), _moments(statistics, method)
-    return tuple(decompose_layer(weights, layout, method, moments, balance) for balance in _balances(layout, method))
-
-
-def _moments(statistics: LayerStatistics | None, method: str) -> Moments | None:
-    return statistics.moments() if statistics and METHODS[method].needs_statistics else None
-
-
-def _balances(layout: str, method: str) -> tuple[float, ...]:
-    return BALANCES if METHODS[method].balanced and layout == "joint" else (1.0,)
+def _candidates(
+    attentions: list[nn.Module], statistics: list[LayerStatistics | None], layout: str, method: str
+) -> list[Candidates]:
+    """Those of the layers of one latent."""
+    weights = [LayerWeights.of(attention) for attention in attentions]
+    reads = METHODS[method].needs_statistics
+    moments = [layer.moments() if layer and reads else None for layer in statistics]
+    balances = BALANCES if METHODS[method].balanced and layout == "joint" else (1.0,)
+    return decompose_latent(weights, layout, method, moments, balances)
 
 
 def _latents(model: PreTrainedModel, parts: Sequence[str], shared: bool) -> list[list[int]]:
@@ -235,15 +228,16 @@ def convert(
         attentions = latent_modules(latent)
 
         def fit(index: int, layer: LayerStatistics | None) -> None:
-            _fill_best([attentions[index]], [_candidates(modules[index], layer, layout, method)], [layer])
+            _fill_best([attentions[index]], _candidates([modules[index]], [layer], layout, method), [layer])
 
         if not sequential:
             for latent_of in tqdm(latents, desc="converting", unit="latent", leave=False):
-                candidates = [
-                    decomposition[i] if decomposition else _candidates(modules[i], of_modules[i], layout, method)
-                    for i in latent_of
-                ]
-                _fill_best([attentions[i] for i in latent_of], candidates, [of_modules[i] for i in latent_of])
+                layers = [of_modules[i] for i in latent_of]
+                if decomposition:
+                    candidates = [decomposition[i] for i in latent_of]
+                else:
+                    candidates = _candidates([modules[i] for i in latent_of], layers, layout, method)
+                _fill_best([attentions[i] for i in latent_of], candidates, layers)
         if sequential or reestimate_batch_norm:
             convert_in_sequence(
                 model,

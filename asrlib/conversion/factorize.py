@@ -23,6 +23,7 @@ Scores do not depend on the mean: softmax cancels what shifts all scores of a qu
 are summed, each divided by its trace (the values' times `balance`²), so that scale does not give either all of it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -202,10 +203,12 @@ class Objective:
         key_inputs, value_inputs = (moments.key, moments.value) if moments else (None, None)
         keys = Target.of(weights.key, weights.key_bias, key_inputs)
         values = Target.of(weights.value, weights.value_bias, value_inputs)
+        key_root = key_inputs and symmetric_root(key_inputs.covariance)
+        shared = value_inputs is key_inputs
         return cls(
             (keys, values),
             (gram(keys.weight, key_metric), gram(values.weight, value_metric)),
-            tuple(inputs and symmetric_root(inputs.covariance) for inputs in (key_inputs, value_inputs)),
+            (key_root, key_root if shared else symmetric_root(value_inputs.covariance)),
         )
 
 
@@ -221,22 +224,20 @@ def two_sided(weights: LayerWeights, moments: Moments) -> Objective:
     return Objective.of(weights, moments, moments.query, output_metric(weights))
 
 
-def decompose_objective(objective: Objective, layout: str, balance: float = 1.0) -> Decomposition:
-    """The directions of one layer that minimise `objective`. See `layers.decompose_layer`."""
-    if layout == "joint":
-        return decompose_together([objective], balance)[0]
-    directions = [Directions.of(g, root) for g, root in zip(objective.grams, objective.roots, strict=True)]
-    return Decomposition(layout, tuple(directions), *objective.targets)
-
-
-def decompose_together(objectives: list[Objective], balance: float = 1.0) -> list[Decomposition]:
-    """One joint latent for several layers that read the same input: the same directions for each layer, whose keys and
-    values are its own. The layers' G are summed, each divided by its trace."""
-    root = objectives[0].roots[0]  # all layers read the same
-    grams = [objective.grams for objective in objectives]
-    weighed = [(keys / _energy(keys, root), values / _energy(values, root)) for keys, values in grams]
-    directions = Directions.of(sum(keys + balance**2 * values for keys, values in weighed), root)
-    return [Decomposition("joint", (directions,), *objective.targets) for objective in objectives]
+def decompose_objectives(objectives: Sequence[Objective], layout: str, balance: float = 1.0) -> list[Decomposition]:
+    """The directions that minimise the objective of one layer, or of several that read the same input: these share one
+    joint latent. Their G are summed, each divided by its trace. See `layers.decompose_layer`."""
+    if layout == "split":
+        return [
+            Decomposition(layout, tuple(map(Directions.of, one.grams, one.roots)), *one.targets) for one in objectives
+        ]
+    root = objectives[0].roots[0]
+    total = sum(
+        keys / _energy(keys, root) + balance**2 * values / _energy(values, root)
+        for keys, values in (objective.grams for objective in objectives)
+    )
+    directions = Directions.of(total, root)
+    return [Decomposition(layout, (directions,), *objective.targets) for objective in objectives]
 
 
 def output_metric(weights: LayerWeights) -> torch.Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from asrlib.conversion.factorize import Decomposition, LayerWeights, Moments, decompose_objective, decompose_together
+from asrlib.conversion.factorize import Decomposition, LayerWeights, Moments, decompose_objectives
 from asrlib.conversion.methods import Method, check_method, latent_methods
 
 
@@ -15,24 +15,26 @@ def decompose_layer(
 
     Raises ValueError for an unknown method, for missing statistics, and for weights that hold NaN or infinity.
     """
-    chosen = check_method(method, latent_methods())
-    _check_given(chosen, weights, moments)
-    if chosen.decompose:
-        return chosen.decompose([(weights, moments)], layout, balance)[0]
-    return decompose_objective(chosen.objective(weights, moments), layout, balance)
+    return decompose_latent([weights], layout, method, [moments], [balance])[0][0]
 
 
-def decompose_shared(
-    layers: Sequence[LayerWeights], method: str, moments: Sequence[Moments | None], balance: float = 1.0
-) -> list[Decomposition]:
-    """The directions of one joint latent that all `layers` share, which read the same input. See `decompose_layer`."""
+def decompose_latent(
+    layers: Sequence[LayerWeights],
+    layout: str,
+    method: str,
+    moments: Sequence[Moments | None],
+    balances: Sequence[float],
+) -> list[tuple[Decomposition, ...]]:
+    """Of each layer, its directions for each of `balances`: of one layer, or of several that read the same input and
+    share one joint latent. See `decompose_layer`."""
     chosen = check_method(method, latent_methods())
     pairs = list(zip(layers, moments, strict=True))
     for pair in pairs:
         _check_given(chosen, *pair)
     if chosen.decompose:
-        return chosen.decompose(pairs, "joint", balance)
-    return decompose_together([chosen.objective(*pair) for pair in pairs], balance)
+        return chosen.decompose(pairs, layout, balances)
+    objectives = [chosen.objective(*pair) for pair in pairs]
+    return list(zip(*(decompose_objectives(objectives, layout, balance) for balance in balances), strict=True))
 
 
 def _check_given(method: Method, weights: LayerWeights, moments: Moments | None) -> None:

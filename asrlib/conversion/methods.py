@@ -15,9 +15,10 @@ class Method:
 
     `objective(weights, moments)` returns what to minimise in one layer, a `factorize.Objective`. Its minimum has a
     closed form: for one layer, for a latent that layers share, and for heads in groups.
-    `decompose(layers, layout, balance)` is for a method without a closed form: of pairs of weights and moments, of one
-    layer or of all that share a joint latent. It returns for each an object with `layout`, `directions` and
-    `cut(rank_k, rank_v, steps)`, like `factorize.Decomposition`.
+    `decompose(layers, layout, balances)` is for a method without a closed form: of pairs of weights and moments, of one
+    layer or of all that share a joint latent. It returns for each a tuple with an object for each balance, which has
+    `layout`, `directions` and `cut(rank_k, rank_v, steps)`, like `factorize.Decomposition`. A method that is not
+    balanced is given one balance.
     `group(weights, kv_heads)` returns the `factorize.Factors` of heads in groups, for a method that only groups.
     """
 

@@ -24,7 +24,7 @@ generator = torch.Generator().manual_seed(3)
 
 def decompose_attended(weights: LayerWeights, layout: str, moments: Moments, balance: float = 1.0):
     """Of one layer."""
-    return decompose_layers([(weights, moments)], layout, balance)[0]
+    return decompose_layers([(weights, moments)], layout, [balance])[0][0]
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -253,12 +253,14 @@ def test_it_is_better_than_two_sided_at_what_it_minimises(weights, seen, moments
 
 
 def test_the_gradient_is_that_of_what_is_explained():
-    half, pull, rows = random(WIDTH, WIDTH), random(WIDTH, SIZE), random(4, WIDTH).requires_grad_()
-    term = Term(half @ half.T, pull, 0.7)
+    half, pull, rows = random(3, WIDTH, WIDTH), random(3, WIDTH, SIZE), random(4, WIDTH).requires_grad_()
+    term = Term(half @ half.mT, pull, 0.7)
     with torch.no_grad():
         explained, gradient = term.explained(rows)
-    best = torch.linalg.solve(rows @ term.covariance @ rows.T, rows @ pull)  # of least squares
-    wanted = 0.7 * (best * (rows @ pull)).sum()
+    wanted = 0.0
+    for covariance, pull in zip(term.covariance, term.pull, strict=True):
+        best = torch.linalg.solve(rows @ covariance @ rows.T, rows @ pull)  # of least squares
+        wanted = wanted + 0.7 * (best * (rows @ pull)).sum()
     torch.testing.assert_close(explained, wanted)
     torch.testing.assert_close(gradient, torch.autograd.grad(wanted, rows)[0])
 
