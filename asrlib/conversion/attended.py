@@ -18,8 +18,7 @@ Names: D width, R latent width, H heads, d_h = D / H, B inputs that are weighed 
 those of the H heads' values. All float64, but the steps of the descent, which are float32.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -37,12 +36,12 @@ from asrlib.conversion.factorize import (
     Target,
     decompose_objectives,
     output_metric,
+    threads_for,
     two_sided,
 )
 
 ITERATIONS = 60  # of L-BFGS
 SHORTEST_ROW = 1e-3  # of the longest: a direction of no importance keeps a row
-SMALL = 512  # below this width, one thread multiplies faster than several, above all on a busy machine
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class AttendedDecomposition:
         plain = self.start.cut(rank_k, rank_v)
         if min(rank_k, rank_v) >= width or not steps:
             return plain  # exact, or the start
-        with _threads(1 if width < SMALL else torch.get_num_threads()):
+        with threads_for(width):
             if self.layout == "joint":
                 down_k = down_v = self._searched(plain.down_k, 0, steps)
             else:
@@ -218,16 +217,6 @@ def _descend(rows: torch.Tensor, terms: list[Term], iterations: int) -> torch.Te
 
     optimizer.step(left)
     return rows
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _targets(weights: LayerWeights, moments: Moments) -> list[Target]:

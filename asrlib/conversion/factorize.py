@@ -23,13 +23,15 @@ Scores do not depend on the mean: softmax cancels what shifts all scores of a qu
 are summed, each divided by its trace (the values' times `balance`²), so that scale does not give either all of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from asrlib.attention.names import projections
 
+SMALL = 512  # below this width one thread is faster than several, above all on a busy machine
 DRAFT = 10  # steps of a search that tell which balance will be best, and which layer needs more numbers
 
 
@@ -165,6 +167,17 @@ class Decomposition:
         key_bias = self.key.bias - up_k @ (down_k @ self.key.mean)
         value_bias = self.value.bias - up_v @ (down_v @ self.value.mean)
         return Factors(down_k, down_v, up_k, up_v, key_bias, value_bias)
+
+
+@contextmanager
+def threads_for(width: int) -> Iterator[None]:
+    """Inside, matrices of this width are worked on by as many threads as are of use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if width < SMALL else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def symmetric_root(matrix: torch.Tensor) -> torch.Tensor:

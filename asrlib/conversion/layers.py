@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from asrlib.conversion.factorize import Decomposition, LayerWeights, Moments, decompose_objectives
+from asrlib.conversion.factorize import Decomposition, LayerWeights, Moments, decompose_objectives, threads_for
 from asrlib.conversion.methods import Method, check_method, latent_methods
 
 
@@ -31,10 +31,11 @@ def decompose_latent(
     pairs = list(zip(layers, moments, strict=True))
     for pair in pairs:
         _check_given(chosen, *pair)
-    if chosen.decompose:
-        return chosen.decompose(pairs, layout, balances)
-    objectives = [chosen.objective(*pair) for pair in pairs]
-    return list(zip(*(decompose_objectives(objectives, layout, balance) for balance in balances), strict=True))
+    with threads_for(len(layers[0].key)):
+        if chosen.decompose:
+            return chosen.decompose(pairs, layout, balances)
+        objectives = [chosen.objective(*pair) for pair in pairs]
+        return list(zip(*(decompose_objectives(objectives, layout, balance) for balance in balances), strict=True))
 
 
 def _check_given(method: Method, weights: LayerWeights, moments: Moments | None) -> None:
