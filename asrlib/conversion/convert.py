@@ -21,7 +21,7 @@ from asrlib.conversion.statistics import Statistics
 from asrlib.conversion.sums import LayerStatistics
 from asrlib.conversion.twins import check_replaced, fill, twin
 from asrlib.models.families.whisper import check_shared
-from asrlib.models.inference import inference, on_cpu, spoken_logits
+from asrlib.models.inference import inference, modules_before, on_cpu, recorded, replayed, spoken_logits
 from asrlib.models.loading import check_loaded
 from asrlib.models.registry import attention_modules, chosen_parts, family_of, is_latent, latent_modules
 
@@ -293,7 +293,7 @@ def measure_sensitivity(
 
     It is per frame for CTC, per token for an encoder-decoder (given the right tokens before it), and per frame and
     number of labels for a transducer. A joint latent is a group; a split latent is two, keys and values, layer by
-    layer. `parts`, `shared`: see `convert`.
+    layer. `parts`, `shared`: see `convert`. What comes before a layer is computed once.
     """
     width = encoder_config(model.config).hidden_size
     exact = exact_latent_dim(model.config, layout)
@@ -301,16 +301,20 @@ def measure_sensitivity(
     name = model.main_input_name
     inputs = statistics.inputs | {name: statistics.inputs[name].to(model.dtype)}
 
-    def log_posteriors(any_model) -> torch.Tensor:
-        with inference(any_model, device=torch.device("cpu")):
+    def log_posteriors(any_model, known: dict[nn.Module, object]) -> torch.Tensor:
+        with replayed(known), inference(any_model, device=torch.device("cpu")):
             return torch.cat(spoken_logits(any_model, inputs)).float().log_softmax(-1)
 
-    wanted = log_posteriors(model)
+    wanted = log_posteriors(model, {})
     probed = sorted({max(1, round(share * width)) for share in PROBED_SHARES})
     groups = [(True, True)] if layout == "joint" else [(True, False), (False, True)]  # are keys, are values cut?
     attentions, costs = latent_modules(probe), []
     latents = _latents(model, chosen_parts(model.config, parts), shared)
-    for places in tqdm(latents, "probing", unit="latent", leave=False):
+    before = [modules_before(probe, attentions[first]) for first, *_ in latents]
+    with recorded({module for modules in before for module in modules}) as outputs:
+        log_posteriors(probe, {})
+    for places, modules in tqdm(list(zip(latents, before, strict=True)), "probing", unit="latent", leave=False):
+        known = {module: outputs[module] for module in modules}
         of_places = [(attentions[place].latent_kv, _middle(decomposition[place])) for place in places]
         for cut_keys, cut_values in groups:
             cost = {}
@@ -318,7 +322,7 @@ def measure_sensitivity(
                 ranks = (rank if cut_keys else width, rank if cut_values else width)
                 for layer, middle in of_places:
                     fill(layer, _widened(middle.cut(*ranks, DRAFT), width))
-                ours = log_posteriors(probe)
+                ours = log_posteriors(probe, known)
                 cost[rank] = torch.nn.functional.kl_div(ours, wanted, log_target=True, reduction="batchmean").item()
             costs.append(cost)
         for layer, middle in of_places:

@@ -3,8 +3,9 @@
 Shapes: B batch, T frames, C channels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -115,6 +116,47 @@ def spoken_logits(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[tor
     with padding_silenced(model, layer_frame_counts(model, lengths_B)):
         output = head.forward(model, inputs)
     return head.spoken(inputs, output, frame_counts(model, lengths_B))
+
+
+def modules_before(model: nn.Module, attention: nn.Module) -> list[nn.Module]:
+    """What runs before the block of `attention` and leaves nothing but its output: the blocks before it, and an encoder
+    before a decoder. Where the first layer keeps a latent for all others, its block is needed."""
+    for stack in model.modules():
+        for place, block in enumerate(stack if isinstance(stack, nn.ModuleList) else []):
+            if attention in block.modules():
+                find = family_of(model.config).encoder
+                encoders = [
+                    encoder for encoder in ([find(model)] if find else []) if attention not in encoder.modules()
+                ]
+                return encoders + list(stack[: 0 if getattr(model.config, "latent_shared", False) else place])
+    return []
+
+
+@contextmanager
+def recorded(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Any]]:
+    """Outputs of modules in their last call inside."""
+    outputs = {}
+    handles = [
+        module.register_forward_hook(lambda module, args, output: outputs.update({module: output}))
+        for module in modules
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def replayed(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Inside, modules give the outputs that are given, and compute nothing."""
+    for module, output in outputs.items():
+        module.forward = lambda *args, output=output, **named: output
+    try:
+        yield
+    finally:
+        for module in outputs:
+            del module.forward
 
 
 def recognise(model: nn.Module, processor, inputs: dict[str, torch.Tensor]) -> list[str]:

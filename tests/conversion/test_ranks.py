@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerEncoderLayer
 
 from asrlib import collect_statistics, convert, kv_cache_bytes
 from asrlib.conversion.convert import decompose, measure_sensitivity
@@ -199,6 +200,17 @@ def test_each_group_is_measured_with_all_others_whole(model, statistics, layout)
                     ours.bias.copy_(factors.key_bias if part == "k" else factors.value_bias)
             by_hand = (wanted.exp() * (wanted - log_posteriors(mha))).sum(1).mean().item()
             assert cost[rank] == pytest.approx(by_hand, rel=1e-3, abs=1e-7), (layer, cut, rank)
+
+
+def test_what_comes_before_a_layer_is_computed_once(model, statistics, monkeypatch):
+    calls, forward = [], Wav2Vec2ConformerEncoderLayer.forward
+    monkeypatch.setattr(
+        Wav2Vec2ConformerEncoderLayer, "forward", lambda *given, **named: calls.append(1) or forward(*given, **named)
+    )
+    measure_sensitivity(model, "joint", statistics, decompose(model, "joint", "whitened", statistics))
+    probes = len({max(1, round(share * tiny.WIDTH)) for share in PROBED_SHARES})
+    behind = sum(range(1, tiny.LAYERS + 1))  # a cut layer, and those behind it
+    assert len(calls) == 2 * tiny.LAYERS + probes * behind
 
 
 @pytest.mark.parametrize("layout", ["joint", "split"])
