@@ -100,11 +100,17 @@ def _whitened(aim: Aim, which: int) -> tuple[torch.Tensor, torch.Tensor, list[Te
     return root, inverse, *aim.terms(which, inverse, dtype=torch.float32)
 
 
+@lru_cache(8)  # more than the balances of the latent at hand
+def _starts(aim: Aim, balance: float) -> list[Decomposition]:
+    """Those of `two_sided`, of each layer."""
+    with threads_for(len(aim.objectives[0].grams[0])):
+        return decompose_objectives(aim.objectives, aim.layout, balance)
+
+
 @dataclass(frozen=True)
 class AttendedDecomposition:
     """Stands in for a `Decomposition`; each width is a search of its own."""
 
-    start: Decomposition  # two_sided
     aim: Aim
     place: int  # of the layer, among those of the aim
     balance: float
@@ -112,7 +118,11 @@ class AttendedDecomposition:
 
     @property
     def layout(self) -> str:
-        return self.start.layout
+        return self.aim.layout
+
+    @property
+    def start(self) -> Decomposition:
+        return _starts(self.aim, self.balance)[self.place]
 
     @property
     def directions(self) -> tuple[Directions, ...]:
@@ -190,15 +200,12 @@ def decompose_attended(
     """See `methods.Method`. Raises ValueError where the statistics were taken without attention."""
     if any(moments.attended_key is None for _, moments in layers):
         raise ValueError("method 'attended' needs statistics of attention: collect_statistics(..., attention=True)")
-    objectives = [two_sided(*layer) for layer in layers]
-    aim = Aim(tuple(layers), tuple(objectives), layout)
-    candidates = []
-    for balance in balances:
-        starts, found = decompose_objectives(objectives, layout, balance), {}
-        candidates.append(
-            [AttendedDecomposition(start, aim, place, balance, found) for place, start in enumerate(starts)]
-        )
-    return list(zip(*candidates, strict=True))
+    aim = Aim(tuple(layers), tuple(two_sided(*layer) for layer in layers), layout)
+    found = {balance: {} for balance in balances}
+    return [
+        tuple(AttendedDecomposition(aim, place, balance, found[balance]) for balance in balances)
+        for place in range(len(layers))
+    ]
 
 
 def _explained(rows: torch.Tensor, terms: list[Term]) -> float:
