@@ -15,12 +15,13 @@ lengths, so lengths may be chosen to make the way short: to tilt direction r tow
 times the squared angle, and with a row of length √λ_r that is alike for all r.
 
 Names: D width, R latent width, H heads, d_h = D / H, B inputs that are weighed each in its own way: the keys' one, or
-those of the H heads' values. All float64, but the steps of the descent, which are float32.
+those of the H heads' values. All float64, but the steps of the descent, which are float32 where that can tell.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -63,8 +64,8 @@ class Term:
         gradient = best.transpose(0, 1).flatten(1) @ left.flatten(0, 1)  # summed over b
         return self.weight * (best * read).sum(), 2 * self.weight * gradient
 
-    def to(self, **there) -> "Term":
-        return Term(self.covariance.to(**there), self.pull.to(**there), self.weight)
+    def to(self, device: torch.device | str) -> "Term":
+        return Term(self.covariance.to(device), self.pull.to(device), self.weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,32 +76,51 @@ class Aim:
     objectives: tuple[Objective, ...]  # of `two_sided`, where the search begins
     layout: str
 
-    def terms(self, which: int, inverse: torch.Tensor | None = None, **there) -> tuple[list[Term], list[Term]]:
+    def terms(
+        self, which: int, inverse: torch.Tensor | None = None, dtype: torch.dtype = torch.float64
+    ) -> tuple[list[Term], list[Term]]:
         """Of keys, and of values, layer by layer; each layer's errors without a latent sum to one. In a split layout
         of one of the two (`which`: 0 keys, −1 values). `inverse` [D, D]: of the root of the covariance that shall be
-        the identity. `there`: dtype and device."""
+        the identity."""
         keys, values = [], []
         for weights, moments in self.layers:
             key, *heads = _targets(weights, moments)
             if self.layout == "joint" or which == 0:
                 weighed = _weighed(key.weight, moments.query).flatten(0, 1)[None]
-                keys.append(_term(weighed, [moments.attended_key], inverse, **there))
+                keys.append(_term(weighed, [moments.attended_key], inverse, dtype))
             if self.layout == "joint" or which == -1:
                 weighed = _weighed(torch.cat([head.weight for head in heads]), output_metric(weights))
-                values.append(_term(weighed, moments.attended_values, inverse, **there))
+                values.append(_term(weighed, moments.attended_values, inverse, dtype))
         return keys, values
 
 
-@lru_cache(2)  # of the latent at hand; a split one has two inputs
+_at_hand: WeakKeyDictionary[Aim, dict] = WeakKeyDictionary()  # what was computed for the last latent; it may be large
+
+
+def _computed_once(compute: Callable) -> Callable:
+    """Keeps the results for an aim until another is asked for, or the aim is gone."""
+
+    def known(aim: Aim, argument: float) -> Any:
+        if aim not in _at_hand:
+            _at_hand.clear()
+        results, key = _at_hand.setdefault(aim, {}), (compute, argument)
+        if key not in results:
+            results[key] = compute(aim, argument)
+        return results[key]
+
+    return known
+
+
+@_computed_once
 def _whitened(aim: Aim, which: int) -> tuple[torch.Tensor, torch.Tensor, list[Term], list[Term]]:
     """The root of the input's covariance, its inverse, and the terms in coordinates that make the covariance the
-    identity."""
+    identity, in float32."""
     root = aim.objectives[0].roots[which]
     inverse = torch.linalg.inv(root)
-    return root, inverse, *aim.terms(which, inverse, dtype=torch.float32)
+    return root, inverse, *aim.terms(which, inverse, torch.float32)
 
 
-@lru_cache(8)  # more than the balances of the latent at hand
+@_computed_once
 def _starts(aim: Aim, balance: float) -> list[Decomposition]:
     """Those of `two_sided`, of each layer."""
     with threads_for(len(aim.objectives[0].grams[0])):
@@ -144,9 +164,9 @@ class AttendedDecomposition:
                     down_k = self._searched(down_k, 0, steps)
                 if rank_v < width:
                     down_v = self._searched(down_v, -1, steps)
-        key, *values = _targets(weights, moments)
-        up_k, key_bias = _regressed(key, moments.attended_key, down_k)
-        heads = [_regressed(*head, down_v) for head in zip(values, moments.attended_values, strict=True)]
+            key, *values = _targets(weights, moments)
+            up_k, key_bias = _regressed(key, moments.attended_key, down_k)
+            heads = [_regressed(*head, down_v) for head in zip(values, moments.attended_values, strict=True)]
         up_v, value_bias = (torch.cat(of_heads) for of_heads in zip(*heads, strict=True))
         return Factors(down_k, down_v, up_k, up_v, key_bias, value_bias)
 
@@ -170,7 +190,8 @@ class AttendedDecomposition:
         self, down: torch.Tensor, which: int, iterations: int, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
         """The `down` [R, D] with less error, after steps where the speech was heard, or on the CPU where that has no
-        room; in float64 where float32 cannot tell the covariances from singular ones."""
+        room; in float64 where float32 cannot tell the covariances from singular ones. Raises ValueError where they are
+        singular."""
         root, inverse, *terms = _whitened(self.aim, which)
         if dtype == torch.float64:
             terms = self.aim.terms(which, inverse)
@@ -181,12 +202,14 @@ class AttendedDecomposition:
         try:
             try:
                 there = self.aim.layers[self.place][1].device
-                found = _descend(rows.to(there, dtype), [term.to(device=there) for term in terms], iterations)
+                found = _descend(rows.to(there, dtype), [term.to(there) for term in terms], iterations)
             except torch.OutOfMemoryError:
                 found = _descend(rows.to(dtype), terms, iterations)
         except torch.linalg.LinAlgError:
             found = torch.full_like(rows, torch.nan)
-        if dtype == torch.float32 and not found.isfinite().all():
+        if not found.isfinite().all():
+            if dtype == torch.float64:
+                raise ValueError("what attention reads hardly varies: take more calibration speech")
             return self._search(down, which, iterations, torch.float64)
         return torch.linalg.qr(found.to(rows).T)[0].T @ inverse  # the same directions
 
@@ -195,7 +218,7 @@ class AttendedDecomposition:
 
 
 def decompose_attended(
-    layers: Sequence[tuple[LayerWeights, Moments]], layout: str, balances: Sequence[float] = (1.0,)
+    layers: Sequence[tuple[LayerWeights, Moments]], layout: str, balances: Sequence[float]
 ) -> list[tuple[AttendedDecomposition, ...]]:
     """See `methods.Method`. Raises ValueError where the statistics were taken without attention."""
     if any(moments.attended_key is None for _, moments in layers):
@@ -244,7 +267,7 @@ def _term(
     weighed: torch.Tensor,
     moments: Sequence[InputMoments],
     inverse: torch.Tensor | None,
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype,
 ) -> Term:
     """The term of F W [B, n, D] and inputs x_b; without a latent its error is one. `inverse`: see `Aim.terms`."""
     covariances, pulls, total = [], [], 0.0

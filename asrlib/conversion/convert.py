@@ -21,6 +21,7 @@ from asrlib.conversion.statistics import Statistics
 from asrlib.conversion.sums import LayerStatistics
 from asrlib.conversion.twins import check_replaced, fill, twin
 from asrlib.models.families.whisper import check_shared
+from asrlib.models.heard_once import KEPT
 from asrlib.models.inference import inference, modules_before, on_cpu, recorded, replayed, spoken_logits
 from asrlib.models.loading import check_loaded
 from asrlib.models.registry import attention_modules, chosen_parts, family_of, is_latent, latent_modules
@@ -57,7 +58,7 @@ def decompose(
     """The decompositions of every layer's key and value projections, first layer first. `parts`, `shared`: see
     `convert`. Where the statistics are on disk, each is computed when it is asked for, and only the last one is kept.
 
-    Computed once, they can be cut at many widths (`convert(..., decomposition=...)`). A layer has one decomposition,
+    Made once, they can be cut at many widths (`convert(..., decomposition=...)`). A layer has one decomposition,
     except for a balanced method with a joint latent: then it has one for each of BALANCES, and `convert` takes the best
     at its width, the same for all layers that share a latent. Raises ValueError where the layout or the method is
     impossible.
@@ -311,7 +312,7 @@ def measure_sensitivity(
     attentions, costs = latent_modules(probe), []
     latents = _latents(model, chosen_parts(model.config, parts), shared)
     before = [modules_before(probe, attentions[first]) for first, *_ in latents]
-    with recorded({module for modules in before for module in modules}) as outputs:
+    with recorded({module for modules in before for module in modules}) as outputs, KEPT.paused():
         log_posteriors(probe, {})
     for places, modules in tqdm(list(zip(latents, before, strict=True)), "probing", unit="latent", leave=False):
         known = {module: outputs[module] for module in modules}
@@ -322,7 +323,8 @@ def measure_sensitivity(
                 ranks = (rank if cut_keys else width, rank if cut_values else width)
                 for layer, middle in of_places:
                     fill(layer, _widened(middle.cut(*ranks, DRAFT), width))
-                ours = log_posteriors(probe, known)
+                with KEPT.paused():  # no one asks again for the states of an encoder that is cut
+                    ours = log_posteriors(probe, known)
                 cost[rank] = torch.nn.functional.kl_div(ours, wanted, log_target=True, reduction="batchmean").item()
             costs.append(cost)
         for layer, middle in of_places:

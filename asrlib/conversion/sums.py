@@ -5,6 +5,7 @@ T and S are the same frames in an encoder's self-attention, tokens in a decoder'
 and S frames. An encoder-decoder is given the transcript's tokens.
 """
 
+import mmap
 from dataclasses import dataclass, field, replace
 from tempfile import NamedTemporaryFile
 
@@ -45,7 +46,9 @@ class InputSums:
     def __init__(self, width: int):
         self.frames = 0
         self.total = torch.zeros(width, dtype=torch.float64)  # Σ x [D]
-        self.products = torch.zeros(width, width, dtype=torch.float64)  # Σ x xᵀ [D, D]
+        # Σ x xᵀ [D, D], in pages of its own: what an allocator takes back from between others it may never give away.
+        pages = mmap.mmap(-1, 8 * width**2)
+        self.products = torch.frombuffer(pages, dtype=torch.float64).view(width, width)
         self.wanted_total: torch.Tensor | None = None  # Σ wanted [D]
         self.cross: torch.Tensor | None = None  # Σ wanted xᵀ [D, D]
 
@@ -61,7 +64,10 @@ class InputSums:
         x_ND = x_ND.double()
         self.frames += len(x_ND)
         self.total += x_ND.sum(0).cpu()
-        self.products += (x_ND.T @ x_ND).cpu()
+        if x_ND.device == self.products.device:
+            self.products.addmm_(x_ND.T, x_ND)
+        else:
+            self.products += (x_ND.T @ x_ND).cpu()
         if wanted_ND is not None:
             if self.cross is None:
                 self.wanted_total, self.cross = torch.zeros_like(self.total), torch.zeros_like(self.products)

@@ -99,6 +99,7 @@ def all_recipes() -> dict[str, Recipe | GroupedRecipe]:
         Recipe("split svd", layout="split"),
         *(Recipe(name, METHODS[name].layouts[0], name) for name in latent_methods()),
         Recipe("split two_sided", layout="split", method="two_sided"),  # as LatentLLM, but around the mean
+        Recipe("whitened, sensitivity", method="whitened", ranks="sensitivity"),
         Recipe("two_sided, energy", method="two_sided", ranks="energy"),
         Recipe("two_sided, sensitivity", method="two_sided", ranks="sensitivity"),
         Recipe("attended, energy", method="attended", ranks="energy"),

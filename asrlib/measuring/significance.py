@@ -1,8 +1,8 @@
 """Is one recogniser better than another, or was it chance? Intervals and tests of word error rates.
 
 Errors within an utterance are correlated, and so are errors of a speaker. Resampling utterances estimates the results
-on other utterances of the same speakers, and resampling speakers those on other speakers. With few speakers the latter
-interval is rough, and the wider of the two is the safer one.
+on other utterances of the same speakers, and resampling speakers those on other speakers. Few speakers cannot tell:
+of four there are 256 draws, and where one of them disagrees, however little the others agree on, p may be 2/256.
 
 Shapes: N utterances, G groups (utterances or speakers), K columns, R resamples.
 """
@@ -21,6 +21,7 @@ from asrlib.measuring.resampling import error_rates, interval, resample_sums, su
 if TYPE_CHECKING:
     from asrlib.measuring.word_errors import EvaluationResult
 
+FEWEST_SPEAKERS = 8  # that are resampled
 RIGHT_BETWEEN_SEGMENTS = 2  # words both systems have right: `min_num_good` of NIST's sc_stats
 
 
@@ -31,11 +32,12 @@ def compare_errors(a: "EvaluationResult", b: "EvaluationResult") -> dict:
     """All tests of two systems on the same utterances.
 
     {difference, interval, p} of `paired_bootstrap` over utterances; by_speaker: the same over speakers, with their
-    number, or None where there is only one; matched_pairs: {segments, mean, z, p}. Raises ValueError where ids or
-    references differ.
+    number, or None where there are fewer than FEWEST_SPEAKERS; matched_pairs: {segments, mean, z, p}. Raises ValueError
+    where ids or references differ.
     """
-    speakers = len({prediction["speaker"] for prediction in a.predictions})
-    by_speaker = {"speakers": speakers, **paired_bootstrap(a, b, by_speaker=True)} if speakers > 1 else None
+    speakers, by_speaker = len({prediction["speaker"] for prediction in a.predictions}), None
+    if speakers >= FEWEST_SPEAKERS:
+        by_speaker = {"speakers": speakers, **paired_bootstrap(a, b, by_speaker=True)}
     return {**paired_bootstrap(a, b), "by_speaker": by_speaker, "matched_pairs": matched_pairs(a, b)}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from asrlib.attention.names import attends_across
 from asrlib.models.heard_once import KEPT
 from asrlib.models.registry import attention_modules, family_of, frame_counts, layer_frame_counts
 
@@ -113,22 +114,20 @@ def spoken_logits(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[tor
     head, lengths_B = family_of(model.config).head, inputs["attention_mask"].sum(-1)
     if not head.reads_labels:  # with labels the model would compute a loss
         inputs = {name: values for name, values in inputs.items() if name != "labels"}
+    no_cache = {"use_cache": False} if attends_across(model.config) else {}
     with padding_silenced(model, layer_frame_counts(model, lengths_B)):
-        output = head.forward(model, inputs)
+        output = head.forward(model, inputs, **no_cache)
     return head.spoken(inputs, output, frame_counts(model, lengths_B))
 
 
 def modules_before(model: nn.Module, attention: nn.Module) -> list[nn.Module]:
-    """What runs before the block of `attention` and leaves nothing but its output: the blocks before it, and an encoder
-    before a decoder. Where the first layer keeps a latent for all others, its block is needed."""
+    """What runs before the block of `attention`: the blocks before it, and an encoder before a decoder."""
     for stack in model.modules():
         for place, block in enumerate(stack if isinstance(stack, nn.ModuleList) else []):
             if attention in block.modules():
                 find = family_of(model.config).encoder
-                encoders = [
-                    encoder for encoder in ([find(model)] if find else []) if attention not in encoder.modules()
-                ]
-                return encoders + list(stack[: 0 if getattr(model.config, "latent_shared", False) else place])
+                encoders = [find(model)] if find else []
+                return [encoder for encoder in encoders if attention not in encoder.modules()] + list(stack[:place])
     return []
 
 
@@ -149,14 +148,15 @@ def recorded(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Any]]:
 
 @contextmanager
 def replayed(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Inside, modules give the outputs that are given, and compute nothing."""
-    for module, output in outputs.items():
-        module.forward = lambda *args, output=output, **named: output
+    """Inside, modules give the outputs that are given, and compute nothing. Nobody else may have replaced `forward`."""
     try:
+        for module, output in outputs.items():
+            assert "forward" not in vars(module)
+            module.forward = lambda *args, output=output, **named: output
         yield
     finally:
         for module in outputs:
-            del module.forward
+            vars(module).pop("forward", None)
 
 
 def recognise(model: nn.Module, processor, inputs: dict[str, torch.Tensor]) -> list[str]:

@@ -44,7 +44,9 @@ def paired_table(paired: dict[str, dict[str, dict]]) -> pd.DataFrame:
                     "from → to": " → ".join(PAIRED.get(system, system) for system in name.split(" vs ")),
                     "change, points": tested_points(test["difference"], test["interval"]),
                     "p": p_number(test["p"]),
-                    "over speakers": interval_with_p(of_speakers["interval"], of_speakers["p"]) if of_speakers else "–",
+                    "over speakers": interval_with_p(of_speakers["interval"], of_speakers["p"])
+                    if of_speakers
+                    else "too few",
                     "p matched pairs": p_number(test["matched_pairs"]["p"]),
                     "verdict": verdict(test["difference"], test["p"]),
                 }

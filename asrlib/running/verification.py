@@ -148,9 +148,10 @@ def _check_errors(run: Run, result: Verification) -> None:
 
 
 def _different(reported: dict, again: dict) -> str:
-    """The names whose values differ, the first with both values, or nothing. An older run may report less."""
+    """The names whose values differ, the first with both values, or nothing. An older run may report less, or what is
+    no longer said (None), as a test of few speakers."""
     again = json.loads(json.dumps(again))
-    names = [name for name, value in reported.items() if name in again and again[name] != value]
+    names = [name for name, value in reported.items() if again.get(name) is not None and again[name] != value]
     if not names:
         return ""
     first, *others = names

@@ -4,7 +4,9 @@ The errors are computed query by query from inputs and attention weights, never 
 and heads that look at very unlike things leave a joint latent several minima; the ones here have one.
 """
 
+import gc
 import math
+import weakref
 from dataclasses import dataclass, replace
 
 import pytest
@@ -286,6 +288,46 @@ def test_what_float32_cannot_hold_is_searched_in_float64(weights, seen, moments,
     factors = decompose_attended(weights, "joint", moments).cut(4, 4)
     torch.testing.assert_close(factors.key_weight, wanted.key_weight, atol=1e-2, rtol=1e-2)
     assert not torch.equal(factors.key_weight, wanted.key_weight)
+
+
+def test_steps_that_lead_astray_are_taken_again_in_float64(weights, seen, moments, monkeypatch):
+    wanted = decompose_attended(weights, "joint", moments).cut(4, 4)
+    original, error = attended._descend, joint_error(weights, moments.query, 1.0, seen)
+
+    def astray(rows, terms, iterations):
+        found = original(rows, terms, iterations)
+        return found if rows.dtype == torch.float64 else found + 10 * torch.rand_like(found)
+
+    monkeypatch.setattr(attended, "_descend", astray)
+    factors = decompose_attended(weights, "joint", moments).cut(4, 4)
+    ours, theirs = (error(one.up_k, one.up_v, one.down_k).item() for one in (factors, wanted))
+    assert ours == pytest.approx(theirs, rel=1e-2)
+
+
+@pytest.mark.parametrize("steps", [DRAFT, None])
+def test_a_head_that_always_reads_the_same_is_refused(weights, moments, steps):
+    first, *others = moments.attended_values
+    still = replace(first, covariance=torch.zeros_like(first.covariance))
+    decomposition = decompose_attended(weights, "joint", replace(moments, attended_values=(still, *others)))
+    with pytest.raises(ValueError, match="take more calibration speech"):
+        decomposition.cut(4, 4, steps)
+
+
+def test_what_a_search_needs_goes_with_the_layer(weights, moments):
+    decomposition = decompose_attended(weights, "joint", moments)
+    decomposition.cut(4, 4)
+    aim = weakref.ref(decomposition.aim)
+    assert aim() in attended._at_hand
+    del decomposition
+    gc.collect()
+    assert aim() is None and not len(attended._at_hand)
+
+
+def test_only_one_layer_is_at_hand(weights, moments):
+    layers = [decompose_attended(weights, "joint", moments) for _ in range(2)]
+    for layer in (*layers, *layers):
+        layer.cut(4, 4, DRAFT)
+        assert list(attended._at_hand) == [layer.aim]
 
 
 def test_a_full_gpu_leaves_the_steps_to_the_cpu(weights, moments, monkeypatch):

@@ -2,6 +2,7 @@
 
 import itertools
 
+import family_models
 import numpy as np
 import pytest
 import tiny
@@ -211,6 +212,29 @@ def test_what_comes_before_a_layer_is_computed_once(model, statistics, monkeypat
     probes = len({max(1, round(share * tiny.WIDTH)) for share in PROBED_SHARES})
     behind = sum(range(1, tiny.LAYERS + 1))  # a cut layer, and those behind it
     assert len(calls) == 2 * tiny.LAYERS + probes * behind
+
+
+KINDS = {  # by family: the parts, and whether cross-attention shares a latent
+    **{name: (None, False) for name in ("wav2vec2", "wav2vec2-bert", "parakeet_ctc", "parakeet_rnnt", "nemotron")},
+    "whisper": (["encoder", "decoder", "cross"], False),
+    "whisper, decoder": (["decoder"], False),
+    "whisper, shared": (["encoder", "decoder", "cross"], True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_replayed_changes_no_cost(kind, monkeypatch):
+    (name, *_), (parts, shared) = kind.split(","), KINDS[kind]
+    model, processor = (
+        getattr(family_models, name.replace("-", "_").removesuffix("_ctc"))(),
+        family_models.processor_of(name),
+    )
+    statistics = collect_statistics(model, processor, tiny.corpus(24), batch_seconds=4.0, parts=parts)
+    given = "joint", statistics, decompose(model, "joint", "whitened", statistics, parts, shared), parts, shared
+    replayed = measure_sensitivity(model, *given)
+    monkeypatch.setattr("asrlib.conversion.convert.modules_before", lambda *given: [])
+    for ours, theirs in zip(replayed, measure_sensitivity(model, *given), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-7)
 
 
 @pytest.mark.parametrize("layout", ["joint", "split"])

@@ -1,7 +1,9 @@
 """Statistics are those of unpadded frames alone, whatever the batches."""
 
+import mmap
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import family_models
 import pytest
@@ -350,6 +352,23 @@ def test_layers_take_turns_where_memory_is_short(kind, tmp_path, monkeypatch):
     ours, theirs = (convert(model, statistics=each, **settings).state_dict() for each in (parted, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert not list(tmp_path.iterdir())  # nothing is left, whatever becomes of this process
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="the memory of a process is read as Linux tells it")
+def test_what_is_on_disk_leaves_memory():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    x_ND, before, kept = torch.randn(4, 1024), resident(), []
+    for _ in range(4):
+        group = [InputSums(1024) for _ in range(8)]  # 64 MiB
+        for sums in group:
+            sums.add(x_ND)
+        assert resident() - before > 60 * 2**20
+        for sums in group:
+            sums.to_disk()
+        kept += group
+        assert resident() - before < 24 * 2**20  # what was allocated on the way
 
 
 def inputs_of(layer) -> list[InputMoments]:

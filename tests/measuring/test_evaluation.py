@@ -307,7 +307,7 @@ def test_two_files_of_transcripts_are_compared_from_the_command_line(tmp_path, c
     assert a.startswith("A: 16.67 % (") and b == "B: 0.00 % (0.00–0.00)"
     assert difference.startswith("B − A: −16.67 points (") and "p = 0.0" in difference
     assert matched == "matched pairs: z = 0.000, p = 1, 4 segments"  # all alike: no spread to compare with
-    write_predictions(tmp_path / "b.jsonl", [{**row, "speaker": str(i % 2)} for i, row in enumerate(rows)])
+    write_predictions(tmp_path / "b.jsonl", [{**row, "speaker": str(i)} for i, row in enumerate(rows)])
     assert main([str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl")]) == 0
     assert capsys.readouterr().out.splitlines()[3] == "B − A: ±0.00 points (±0.00 to ±0.00; p = 1), over speakers"
 

@@ -7,7 +7,7 @@ import pytest
 from test_evaluation import babble, pairs
 
 from asrlib.measuring.resampling import resample_sums
-from asrlib.measuring.significance import compare_errors, matched_pairs, paired_bootstrap
+from asrlib.measuring.significance import FEWEST_SPEAKERS, compare_errors, matched_pairs, paired_bootstrap
 from asrlib.measuring.word_errors import score
 
 
@@ -92,17 +92,22 @@ def test_the_interval_by_speaker_against_an_explicit_loop():
 
 
 def test_one_speaker_is_no_sample_of_speakers():
-    result = score(of_speakers(babble(30, seed=5), 1))
-    assert result.wer_interval_by_speaker is None and compare_errors(result, result)["by_speaker"] is None
+    assert score(of_speakers(babble(30, seed=5), 1)).wer_interval_by_speaker is None
+
+
+@pytest.mark.parametrize("speakers", [1, 4, FEWEST_SPEAKERS - 1, FEWEST_SPEAKERS])
+def test_few_speakers_cannot_tell(speakers):
+    result = score(of_speakers(babble(30, seed=5), speakers))
+    assert (compare_errors(result, result)["by_speaker"] is None) == (speakers < FEWEST_SPEAKERS)
 
 
 def test_utterances_of_a_speaker_that_err_together_widen_the_interval():
-    rows = [row | {"speaker": f"s{i // 10}"} for i, row in enumerate(babble(60, seed=6))]
+    rows = [row | {"speaker": f"s{i // 10}"} for i, row in enumerate(babble(90, seed=6))]
     better = [row | {"hypothesis": row["reference"]} if i // 10 in (1, 2) else row for i, row in enumerate(rows)]
     outcome = compare_errors(score(rows), score(better))
     widths = [high - low for low, high in (outcome["interval"], outcome["by_speaker"]["interval"])]
     assert widths[1] > 1.5 * widths[0] and outcome["by_speaker"]["p"] > outcome["p"]
-    assert outcome["by_speaker"]["speakers"] == 6
+    assert outcome["by_speaker"]["speakers"] == 9
     assert outcome["difference"] == outcome["by_speaker"]["difference"]
 
 
