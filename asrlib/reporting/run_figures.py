@@ -86,7 +86,7 @@ def wer_vs_cache(table: pd.DataFrame) -> "Figure":
                 size=9,
             )
         ax.axvline(50, color=GREY, lw=1, ls="--", zorder=0)
-        note = "half: a joint latent\nis exact here"
+        note = "half: a latent of each\nlayer is exact here"
         white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         at_foot = {"transform": ax.get_xaxis_transform(), "va": "bottom"}
         ax.text(51, 0.02, note, size=7.5, color=GREY, bbox=white, zorder=4, **at_foot)
@@ -138,7 +138,7 @@ def cache_comparison(table: pd.DataFrame) -> "Figure":
         full = table["cache_bytes_per_second"].get("baseline")
         if pd.notna(full):
             axes[0, 0].axvline(full / 2048, color=GREY, lw=1, ls="--", zorder=3)
-            note = "dashed: half, where a joint latent is exact"
+            note = "dashed: half, where a latent of each layer is exact"
             axes[0, 0].set_title(note, size=9, weight="normal", color=GREY, loc="right")
     fig.set_label("K/V cache per second of audio. " + _described(table, {"cache_bytes_per_second": size}))
     return fig
