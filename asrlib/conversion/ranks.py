@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 RANKS = ("uniform", "energy", "sensitivity")
-PROBED_SHARES = (1 / 64, 1 / 16, 1 / 8, 1 / 2)  # of a group's width: ranks that are measured
+PROBED_SHARES = (1 / 64, 1 / 16, 1 / 8, 1 / 2, 3 / 4)  # of a group's width: ranks that are measured
 
 
 def energy(singular_values: Sequence[np.ndarray], budget: int, multiple: int = 1) -> list[int]:
